@@ -1,0 +1,74 @@
+"""PackedWeight: what every storage layout of a weight must offer. It knows no kernel and no model."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PackedWeight", "check_dense"]
+
+
+class PackedWeight(nn.Module):
+    """A weight [N, K] (out, in features) in one storage layout; the parts are buffers, so `.to()` and state_dict work.
+
+    A layout is a subclass that sets the class variables and writes `pack` and `unpack` (and `reason_against`, if not
+    every weight fits). The law, tested for all layouts: `pack(W).unpack()` equals W bit for bit at the packed dtype,
+    except that -0.0 becomes 0.0.
+
+    Args:
+        shape: (N, K).
+        params: the layout's own integers, such as {"n": 2, "m": 4}.
+        parts: one contiguous tensor for each name in the class's `parts`, in that order.
+    """
+
+    layout: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
+
+    def __init__(self, shape: tuple[int, int], params: Mapping[str, int], parts: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.params = dict(params)
+        for name, tensor in zip(self.parts, parts, strict=True):
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    def reason_against(cls, dense: Tensor, **params: int) -> str | None:
+        """Why this weight [N, K] cannot be stored in this layout, or None if it can."""
+        return None
+
+    @classmethod
+    def pack(cls, dense: Tensor, **params: int) -> Self:
+        """Store a dense weight [N, K]; ValueError with `reason_against` if it cannot be stored."""
+        raise NotImplementedError
+
+    def unpack(self) -> Tensor:
+        """The dense weight [N, K] in the packed dtype, bit-exact (-0.0 becomes 0.0)."""
+        raise NotImplementedError
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parts, in the order of the class's `parts`."""
+        return tuple(getattr(self, name) for name in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.numel() * part.element_size() for part in self.tensors())
+
+    def extra_repr(self) -> str:
+        """Shape, params and bytes."""
+        return f"shape={self.shape}, params={self.params}, nbytes={self.nbytes}"
+
+
+def check_dense(dense: Tensor, dtypes: tuple[torch.dtype, ...], layout: str) -> None:
+    """Refuse what no layout can store: wrong rank, dtype or device, NaN or Inf."""
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"{layout}: expected a torch.Tensor [N, K], got {type(dense).__name__}")
+    if dense.ndim != 2 or 0 in dense.shape:
+        raise ValueError(f"{layout}: expected a weight [N, K] with N, K >= 1, got shape {tuple(dense.shape)}")
+    if dense.dtype not in dtypes:
+        wanted = ", ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{layout}: expected dtype {wanted}, got {dense.dtype}; cast the weight first")
+    if not bool(torch.isfinite(dense).all()):
+        raise ValueError(f"{layout}: the weight has NaN or Inf entries; repair the checkpoint before packing")

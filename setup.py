@@ -1,0 +1,23 @@
+"""Builds the optional extension rmtkern._C. Everything else is in pyproject.toml.
+
+No instruction-set flag on purpose: each file under csrc/isa opens its own target region, and the CPU is asked at run
+time. If no C++ compiler is there, the package still installs and runs on its NumPy reference.
+"""
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "rmtkern._C",
+            sorted(glob("csrc/**/*.cpp", recursive=True)),
+            cxx_std=17,
+            extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-g0"],
+            extra_link_args=["-fopenmp"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+)

@@ -1,0 +1,96 @@
+"""The import rules of docs/architecture.md, read from the source with ast."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "rmtkern"
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of rmtkern that a file imports, as dotted names below rmtkern."""
+    module = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*module[: -node.level], *([base] if base else [])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name.removeprefix("rmtkern.") for name in names if name.startswith("rmtkern.")}
+    return found
+
+
+def offenders(folder: str, banned: tuple[str, ...]) -> list[str]:
+    files = [PACKAGE / folder] if folder.endswith(".py") else sorted((PACKAGE / folder).rglob("*.py"))
+    assert files and all(path.exists() for path in files), folder
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in sorted(imports(path))
+        if any(name == ban or name.startswith(ban + ".") for ban in banned)
+    ]
+
+
+TOP = ("cli", "demo", "api", "evaluation", "packing")
+RIGHT = ("nn", "ops", "layouts", "_C")
+LEFT = ("pruning", "spectrum", "models", "arrays")
+
+
+def test_spectrum_knows_only_mathematics():
+    assert offenders("spectrum", (*TOP, *RIGHT, "pruning", "models")) == []
+
+
+def test_pruning_knows_no_storage_and_no_kernel():
+    assert offenders("pruning", (*TOP, *RIGHT)) == []
+    assert offenders("models.py", (*TOP, *RIGHT, "pruning", "spectrum")) == []
+
+
+def test_layouts_know_no_spectrum_and_no_pruning():
+    assert offenders("layouts", (*TOP, *LEFT, "nn", "ops")) == []
+    assert offenders("ops.py", (*TOP, *LEFT, "nn")) == []
+    assert offenders("nn.py", (*TOP, *LEFT)) == []
+
+
+def test_the_columns_meet_only_at_the_top():
+    assert offenders("api.py", ("packing", *RIGHT, "cli", "demo")) == []
+    assert offenders("packing.py", ("api", "pruning", "spectrum", "cli", "demo")) == []
+
+
+def test_one_layout_never_imports_another():
+    folders = [path.name for path in (PACKAGE / "layouts").iterdir() if (path / "weight.py").exists()]
+    assert folders
+    for name in folders:
+        others = tuple(f"layouts.{other}" for other in folders if other != name)
+        assert offenders(f"layouts/{name}", others) == []
+
+
+def test_every_layout_has_a_reference():
+    for weight in (PACKAGE / "layouts").glob("*/weight.py"):
+        assert (weight.parent / "reference.py").exists(), weight.parent.name
+
+
+def test_import_is_lean():
+    code = (
+        "import torch, sys; before = set(sys.modules); import rmtkern;"
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before}"
+        " & {'triton', 'cupy', 'matplotlib', 'scipy', 'timm', 'transformers', 'torchvision', 'PIL'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_build_flag_chooses_an_instruction_set():
+    assert "-march" not in (ROOT / "setup.py").read_text()
+    assert "-mavx" not in (ROOT / "setup.py").read_text()
+
+
+def test_wheel_names_and_folders():
+    for name in ("utils.py", "helpers.py", "common.py"):
+        assert list(PACKAGE.rglob(name)) == []
