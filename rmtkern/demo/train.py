@@ -21,9 +21,7 @@ from torch.nn import functional as F
 from rmtkern.demo.model import DemoViT
 
 HELD_OUT = 5_000
-KEEP, KEEP_UNTIL = (
-    25,
-    0.8,
+KEEP, KEEP_UNTIL = 25, 0.8  # random tokens per image in the first 80 % of training: twice as fast, and regularising
 )  # random tokens seen per image during the first 80 % of training: twice as fast, and regularising
 
 
@@ -57,7 +55,10 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(data: Path, out: Path, epochs: int, batch: int, peak_lr: float, seed: int, minutes: float) -> None:
-    """Train with Muon (hidden matrices) and AdamW (the rest), cosine schedule and bf16 autocast; the schedule follows epochs or minutes, whichever is first."""
+    """Train with Muon (hidden matrices) and AdamW (the rest), cosine schedule, bf16 autocast.
+
+    The schedule ends after `epochs` or `minutes`, whichever is first.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images = torch.from_numpy(read_idx(data / "train-images-idx3-ubyte.gz").copy())[:, None].float() / 255

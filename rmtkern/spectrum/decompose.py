@@ -1,7 +1,7 @@
 """Singular values and vectors of many matrices of one shape: exact through the Gram matrix, or randomised.
 
-Written once against the array API. Two facts decide the routes (measured on CPU, docs/math.md): an fp32 Gram matrix gives
-the bulk to 1e-7 when no spike dwarfs it, and batched LAPACK is a loop, so only the GEMMs gain from batching.
+Written once against the array API. Two facts decide the routes (measured, docs/math.md): an fp32 Gram matrix gives the
+bulk to 1e-7 when no spike dwarfs it, and batched LAPACK is a loop, so only the GEMMs gain from batching.
 """
 
 import numpy as np

@@ -169,7 +169,7 @@ def tracy_widom_quantile(level: ArrayLike) -> Float:
     if not bool(np.all((at >= 1e-8) & (at <= 1 - 1e-8))):
         raise ValueError("Tracy-Widom levels must lie in [1e-8, 1 - 1e-8]")
     grid, probit = _tracy_widom_table()
-    return np.interp(np.vectorize(_NORMAL.inv_cdf, otypes=[np.float64])(at), probit, grid)
+    return np.asarray(np.interp(np.vectorize(_NORMAL.inv_cdf, otypes=[np.float64])(at), probit, grid))
 
 
 def tracy_widom_edge(shape: tuple[int, int], sigma2: float, beta: float, *, legacy: bool = False) -> float:
