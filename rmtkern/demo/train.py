@@ -22,7 +22,6 @@ from rmtkern.demo.model import DemoViT
 
 HELD_OUT = 5_000
 KEEP, KEEP_UNTIL = 25, 0.8  # random tokens per image in the first 80 % of training: twice as fast, and regularising
-)  # random tokens seen per image during the first 80 % of training: twice as fast, and regularising
 
 
 def read_idx(path: Path) -> np.ndarray:
