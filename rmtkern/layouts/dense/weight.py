@@ -9,21 +9,24 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..base import PackedWeight, check_dense
+from rmtkern.layouts.base import PackedWeight, check_dense
 
-__all__ = ["FORMS", "DenseWeight", "has_onednn"]
+__all__ = ["FORMS", "NO_ONEDNN", "DenseWeight"]
 
 FORMS = ("torch", "onednn", "onednn_prepacked")
 _PREPACKED = FORMS.index("onednn_prepacked")
 
 
-def has_onednn() -> str | None:
-    """Why oneDNN's linear cannot be used in this PyTorch, or None if it can."""
+def _why_no_onednn() -> str | None:
     if not torch.backends.mkldnn.is_available():
-        return "this PyTorch was built without oneDNN; use form 'torch'"
+        return "this PyTorch was built without oneDNN; use form 0 (torch)"
     if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")):
-        return "this PyTorch has no mkldnn._linear_pointwise; use form 'torch'"
+        return "this PyTorch has no mkldnn._linear_pointwise; use form 0 (torch)"
     return None
+
+
+NO_ONEDNN = _why_no_onednn()
+"""Why oneDNN's linear cannot be used in this PyTorch, or None; a constant, so that torch.compile can read it."""
 
 
 class DenseWeight(PackedWeight):
@@ -49,7 +52,7 @@ class DenseWeight(PackedWeight):
         form = params.get("form", 0)
         if form not in range(len(FORMS)):
             return f"dense: form {form} is unknown; expected 0 to {len(FORMS) - 1}: {', '.join(FORMS)}"
-        return has_onednn() if form else None
+        return NO_ONEDNN if form else None
 
     @classmethod
     def variants(cls, dense: Tensor) -> Iterator[dict[str, int]]:
@@ -77,9 +80,9 @@ class DenseWeight(PackedWeight):
         return (self.dense if self.reordered is None else self.reordered.to_dense(),)
 
     @property
-    def form(self) -> str:
-        """The name in `FORMS` of how this weight runs."""
-        return FORMS[self.params["form"]]
+    def label(self) -> str:
+        """Such as "dense/onednn"."""
+        return f"dense/{FORMS[self.params['form']]}"
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +100,7 @@ class DenseWeight(PackedWeight):
 
     def _reorder(self) -> None:
         on_cpu = self.dense.device.type == "cpu" and self.dense.dtype in self.dtypes
-        if self.params["form"] == _PREPACKED and on_cpu:
+        if self.params["form"] == _PREPACKED and NO_ONEDNN is None and on_cpu:
             self.reordered = torch.ops.mkldnn._reorder_linear_weight(self.dense, self.params["tokens"])
             self.dense = None
 
