@@ -1,5 +1,6 @@
 """NofMWeight: how a weight with n kept entries per group of m columns is stored. It knows no kernel."""
 
+from collections.abc import Iterable
 from typing import Self
 
 import numpy as np
@@ -49,6 +50,17 @@ class NofMWeight(PackedWeight):
             f"nofm {n}:{m}: row {row}, columns {group * m} to {group * m + m - 1} have {int(counts[row, group])}"
             f" non-zeros, more than {n} ({len(worst)} such groups); prune with pattern {n}:{m} first"
         )
+
+    @classmethod
+    def variants(cls, dense: Tensor) -> Iterable[dict[str, int]]:
+        """The tightest n:m with m = 4, 8 or 16 that holds this weight, if it has at least one zero per group."""
+        found = []
+        for m in (4, 8, 16):
+            if dense.shape[1] % m == 0:
+                n = max(1, int((dense.detach() != 0).view(dense.shape[0], -1, m).sum(-1).max()))
+                if n < m:
+                    found.append({"n": n, "m": m})
+        return [min(found, key=lambda params: params["n"] / params["m"])] if found else []
 
     @classmethod
     def pack(cls, dense: Tensor, **params: int) -> Self:
