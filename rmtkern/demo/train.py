@@ -21,7 +21,10 @@ from torch.nn import functional as F
 from rmtkern.demo.model import DemoViT
 
 HELD_OUT = 5_000
-KEEP, KEEP_UNTIL = 25, 0.8  # random tokens seen per image during the first 80 % of training: twice as fast, and regularising
+KEEP, KEEP_UNTIL = (
+    25,
+    0.8,
+)  # random tokens seen per image during the first 80 % of training: twice as fast, and regularising
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -54,18 +57,19 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(data: Path, out: Path, epochs: int, batch: int, peak_lr: float, seed: int, minutes: float) -> None:
-    """Train with AdamW, cosine schedule and bf16 autocast; the schedule follows epochs or minutes, whichever is first."""
+    """Train with Muon (hidden matrices) and AdamW (the rest), cosine schedule and bf16 autocast; the schedule follows epochs or minutes, whichever is first."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images = torch.from_numpy(read_idx(data / "train-images-idx3-ubyte.gz").copy())[:, None].float() / 255
     labels = torch.from_numpy(read_idx(data / "train-labels-idx1-ubyte.gz").astype(np.int64))
     fit_x, fit_y, held_x, held_y = images[:-HELD_OUT], labels[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:]
     model = DemoViT()
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.99)
-    )
+    hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is q for q in hidden)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(hidden, lr=peak_lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=peak_lr, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
     steps = epochs * (len(fit_y) // batch)
     start, step, done = time.monotonic(), 0, 0.0
     while done < 1.0:
@@ -73,22 +77,25 @@ def train(data: Path, out: Path, epochs: int, batch: int, peak_lr: float, seed: 
             done = max(step / steps, (time.monotonic() - start) / (60 * minutes))
             if done >= 1.0:
                 break
-            lr = peak_lr * min(1.0, done / 0.08) * (0.5 + 0.5 * math.cos(math.pi * done))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = peak_lr * min(1.0, done / 0.05) * (0.5 + 0.5 * math.cos(math.pi * done))
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr
             with torch.autocast("cpu", torch.bfloat16):
                 tokens = model.embed(augment(fit_x[index], generator))
                 if done < KEEP_UNTIL:
                     tokens = tokens[:, torch.randperm(tokens.shape[1], generator=generator)[:KEEP].sort().values]
                 logits = model.classify(tokens)
             loss = F.cross_entropy(logits.float(), fit_y[index], label_smoothing=0.05)
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             step += 1
             if step % 100 == 0:
-                print(f"step {step} done {done:.3f} loss {loss.item():.4f} {time.monotonic() - start:.0f} s", flush=True)
+                print(
+                    f"step {step} done {done:.3f} loss {loss.item():.4f} {time.monotonic() - start:.0f} s", flush=True
+                )
         print(f"step {step} held-out top-1 {accuracy(model.eval(), held_x, held_y):.4f}", flush=True)
         model.train()
         save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, out)
@@ -99,9 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--out", type=Path, default=Path("demo_vit.safetensors"))
-    parser.add_argument("--epochs", type=int, default=11)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--peak-lr", type=float, default=1e-3)
+    parser.add_argument("--peak-lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop here even if epochs are left")
     args = parser.parse_args()

@@ -1,0 +1,45 @@
+# The few verbs of this project. Each creates the virtual environment it needs; PYTHON and VENV can be overridden.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench wheel clean
+
+help:  ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'rmtkern needs Python 3.11 or newer')"
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras: installing again is cheap, and a change in csrc/ rebuilds the extension.
+$(VENV)/.installed-%: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.installed-report  ## analyse, prune, pack and time a real ViT on real images
+	$(BIN)/rmtkern demo
+
+test: $(VENV)/.installed-dev  ## the default test suite
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-dev  ## the default suite and the slow checks
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-bench  ## kernel and model benchmarks; results go to benchmarks/results/
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.kernels
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.models
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.spectra
+
+wheel: $(BIN)/python  ## a wheel for this platform, in dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove what the build made (not the virtual environment)
+	rm -rf build dist *.egg-info rmtkern/_C*.so demo-output

@@ -1,0 +1,269 @@
+"""What can be done to singular values and vectors below the noise edge: sparsify, shrink, truncate, split.
+
+Each function takes a dense matrix and returns dense matrices of the same kind; none knows models or layouts.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from array_api_compat import device
+from numpy.typing import ArrayLike, NDArray
+
+from rmtkern.arrays import Array, as_computable, check_finite, like, namespace
+from rmtkern.spectrum.decompose import svd
+
+__all__ = [
+    "debias_singular_values",
+    "hard_threshold",
+    "legacy_theta",
+    "shrink",
+    "shrink_singular_values",
+    "sparsify_haar",
+    "sparsify_singular_vectors",
+    "split",
+    "truncate",
+]
+
+
+def _decompose(W: Array) -> tuple[Any, Array, Array, Array]:
+    matrix = as_computable(W)
+    if matrix.ndim != 2:
+        raise ValueError(f"expected a matrix [N, K], got shape {tuple(matrix.shape)}")
+    check_finite(matrix, "W")
+    u, s, vh = svd(matrix)
+    return namespace(u), u, s, vh
+
+
+def _check_edge(sigma_plus: float) -> None:
+    if not (math.isfinite(sigma_plus) and sigma_plus > 0):
+        raise ValueError(f"sigma_plus must be a positive finite number, got {sigma_plus!r}")
+
+
+def legacy_theta(cycle: int, shape: tuple[int, int]) -> float:
+    """The published threshold scale of one cycle, theta = 1.125e-5 * 0.06 * 1.02^cycle * N * K.
+
+    Not scale-free: it grows with N K while the entries of singular vectors shrink.
+
+    Source: reference code of arXiv 2503.01922; docs/math.md (16).
+    """
+    return 1.125e-5 * 0.06 * 1.02**cycle * shape[0] * shape[1]
+
+
+def sparsify_singular_vectors(
+    W: Array,
+    sigma_plus: float,
+    theta: float,
+    *,
+    power: float = 30,
+    floor: float = 1 / 750,
+    haar_units: bool = False,
+) -> Array:
+    """Zero small coordinates of singular vectors deep in the bulk, and recompose (the T_i rule).
+
+    T_i = theta max(floor, (1 - s_i / sigma_plus)_+^power); coordinates of u_i and v_i below T_i in magnitude become 0.
+
+    Args:
+        W: [N, K] floating point; NumPy, torch or CuPy.
+        sigma_plus: noise edge for singular values [weight], > 0.
+        theta: threshold scale, >= 0; an absolute coordinate, or with `haar_units` a multiple of the standard deviation
+            1/sqrt(N) (u) and 1/sqrt(K) (v) of a random unit vector.
+        power: of the ramp into the bulk, > 0.
+        floor: smallest share of theta, also applied to spikes, [0, 1].
+        haar_units: see theta.
+
+    Returns:
+        [N, K] dense, kind and dtype of W.
+
+    Raises:
+        ValueError: W is not a finite matrix, or a parameter is out of range.
+
+    Source: arXiv 2503.01922, singular-vector sparsification; docs/math.md (16).
+    """
+    _check_edge(sigma_plus)
+    if not (theta >= 0 and power > 0 and 0 <= floor <= 1):
+        raise ValueError(f"need theta >= 0, power > 0, floor in [0, 1]; got {theta!r}, {power!r}, {floor!r}")
+    xp, u, s, vh = _decompose(W)
+    depth = 1 - s / sigma_plus
+    ramp = xp.where(depth > 0, depth, xp.zeros_like(depth)) ** power
+    limit = theta * xp.where(ramp > floor, ramp, xp.ones_like(ramp) * floor)
+    return like(_recompose(u, s, vh, limit, haar_units), W)
+
+
+def sparsify_haar(
+    W: Array,
+    sigma_plus: float,
+    *,
+    z: float = 0.5,
+    power: float = 3,
+    scale: float = 1.0,
+) -> Array:
+    """Zero coordinates of bulk singular vectors that a random unit vector would have anyway, and recompose.
+
+    For s_i < sigma_plus: coordinates below z scale (1 - s_i / sigma_plus)^power / sqrt(dim) become 0; spikes are kept.
+
+    Args:
+        W: [N, K] floating point; NumPy, torch or CuPy.
+        sigma_plus: noise edge for singular values [weight], > 0.
+        z: threshold in standard deviations of a random unit vector's coordinate, >= 0.
+        power: of the ramp into the bulk, > 0.
+        scale: the layer's factor, alpha_l / mean(alpha), > 0.
+
+    Returns:
+        [N, K] dense, kind and dtype of W.
+
+    Raises:
+        ValueError: W is not a finite matrix, or a parameter is out of range.
+
+    Source: reference code of arXiv 2606.02608, z-score variant; docs/math.md (17).
+    """
+    _check_edge(sigma_plus)
+    if not (z >= 0 and power > 0 and scale > 0):
+        raise ValueError(f"need z >= 0, power > 0, scale > 0; got {z!r}, {power!r}, {scale!r}")
+    xp, u, s, vh = _decompose(W)
+    depth = 1 - s / sigma_plus
+    limit = z * scale * xp.where(depth > 0, depth, xp.zeros_like(depth)) ** power
+    return like(_recompose(u, s, vh, limit, haar_units=True), W)
+
+
+def _recompose(u: Array, s: Array, vh: Array, limit: Array, haar_units: bool) -> Array:
+    xp = namespace(u)
+    limit_u = limit / math.sqrt(u.shape[0]) if haar_units else limit
+    limit_v = limit / math.sqrt(vh.shape[1]) if haar_units else limit
+    sparse_u = xp.where(xp.abs(u) < limit_u[None, :], xp.zeros_like(u), u)
+    sparse_vh = xp.where(xp.abs(vh) < limit_v[:, None], xp.zeros_like(vh), vh)
+    return (sparse_u * s[None, :]) @ sparse_vh
+
+
+def _discriminant(y: NDArray[np.float64], c: float) -> NDArray[np.float64]:
+    return np.sqrt(np.maximum((y * y - 1 - c) ** 2 - 4 * c, 0.0))
+
+
+def debias_singular_values(s: ArrayLike, shape: tuple[int, int], sigma2: float) -> NDArray[np.float64]:
+    """Planted singular values behind observed ones: inverse of the BBP map; 0 at and below the noise edge.
+
+    Args:
+        s: observed singular values [weight], >= 0.
+        shape: (N, K) of the matrix.
+        sigma2: variance of one noise entry [weight^2], > 0.
+
+    Returns:
+        Estimates of the planted values [weight], the shape of s.
+
+    Source: Baik, Ben Arous & Peche (2005); Benaych-Georges & Nadakuditi (2012); docs/math.md (18).
+    """
+    p, n = min(shape), max(shape)
+    c, unit = p / n, math.sqrt(sigma2 * n)
+    y = np.asarray(s, dtype=np.float64) / unit
+    planted = unit * np.sqrt(
+        (y * y - 1 - c + _discriminant(y, c)) / 2, where=y > 1 + math.sqrt(c), out=np.zeros_like(y)
+    )
+    return np.where(y > 1 + math.sqrt(c), planted, 0.0)
+
+
+def shrink_singular_values(s: ArrayLike, shape: tuple[int, int], sigma2: float) -> NDArray[np.float64]:
+    """Frobenius-optimal shrinkage eta(y) = sqrt((y^2 - 1 - c)^2 - 4 c) / y in noise units; 0 below the edge.
+
+    Args and result as `debias_singular_values`.
+
+    Source: Gavish & Donoho (2017); docs/math.md (19).
+    """
+    p, n = min(shape), max(shape)
+    c, unit = p / n, math.sqrt(sigma2 * n)
+    y = np.asarray(s, dtype=np.float64) / unit
+    outside = y > 1 + math.sqrt(c)
+    return np.where(outside, unit * _discriminant(y, c) / np.where(outside, y, 1.0), 0.0)
+
+
+def hard_threshold(shape: tuple[int, int], sigma2: float) -> float:
+    """Gavish-Donoho optimal hard threshold for singular values [weight] at known noise variance [weight^2].
+
+    Source: Gavish & Donoho (2014), eq. 11; docs/math.md (20).
+    """
+    p, n = min(shape), max(shape)
+    c = p / n
+    ratio = math.sqrt(2 * (c + 1) + 8 * c / (c + 1 + math.sqrt(c * c + 14 * c + 1)))
+    return ratio * math.sqrt(sigma2 * n)
+
+
+_SHRINKERS = {
+    "frobenius": shrink_singular_values,
+    "debias": debias_singular_values,
+    "hard": lambda s, shape, sigma2: np.where(np.asarray(s) > hard_threshold(shape, sigma2), s, 0.0),
+}
+
+
+def shrink(W: Array, sigma2: float, kind: str = "frobenius") -> Array:
+    """Denoise a matrix by shrinking its singular values; the bulk is removed.
+
+    Zeroing the whole bulk is known to destroy trained transformers (docs/math.md): a tool for study and low rank.
+
+    Args:
+        W: [N, K] floating point; NumPy, torch or CuPy.
+        sigma2: variance of one noise entry [weight^2], > 0.
+        kind: "frobenius" (optimal for squared error), "debias" (planted values) or "hard" (Gavish-Donoho threshold).
+
+    Returns:
+        [N, K] dense, kind and dtype of W.
+
+    Raises:
+        ValueError: W is not a finite matrix, sigma2 is not positive, or the kind is unknown.
+    """
+    if kind not in _SHRINKERS:
+        raise ValueError(f"unknown shrinkage {kind!r}; expected one of {', '.join(_SHRINKERS)}")
+    if not (math.isfinite(sigma2) and sigma2 > 0):
+        raise ValueError(f"sigma2 must be a positive finite number, got {sigma2!r}")
+    xp, u, s, vh = _decompose(W)
+    values = [float(value) for value in s]
+    kept = _SHRINKERS[kind](np.array(values), (u.shape[0], vh.shape[1]), sigma2)
+    return like((u * xp.asarray(kept, dtype=u.dtype, device=device(u))[None, :]) @ vh, W)
+
+
+def truncate(W: Array, rank: int) -> Array:
+    """Nearest matrix of a given rank, 0 <= rank <= min(N, K); kind and dtype of W.
+
+    Source: Eckart & Young (1936).
+    """
+    short = min(W.shape) if W.ndim == 2 else 0
+    if not 0 <= rank <= short:
+        raise ValueError(f"rank must lie in 0..{short} for shape {tuple(W.shape)}, got {rank}")
+    _, u, s, vh = _decompose(W)
+    return like((u[:, :rank] * s[None, :rank]) @ vh[:rank, :], W)
+
+
+def split(
+    W: Array,
+    sigma_plus: float,
+    ratio: float,
+    *,
+    min_dim: int = 10,
+) -> tuple[Array, Array] | None:
+    """Two factors W ~ B A that keep all spikes and a share of the bulk, or None where they would not be smaller.
+
+    inner = max(int((p - n_spikes) ratio) + n_spikes, min_dim); A = sqrt(S) V^T, B = U sqrt(S).
+
+    Args:
+        W: [N, K] floating point; NumPy, torch or CuPy.
+        sigma_plus: noise edge for singular values [weight], > 0.
+        ratio: share of bulk triples kept, largest first, [0, 1].
+        min_dim: smallest inner dimension, >= 1.
+
+    Returns:
+        (B [N, inner], A [inner, K]) of W's kind and dtype, or None if (N + K) inner >= N K.
+
+    Raises:
+        ValueError: W is not a finite matrix, or a parameter is out of range.
+
+    Source: arXiv 2503.01922, layer splitting; docs/math.md (21).
+    """
+    _check_edge(sigma_plus)
+    if not (0 <= ratio <= 1 and min_dim >= 1):
+        raise ValueError(f"need ratio in [0, 1] and min_dim >= 1; got {ratio!r}, {min_dim!r}")
+    xp, u, s, vh = _decompose(W)
+    spikes = int(xp.sum(xp.astype(s > sigma_plus, xp.int64)))
+    p = s.shape[0]
+    inner = min(max(int((p - spikes) * ratio) + spikes, min_dim), p)
+    if (u.shape[0] + vh.shape[1]) * inner >= u.shape[0] * vh.shape[1]:
+        return None
+    root = xp.sqrt(s[:inner])
+    return like(u[:, :inner] * root[None, :], W), like(root[:, None] * vh[:inner, :], W)

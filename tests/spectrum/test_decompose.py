@@ -1,0 +1,92 @@
+"""Decompositions against LAPACK in float64, on every namespace that runs here."""
+
+import array_api_strict
+import numpy as np
+import pytest
+import torch
+
+from rmtkern.spectrum.decompose import randomized_svd, singular_values, svd
+from rmtkern.spectrum.fit import fit_singular_values
+
+
+def spiked(rng, shape, spikes, dtype=np.float32):
+    """Noise of unit variance plus planted singular values."""
+    noise = rng.standard_normal(shape)
+    u = np.linalg.qr(rng.standard_normal((shape[0], len(spikes))))[0]
+    v = np.linalg.qr(rng.standard_normal((shape[1], len(spikes))))[0]
+    return (noise + (u * np.asarray(spikes)) @ v.T).astype(dtype)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (64, 200), (200, 64)])
+@pytest.mark.parametrize("spike", [0.0, 1e2, 1e4, 1e8])
+def test_edges_equal_float64_svd(shape, spike, rng):
+    batch = np.stack([spiked(rng, shape, [spike]) for _ in range(2)])
+    found = singular_values(batch)
+    for matrix, values in zip(batch, found, strict=True):
+        exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+        edge = fit_singular_values(exact, shape).sigma_plus
+        assert fit_singular_values(values, shape).sigma_plus == pytest.approx(edge, rel=1e-6)
+        assert values[0] == pytest.approx(exact[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (30, 90), (90, 30)])
+def test_svd_recomposes_and_is_orthonormal(shape, rng):
+    for matrix in (spiked(rng, shape, [100.0]), np.outer(np.ones(shape[0]), np.ones(shape[1])), np.zeros(shape)):
+        u, s, vh = svd(matrix)
+        assert np.all(np.diff(s) <= 1e-12 * (1 + s[0]))
+        np.testing.assert_allclose((u * s) @ vh, matrix, atol=1e-9 * (1 + s[0]))
+        np.testing.assert_allclose(u.T @ u, np.eye(len(s)), atol=1e-9)
+        np.testing.assert_allclose(vh @ vh.T, np.eye(len(s)), atol=1e-9)
+
+
+NAMESPACES = {
+    "numpy": lambda a: a,
+    "torch": torch.from_numpy,
+    "array_api_strict": array_api_strict.asarray,
+}
+
+
+@pytest.mark.parametrize("kind", NAMESPACES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(120, 80), (60, 150)])
+def test_randomized_svd_recovers_the_leading_triples(kind, dtype, shape, rng):
+    # spikes well above the edge sqrt(120) + sqrt(80) = 19.9
+    batch = np.stack([spiked(rng, shape, [90.0, 60.0, 40.0], dtype) for _ in range(3)])
+    u, s, vh = (np.asarray(part) for part in randomized_svd(NAMESPACES[kind](batch), 3))
+    assert u.dtype == dtype and u.shape == (3, shape[0], 3) and vh.shape == (3, 3, shape[1])
+    eps = np.finfo(dtype).eps
+    for matrix, left, values, right in zip(batch, u, s, vh, strict=True):
+        exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+        # power iteration leaves (s_12 / s_3)^(2 * 9), below 1e-4 here, squared in the values
+        np.testing.assert_allclose(values, exact[:3], rtol=1e-4)
+        np.testing.assert_allclose(left.T @ left, np.eye(3), atol=200 * eps)
+        np.testing.assert_allclose(right @ right.T, np.eye(3), atol=200 * eps)
+        residual = np.linalg.norm(matrix - (left * values) @ right, 2)
+        assert residual == pytest.approx(exact[3], rel=1e-3)
+
+
+def test_randomized_svd_of_rank_deficient_and_zero_matrices():
+    batch = np.stack([np.outer(np.arange(1.0, 31), np.ones(20)), np.zeros((30, 20))])
+    u, s, vh = randomized_svd(batch, 5)
+    assert s[0, 0] == pytest.approx(np.linalg.norm(batch[0]), rel=1e-10)
+    assert np.all(s[0, 1:] < 1e-5 * s[0, 0]) and np.all(s[1] == 0)
+    np.testing.assert_allclose((u[0] * s[0]) @ vh[0], batch[0], atol=1e-5 * s[0, 0])
+    assert np.all(np.isfinite(u)) and np.all(np.isfinite(vh))
+
+
+def test_randomized_svd_is_deterministic_and_scales(rng):
+    batch = spiked(rng, (50, 40), [60.0])[None]
+    first = randomized_svd(batch, 2, seed=3)[1]
+    assert np.array_equal(first, randomized_svd(batch, 2, seed=3)[1])
+    np.testing.assert_allclose(randomized_svd(batch * np.float32(1e-6), 2, seed=3)[1], first * 1e-6, rtol=1e-5)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"expected \[B, N, K\]"):
+        singular_values(np.ones((3, 3)))
+    with pytest.raises(ValueError, match=r"expected \[N, K\]"):
+        svd(np.ones(3))
+    with pytest.raises(ValueError, match=r"rank must lie in 1\.\.3"):
+        randomized_svd(np.ones((1, 3, 4)), 4)
+    with pytest.raises(TypeError, match="expected a NumPy, CuPy or torch array, got list"):
+        singular_values([[1.0]])
