@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models import PrunableWeight, check_values, prunable_weights
-from .pruning.calibrate import Moments, calibrate
-from .pruning.cycles import Pruned, make_masks, matrices
-from .pruning.pattern import parse_pattern
-from .pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
-from .spectrum.fit import SpectralFits, fit_spectra
+from rmtkern.models import PrunableWeight, check_values, prunable_weights
+from rmtkern.pruning.calibrate import Moments, calibrate
+from rmtkern.pruning.cycles import Pruned, make_masks, matrices
+from rmtkern.pruning.pattern import parse_pattern
+from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
+from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 
 __all__ = ["analyze", "prune_"]
 
@@ -28,7 +28,7 @@ def analyze(
     split_qkv: bool = False,
     alpha: float = 0.25,
     edge: str = "mp",
-    beta: float = 0.1,
+    beta: float | None = None,
     k_hill: int = 20,
     legacy: bool = False,
     max_bytes: int | None = None,
@@ -44,8 +44,8 @@ def analyze(
         split_qkv: fit q, k and v of a fused projection as matrices of their own.
         alpha: share of eigenvalues left out at either end of the fit, (0, 0.5).
         edge: "mp" or "tw"; see spectrum.fit.fit_spectrum, which has the options below too.
-        beta: level of the Tracy-Widom edge, (0, 1).
-        k_hill: eigenvalues in the Hill estimate, >= 1.
+        beta: level of the Tracy-Widom edge, (0, 1); None: 0.1, or the published 0.8 with `legacy`.
+        k_hill: eigenvalues in the Hill estimate, >= 2.
         legacy: the published (buggy) numbers.
         max_bytes: bound on the memory of one batch of equal shapes; None: the default of spectrum.fit.fit_spectra.
         show_progress: progress bar; None: only on a terminal.
@@ -139,7 +139,9 @@ def prune_(
     if config.needs_calibration and calibration is not None:
         moments = calibrate(model, weights, calibration, show_progress=show_progress)
     elif calibration is not None:
-        _log.warning("method %s with score %s uses no calibration images; they were ignored", config.method, config.score)
+        _log.warning(
+            "method %s with score %s uses no calibration images; they were ignored", config.method, config.score
+        )
 
     def fit(found: Mapping[str, Tensor]) -> SpectralFits:
         return fit_spectra(found, show_progress=show_progress)
@@ -174,8 +176,8 @@ _DEFAULTS = asdict(PruneConfig())
 def _refuse_nothing(weights: Sequence[PrunableWeight], verb: str) -> None:
     if not weights:
         raise ValueError(
-            f"nothing to {verb}: the model has no Linear, Conv2d or MultiheadAttention weight that targets= and ignore= "
-            "leave; pass a model with such layers, or wider targets"
+            f"nothing to {verb}: targets= and ignore= leave no Linear, Conv2d or MultiheadAttention weight of the model; "
+            "pass a model with such layers, or wider targets"
         )
 
 
@@ -184,8 +186,8 @@ def _check_divisible(weights: Sequence[PrunableWeight], pattern: str) -> None:
     for weight in weights:
         if weight.shape[1] % params["m"]:
             raise ValueError(
-                f"{weight.name} has {weight.shape[1]} in features, not divisible by {params['m']} as pattern {pattern!r} "
-                "needs; add it to ignore="
+                f"{weight.name} has {weight.shape[1]} in features, not divisible by {params['m']} as pattern "
+                f"{pattern!r} needs; add it to ignore="
             )
 
 

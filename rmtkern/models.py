@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import PackedModelError
+from rmtkern.errors import PackedModelError
 
 __all__ = ["GROUPS", "ROLES", "PrunableWeight", "check_values", "layer_type", "prunable_weights"]
 
@@ -28,7 +28,9 @@ ROLES: tuple[str, ...] = tuple(role for roles in GROUPS.values() for role in rol
 # The tables: the last word of a module's path decides where it can, else the nearest word that names a context.
 # Names of all three libraries stand side by side; a word means the same in each.
 _PROJECTIONS: dict[str, str] = {
-    **dict.fromkeys(("qkv", "qkv_proj", "to_qkv", "in_proj", "Wqkv", "query_key_value", "kv", "kv_proj", "to_kv"), "qkv"),
+    **dict.fromkeys(
+        ("qkv", "qkv_proj", "to_qkv", "in_proj", "Wqkv", "query_key_value", "kv", "kv_proj", "to_kv"), "qkv"
+    ),
     **dict.fromkeys(("q", "q_proj", "query", "to_q"), "q"),
     **dict.fromkeys(("k", "k_proj", "key", "to_k"), "k"),
     **dict.fromkeys(("v", "v_proj", "value", "to_v"), "v"),
@@ -215,7 +217,7 @@ def _list(model: nn.Module) -> list[PrunableWeight]:
                     earlier.name, earlier.role, parameter, earlier.kind, earlier.groups, tied
                 )
             elif parameter.numel():
-                role = _role(name, kind, modules)
+                role = _role(name, parameter, kind, modules)
                 found[id(parameter)] = PrunableWeight(name, role, parameter, kind, groups)
     return list(found.values())
 
@@ -238,8 +240,8 @@ def _parameters(path: str, module: nn.Module) -> Iterator[_Found]:
     parameter = module._parameters.get("weight")
     if parameter is None:
         raise ValueError(
-            f"{dot}weight is not a plain parameter (parametrised, or masked by torch.nn.utils.prune); make it one first,"
-            " with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+            f"{dot}weight is not a plain parameter (parametrised, or masked by torch.nn.utils.prune); make it one "
+            "first, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
         )
     if isinstance(module, nn.Conv2d):
         yield f"{dot}weight", parameter, "conv", module.groups
@@ -247,7 +249,7 @@ def _parameters(path: str, module: nn.Module) -> Iterator[_Found]:
         yield f"{dot}weight", parameter, "transposed" if transposed else "linear", 1
 
 
-def _role(name: str, kind: str, modules: Mapping[str, nn.Module]) -> str:
+def _role(name: str, parameter: Tensor, kind: str, modules: Mapping[str, nn.Module]) -> str:
     """The role of a parameter, from the words of its path, the last one first."""
     path, _, own = name.rpartition(".")
     words = path.split(".") if path else []
@@ -255,7 +257,7 @@ def _role(name: str, kind: str, modules: Mapping[str, nn.Module]) -> str:
     if isinstance(owner, nn.MultiheadAttention):
         return "qkv" if own == "in_proj_weight" else own[0]
     other = "conv" if kind == "conv" else "linear"
-    if isinstance(owner, nn.Conv2d) and owner.groups > 1 and owner.weight.shape[1] == 1:
+    if isinstance(owner, nn.Conv2d) and owner.groups > 1 and parameter.shape[1] == 1:
         return other  # depthwise: a local filter, whatever it is part of
     context, at = _context(words, modules)
     last = _last_word(words)
@@ -265,7 +267,7 @@ def _role(name: str, kind: str, modules: Mapping[str, nn.Module]) -> str:
         inside = words[at + 1 :]
         return "attn_out" if last in _ATTENTION_OUT or (len(inside) == 1 and inside[0].isdigit()) else other
     if context == "mlp":
-        return _MLP.get(last) or _mlp_by_shape(".".join(words[: at + 1]), owner, modules)
+        return _MLP.get(last) or _mlp_by_shape(".".join(words[: at + 1]), owner, parameter, modules)
     if context == "neither":
         return other
     if last == "dense" and "output" in words:  # transformers before version 5: layer.0.output.dense
@@ -297,9 +299,9 @@ def _context(words: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[st
     return "", -1
 
 
-def _mlp_by_shape(container: str, owner: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+def _mlp_by_shape(container: str, owner: nn.Module, parameter: Tensor, modules: Mapping[str, nn.Module]) -> str:
     """In or out, for MLP layers with a number or an unknown word for a name: by shape, or by order if square."""
-    rows, columns = owner.weight.shape[:2]  # type: ignore[union-attr,misc]
+    rows, columns = parameter.shape[:2]
     if rows != columns:
         return "mlp_in" if rows > columns else "mlp_out"
     inside = [module for path, module in modules.items()

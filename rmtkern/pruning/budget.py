@@ -3,7 +3,7 @@
 It knows scores and spectra, and neither models nor patterns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Protocol

@@ -6,6 +6,7 @@ It watches the calls that use a weight rather than modules, so that weights used
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..models import PrunableWeight
-from ..progress import progress
+from rmtkern.models import PrunableWeight
+from rmtkern.progress import progress
 
 __all__ = ["Moments", "calibrate"]
 
@@ -99,7 +100,8 @@ def _inputs(batch: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(first, Tensor):
         raise TypeError(
-            f"calibration: expected batches of images as tensors, (images, labels) or mappings, got {type(batch).__name__}"
+            "calibration: expected batches that are tensors of images, (images, labels) or mappings, "
+            f"got {type(batch).__name__}"
         )
     return move(first), len(first)
 
@@ -151,7 +153,7 @@ class _Watch(TorchFunctionMode):
     def _find(self, tensor: Tensor) -> tuple[PrunableWeight, _Rows] | None:
         """The watched weight that a tensor is, or whose rows it is a block of (q, k, v of a fused weight)."""
         for weight in self.by_storage.get(tensor.untyped_storage().data_ptr(), ()):
-            offset = tensor.storage_offset() - weight.parameter.storage_offset()
+            offset = int(tensor.storage_offset()) - int(weight.parameter.storage_offset())
             rows, columns = weight.shape
             if offset == 0 and tensor.shape == weight.parameter.shape:
                 return weight, (0, rows)
@@ -203,17 +205,16 @@ class _Watch(TorchFunctionMode):
             raise ValueError(
                 f"calibration: no image reached {weight.name}; add it to ignore=, or use a method without calibration"
             )
-        if list(sums) == [(0, weight.shape[0])]:
-            moment = next(iter(sums.values())) / next(iter(counts.values()))
-        else:
-            block = min(b - a for a, b in zip(starts, starts[1:], strict=False))
-            covering = [[rows for rows in sums if rows[0] <= at < rows[1]] for at in range(0, weight.shape[0], block)]
-            moment = torch.cat(
-                [sum((sums[r] for r in hit), start=torch.zeros(1, 1).double()) / sum(counts[r] for r in hit)
-                 for hit in covering]  # fmt: skip
-            )
+        block = min(stop - start for start, stop in pairwise(starts))
+        moments = []
+        for at in range(0, weight.shape[0], block):
+            seen = [rows for rows in sums if rows[0] <= at < rows[1]]
+            moments.append(torch.stack([sums[rows] for rows in seen]).sum(0) / sum(counts[rows] for rows in seen))
+        moment = torch.cat(moments)
         if not bool(torch.isfinite(moment).all()):
-            raise ValueError(f"calibration: the inputs of {weight.name} have NaN or Inf; check the images and the model")
+            raise ValueError(
+                f"calibration: the inputs of {weight.name} have NaN or Inf; check the images and the model"
+            )
         return moment
 
 

@@ -10,14 +10,14 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..models import PrunableWeight, layer_type
-from ..progress import progress
-from ..spectrum.denoise import sparsify_haar, sparsify_singular_vectors
-from ..spectrum.fit import SpectralFit
-from .budget import BUDGETS, Layer, cycle_targets, take_smallest
-from .pattern import PATTERNS, parse_pattern
-from .plan import PruneConfig
-from .score import SCORES
+from rmtkern.models import PrunableWeight, layer_type
+from rmtkern.progress import progress
+from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, take_smallest
+from rmtkern.pruning.pattern import PATTERNS, parse_pattern
+from rmtkern.pruning.plan import PruneConfig
+from rmtkern.pruning.score import SCORES
+from rmtkern.spectrum.denoise import legacy_theta, sparsify_haar, sparsify_singular_vectors
+from rmtkern.spectrum.fit import SpectralFit
 
 __all__ = ["Pruned", "make_masks", "matrices"]
 
@@ -58,7 +58,7 @@ def make_masks(
     pattern asks keeps them.
 
     Args:
-        weights: the selected weights.
+        weights: the selected weights; with an n:m pattern K must be divisible by m.
         config: resolved.
         fits: of `matrices(weights)`; may be empty if the config needs none.
         moments: weight name -> [G, K] second moments; may be empty if the score needs none.
@@ -69,16 +69,10 @@ def make_masks(
         One pair for each weight; the masks have round(sparsity * total) true entries in all.
 
     Raises:
-        ValueError: more weights are zero already than the sparsity asks for, or K is not divisible by m.
+        ValueError: more weights are zero already than the sparsity asks for.
     """
     kind, params = parse_pattern(config.pattern)
     values = [weight.as_matrix() for weight in weights]
-    for weight in weights:
-        if params and weight.shape[1] % params["m"]:
-            raise ValueError(
-                f"{weight.name} has {weight.shape[1]} in features, not divisible by {params['m']} as pattern "
-                f"{config.pattern!r} needs; add it to ignore="
-            )
     masks = [value == 0 for value in values]
     total = sum(mask.numel() for mask in masks)
     goal = round(config.sparsity * total)
@@ -89,7 +83,7 @@ def make_masks(
             f"already and stay so; ask for at least {zeros / total:.6g}"
         )
     if config.haar:
-        values = [_keep_zeros(value, mask, _haar(weight, value, fits, weights, config.haar))
+        values = [_keep_zeros(value, mask, _haar(weight, value, fits, config.haar))
                   for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
     cycles = count(1) if config.budget == "cycle" else range(1, 2)
     for cycle in progress(cycles, "prune", show=show_progress):
@@ -159,24 +153,24 @@ def _keep_zeros(before: Tensor, mask: Tensor, after: Tensor) -> Tensor:
     return torch.where(after == 0, before, after).masked_fill(mask, 0)
 
 
-def _by_block(weight: PrunableWeight, value: Tensor, fits: Fits, step: Callable[[Tensor, SpectralFit], Tensor]) -> Tensor:
-    """Apply a step to each block of a weight that has an edge; the others stay as they are."""
+def _by_block(
+    weight: PrunableWeight, value: Tensor, fits: Fits, step: Callable[[Tensor, float, float | None], Tensor]
+) -> Tensor:
+    """Apply step(block, sigma_plus, hill_alpha) to each block of a weight that has an edge; the others stay."""
     out = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
     for label, rows in weight.blocks().items():
         fit = fits.get(label)
         if fit is not None and fit.sigma_plus:
-            out[rows] = step(out[rows], fit)
+            out[rows] = step(out[rows], fit.sigma_plus, fit.hill_alpha)
     return out
 
 
-def _haar(weight: PrunableWeight, value: Tensor, fits: Fits, weights: Sequence[PrunableWeight], z: float) -> Tensor:
+def _haar(weight: PrunableWeight, value: Tensor, fits: Fits, z: float) -> Tensor:
     """The Haar step of method.md 3.2, scaled by the layer's Hill exponent over the mean of all layers."""
-    known = [fit.hill_alpha for fit in fits.values() if fit.hill_alpha is not None]
-    mean = fmean(known) if known else 1.0
+    mean = _mean([fit.hill_alpha for fit in fits.values()])
 
-    def step(block: Tensor, fit: SpectralFit) -> Tensor:
-        scale = 1.0 if fit.hill_alpha is None else fit.hill_alpha / mean
-        return sparsify_haar(block, fit.sigma_plus, z=z, power=3, scale=scale)
+    def step(block: Tensor, edge: float, alpha: float | None) -> Tensor:
+        return sparsify_haar(block, edge, z=z, power=3, scale=alpha / mean if alpha and mean else 1.0)
 
     return _by_block(weight, value, fits, step)
 
@@ -187,16 +181,13 @@ _CYCLE_Z = 0.5
 def _sparsify(weight: PrunableWeight, value: Tensor, fits: Fits, theta: str, cycle: int) -> Tensor:
     """The singular-vector step of an even cycle of method.md 3.6: thresholds grow by 1.02 with each cycle.
 
-    "legacy" takes theta = 1.125e-5 rho_i N K as published; "haar" takes 0.5 * 1.02^i standard deviations of a
-    Haar-distributed unit vector on either side, whatever the shape.
+    "legacy" takes the published theta; "haar" takes 0.5 * 1.02^i standard deviations of a random unit vector's
+    coordinate on either side, whatever the shape.
     """
 
-    def step(block: Tensor, fit: SpectralFit) -> Tensor:
-        rows, columns = block.shape
+    def step(block: Tensor, edge: float, alpha: float | None) -> Tensor:
         if theta == "legacy":
-            thetas: float | tuple[float, float] = 1.125e-5 * 0.06 * 1.02**cycle * rows * columns
-        else:
-            thetas = (_CYCLE_Z * 1.02**cycle * rows**-0.5, _CYCLE_Z * 1.02**cycle * columns**-0.5)
-        return sparsify_singular_vectors(block, fit.sigma_plus, thetas)
+            return sparsify_singular_vectors(block, edge, legacy_theta(cycle, (block.shape[0], block.shape[1])))
+        return sparsify_singular_vectors(block, edge, _CYCLE_Z * 1.02**cycle, haar_units=True)
 
     return _by_block(weight, value, fits, step)

@@ -13,13 +13,13 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor, nn
 
-from ..models import PrunableWeight, prunable_weights
-from ..spectrum.fit import SpectralFit, SpectralFits
-from ..tables import Table
-from .budget import BUDGETS, SPECTRAL
-from .pattern import parse_pattern
-from .presets import AUTO, AUTO_CALIBRATED, AUTO_NM, PRESETS
-from .score import CALIBRATED, SCORES
+from rmtkern.models import PrunableWeight, prunable_weights
+from rmtkern.pruning.budget import BUDGETS, SPECTRAL
+from rmtkern.pruning.pattern import parse_pattern
+from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, PRESETS
+from rmtkern.pruning.score import CALIBRATED, SCORES
+from rmtkern.spectrum.fit import SpectralFit, SpectralFits
+from rmtkern.tables import Table
 
 __all__ = ["Count", "LayerPlan", "PruneConfig", "PrunePlan", "mask_hash"]
 
@@ -91,9 +91,11 @@ class PruneConfig:
             words = getattr(self, name)
             if words is None and name == "targets":
                 continue
-            words = (words,) if isinstance(words, str) else words
-            if not isinstance(words, Iterable) or not all(isinstance(word, str) for word in (words := tuple(words))):
-                raise TypeError(f"{name}: expected strings (roles, groups or globs), got {getattr(self, name)!r}")
+            if not isinstance(words, Iterable):
+                raise TypeError(f"{name}: expected strings (roles, groups or globs), got {type(words).__name__}")
+            words = (words,) if isinstance(words, str) else tuple(words)
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError(f"{name}: expected strings (roles, groups or globs), got {words!r}")
             object.__setattr__(self, name, words)
         if self.targets == ():
             raise ValueError("targets: expected at least one role, group or glob; None selects the default")
@@ -119,9 +121,7 @@ class PruneConfig:
         if method == "auto":
             method = AUTO_CALIBRATED if calibrated else AUTO if self.pattern == "unstructured" else AUTO_NM
         preset = PRESETS[method]
-        resolved = replace(
-            self, method=method, budget=self.budget or preset.budget, score=self.score or preset.score
-        )
+        resolved = replace(self, method=method, budget=self.budget or preset.budget, score=self.score or preset.score)
         if resolved.needs_calibration and not calibrated:
             raise ValueError(
                 f"method {method!r} with score {resolved.score!r} needs images; pass calibration=, or take a method "
@@ -262,7 +262,9 @@ class PrunePlan:
         return json.dumps(
             {
                 "config": asdict(self.config),
-                "layers": [{**asdict(layer), "sparsity": layer.sparsity, "total": layer.total} for layer in self.layers],
+                "layers": [
+                    {**asdict(layer), "sparsity": layer.sparsity, "total": layer.total} for layer in self.layers
+                ],
                 "selected": asdict(self.selected),
                 "prunable": asdict(self.prunable),
                 "parameters": asdict(self.parameters),
