@@ -36,7 +36,7 @@ class _Inference(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, _refuse(grad).sum()
 
 
@@ -62,6 +62,9 @@ class PackedLinear(nn.Module):
         TypeError: `weight` is not a PackedWeight.
         ValueError: a shape does not match, or the activation is unknown.
     """
+
+    bias: Tensor | None
+    others: nn.ModuleList | tuple[()]
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class PackedLinear(nn.Module):
         self.activation = activation
         self.requires_grad = requires_grad
         self.tokens = (tokens, *(others or {}))
-        self.others: nn.ModuleList | tuple[()] = nn.ModuleList(forms[1:]) if others else ()
+        self.others = nn.ModuleList(forms[1:]) if others else ()
         for form in forms:
             load_kernels(form.layout)
         self.eval()
@@ -140,7 +143,7 @@ class PackedLinear(nn.Module):
 
     def unpack(self) -> nn.Linear:
         """The plain nn.Linear: weight bit-exact at the packed dtype (-0.0 becomes 0.0), requires_grad as it was."""
-        dense = self.weight.unpack()
+        dense: Tensor = self.weight.unpack()
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         plain.weight = nn.Parameter(dense, requires_grad=self.requires_grad[0])
         if self.bias is not None:

@@ -76,7 +76,10 @@ def _select(x: Tensor, w: PackedWeight, backend: str | None) -> ModuleType:
     reasons = []
     for name in _candidates(x.device.type, backend):
         kernel = KERNELS[w.layout][name]
-        reason = kernel if isinstance(kernel, str) else kernel.supports(w, x)
+        if isinstance(kernel, str):
+            reasons.append(f"{name}: {kernel}")
+            continue
+        reason = kernel.supports(w, x)
         if reason is None:
             if not torch.compiler.is_compiling() and (w.layout, name) not in _used:
                 _used.add((w.layout, name))

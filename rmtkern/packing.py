@@ -68,8 +68,8 @@ def interleaved_ms(calls: Mapping[str, Callable[[], object]], budget_ms: float) 
             for _ in range(repeats[name]):
                 calls[name]()
             taken_ms = 1e3 * (clock() - start)
-            spent += taken
-            samples[name].append(taken / repeats[name])
+            spent += taken_ms
+            samples[name].append(taken_ms / repeats[name])
         rounds += 1
     return {name: median(times) for name, times in samples.items()}
 
@@ -359,7 +359,7 @@ def _guard(
             if swaps.packed not in (swaps.original, swaps.dense):
                 states["packed"] = swaps.packed
             calls = {name: lambda s=slots, e=example: swaps.run(s, e) for name, slots in states.items()}
-            ms = timer(calls, budget_ms)  # type: ignore[arg-type]
+            ms = timer(calls, budget_ms)
             dense = ms.get("dense", ms["original"])
             equal = ms["original"] if swaps.packed == swaps.original else dense
             found.append(EndToEnd(index, ms["original"], dense, ms.get("packed", equal)))
@@ -451,10 +451,10 @@ def pack_(
     """Swap every nn.Linear for the form that is measured fastest here, for inference.
 
     Each linear's candidates are its dense forms (nn.Linear, oneDNN, oneDNN with a reordered weight) and the sparse
-    layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples give the
-    layer, on `torch.get_num_threads()` threads; a sparse one must beat the strongest dense one by `margin`. Examples
-    that disagree by more than the margin make the layer hold one form for each count (a call then takes the nearest), so
-    that no measured shape is slower. A GELU, ReLU or SiLU module that provably sees nothing but a linear's output is
+    layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples
+    give the layer, on `torch.get_num_threads()` threads; a sparse one must beat the strongest dense one by `margin`.
+    Examples that disagree by more than the margin make the layer hold one form for each count (a call then takes the
+    nearest), so that no measured shape is slower. A GELU, ReLU or SiLU module that provably sees nothing but a linear's output is
     absorbed into its kernel. At the end the whole model is timed against the original and against every linear in its
     strongest dense form; choices that made it slower are put back.
 

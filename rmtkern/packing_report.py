@@ -18,7 +18,8 @@ class LayerReport:
         shape: (N, K).
         tokens: the different token counts T that the examples gave it, ascending; empty if it was not measured.
         sparsity: fraction of zeros of the weight, [0, 1].
-        form: what runs now: a layout's label, "dense/onednn", or "nn.Linear" (untouched); by token count if they differ.
+        form: what runs now: a layout's label, "dense/onednn", or "nn.Linear" (untouched); several, if they differ by
+            token count.
         packed: whether a sparse layout runs for at least one token count.
         activation: the activation that was absorbed into the kernel, or None.
         ms: token count -> candidate -> ms; with the activation, if one follows the layer.
@@ -124,9 +125,10 @@ class PackReport:
         return Table(columns, rows, self._totals())
 
     def _totals(self) -> list[str]:
+        before, after = self.nbytes_before / 2**20, self.nbytes_after / 2**20
         lines = [
             f"{self.packed_layers} of {len(self.layers)} layers packed, {100 * self.packed_share:.1f} % of the linear"
-            f" weights; {self.nbytes_before / 2**20:.1f} -> {self.nbytes_after / 2**20:.1f} MiB; {self.threads} thread(s)"
+            f" weights; {before:.1f} -> {after:.1f} MiB; {self.threads} thread(s)"
         ]
         for times in self.end_to_end:
             lines.append(

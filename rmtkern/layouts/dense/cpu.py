@@ -1,11 +1,10 @@
-"""dense on the CPU: PyTorch's `F.linear` or oneDNN's linear with its fused activation. It decides nothing about speed."""
+"""dense on the CPU: PyTorch's `F.linear` or oneDNN's linear with its activation. It decides nothing about speed."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmtkern.layouts.base import PackedWeight
-from rmtkern.layouts.dense.weight import NO_ONEDNN
+from rmtkern.layouts.dense.weight import NO_ONEDNN, DenseWeight
 
 __all__ = ["linear", "supports"]
 
@@ -18,11 +17,11 @@ _ONEDNN = {  # activation -> (attr, algorithm) of mkldnn._linear_pointwise
 }
 
 
-def supports(w: PackedWeight, x: Tensor) -> str | None:
+def supports(w: DenseWeight, x: Tensor) -> str | None:
     """Why PyTorch's dense linears cannot compute x [T, K] times this weight, or None if they can."""
     if x.dtype != torch.float32:
         return f"x is {x.dtype}; cast to float32"
-    weight = w.dense if w.reordered is None else w.reordered
+    weight = w.stored
     if weight.dtype != x.dtype:
         return f"the weight is {weight.dtype}; cast the model back to float32 with .float()"
     if x.device.type != "cpu" or weight.device.type != "cpu":
@@ -30,7 +29,7 @@ def supports(w: PackedWeight, x: Tensor) -> str | None:
     return NO_ONEDNN if w.params["form"] else None
 
 
-def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+def linear(x: Tensor, w: DenseWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
     """Apply a dense weight: y = activation(x Wᵀ + bias) + residual, with the library call that `w.label` names.
 
     Args:
@@ -45,10 +44,9 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, activation: str | No
     """
     if w.params["form"]:
         attr, algorithm = _ONEDNN[activation]
-        weight = w.dense if w.reordered is None else w.reordered
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
+        y = torch.ops.mkldnn._linear_pointwise(x, w.stored, bias, attr, [], algorithm)
     else:
-        y = F.linear(x, w.dense, bias)
+        y = F.linear(x, w.stored, bias)
         if activation in ("gelu", "gelu_tanh"):
             y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
         elif activation is not None:

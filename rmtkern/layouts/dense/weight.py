@@ -40,10 +40,12 @@ class DenseWeight(PackedWeight):
 
     layout = "dense"
     parts = ("dense",)
+    dense: Tensor | None
+    reordered: Tensor | None
 
     def __init__(self, shape: tuple[int, int], params: Mapping[str, int], parts: tuple[Tensor, ...]) -> None:
         super().__init__(shape, params, parts)
-        self.reordered: Tensor | None = None
+        self.reordered = None
         self._reorder()
 
     @classmethod
@@ -77,7 +79,12 @@ class DenseWeight(PackedWeight):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The plain weight; converted back on each call in the prepacked form."""
-        return (self.dense if self.reordered is None else self.reordered.to_dense(),)
+        return (self.stored if self.reordered is None else self.stored.to_dense(),)
+
+    @property
+    def stored(self) -> Tensor:
+        """[N, K] as it lies in memory: plain, or oneDNN's opaque tensor in the prepacked form."""
+        return self.dense if self.reordered is None else self.reordered  # type: ignore[return-value]
 
     @property
     def label(self) -> str:
@@ -87,8 +94,7 @@ class DenseWeight(PackedWeight):
     @property
     def nbytes(self) -> int:
         """Bytes of the weight, the same in every form."""
-        plain = self.dense if self.reordered is None else self.reordered
-        return self.shape[0] * self.shape[1] * plain.element_size()
+        return self.shape[0] * self.shape[1] * self.stored.element_size()
 
     # oneDNN's blocked tensor is opaque: it can be neither cast, copied nor saved, so all of these go through the
     # plain one.
@@ -99,9 +105,10 @@ class DenseWeight(PackedWeight):
             self.reordered = None
 
     def _reorder(self) -> None:
-        on_cpu = self.dense.device.type == "cpu" and self.dense.dtype in self.dtypes
-        if self.params["form"] == _PREPACKED and NO_ONEDNN is None and on_cpu:
-            self.reordered = torch.ops.mkldnn._reorder_linear_weight(self.dense, self.params["tokens"])
+        plain = self.stored
+        fits = NO_ONEDNN is None and plain.device.type == "cpu" and plain.dtype in self.dtypes
+        if self.params["form"] == _PREPACKED and fits:
+            self.reordered = torch.ops.mkldnn._reorder_linear_weight(plain, self.params["tokens"])
             self.dense = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
