@@ -17,13 +17,12 @@ inline __attribute__((always_inline)) void step(uint64_t& mask, const float*& va
 }
 
 // Adds one row's weights in one column block to C: bit k of mask is set where column k has the next of `values`.
-// A narrow panel takes several columns at a time, each with its own sums, because an FMA takes four cycles.
+// The sums start from zero and meet C at the end, which rounds less than one chain over all columns. A narrow panel
+// takes several columns at a time, each with its own sums, because an FMA takes four cycles.
 template <int V>
 inline __attribute__((always_inline)) const float* walk(uint64_t mask, const float* values, const float* P, float* C) {
     constexpr int chains = V == 1 ? 4 : V <= 3 ? 2 : 1;
     F acc[chains * V] = {};
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[v] = load(C + v * W);
     if constexpr (chains > 1) {
         for (int left = __builtin_popcountll(mask) / chains; left; --left) {
 #pragma GCC unroll 4
@@ -36,7 +35,7 @@ inline __attribute__((always_inline)) const float* walk(uint64_t mask, const flo
     }
     while (mask) step<V>(mask, values, P, acc);
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store(C + v * W, acc[v]);
+    for (int v = 0; v < V; ++v) store(C + v * W, load(C + v * W) + acc[v]);
     return values;
 }
 
