@@ -32,10 +32,12 @@ inline bool bitmask_consistent(const Bitmask& s, int64_t nnz, int64_t K) {
             for (int64_t i = 0; i < height; ++i) {
                 at += __builtin_popcountll(mask[i]);
                 bad |= row[i] >= height;
+                bad |= i > 0 && !mask[i - 1] && mask[i];  // group() stops at the first empty segment
                 if (kb == s.col_blocks - 1) bad |= mask[i] & outside;
             }
         }
     }
+    bad |= s.starts[row_blocks * s.col_blocks] != at;
     return !bad && at == nnz;
 }
 

@@ -6,21 +6,36 @@
 constexpr int64_t block_rows = 128;          // rows of a row block (part of the bitmask format)
 constexpr int64_t c_bytes = 384 * 1024;      // C of one pass over the columns: leaves room in a 1-MiB L2
 
-// Adds one row's weights in one column block: bit k of mask is set where column k has the next of `values`.
+// Adds weight *w times its column of the panel, the lowest of `mask`, and moves on to the next weight and column.
+template <int V>
+inline __attribute__((always_inline)) void step(uint64_t& mask, const float*& values, const float* P, F* acc) {
+    const float* p = P + uint64_t(__builtin_ctzll(mask)) * (V * W);
+    mask &= mask - 1;
+    const F w = broadcast(*values++);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[v] = acc[v] + w * load(p + v * W);
+}
+
+// Adds one row's weights in one column block to C: bit k of mask is set where column k has the next of `values`.
+// The sums start from zero and meet C at the end, which rounds less than one chain over all columns. A narrow panel
+// takes several columns at a time, each with its own sums, because an FMA takes four cycles.
 template <int V>
 inline __attribute__((always_inline)) const float* walk(uint64_t mask, const float* values, const float* P, float* C) {
-    F acc[V];
+    constexpr int chains = V == 1 ? 4 : V <= 3 ? 2 : 1;
+    F acc[chains * V] = {};
+    if constexpr (chains > 1) {
+        for (int left = __builtin_popcountll(mask) / chains; left; --left) {
+#pragma GCC unroll 4
+            for (int u = 0; u < chains; ++u) step<V>(mask, values, P, acc + u * V);
+        }
+#pragma GCC unroll 4
+        for (int u = 1; u < chains; ++u)
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[v] = load(C + v * W);
-    while (mask) {
-        const float* p = P + __builtin_ctzll(mask) * (V * W);
-        mask &= mask - 1;
-        const F w = broadcast(*values++);
-#pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) acc[v] = acc[v] + w * load(p + v * W);
+            for (int v = 0; v < V; ++v) acc[v] = acc[v] + acc[u * V + v];
     }
+    while (mask) step<V>(mask, values, P, acc);
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store(C + v * W, acc[v]);
+    for (int v = 0; v < V; ++v) store(C + v * W, load(C + v * W) + acc[v]);
     return values;
 }
 
@@ -92,10 +107,9 @@ void panels_thread(const void* arg, int i, int n) {
     const int64_t p0 = job.panels * pi / job.panel_threads, p1 = job.panels * (pi + 1) / job.panel_threads;
     const int64_t widest = (job.vectors + job.panels - 1) / job.panels * W;
     const int64_t p_floats = job.col_blocks * 64 * widest;
-    int64_t c_rows = c_bytes / (widest * 4);
-    if (c_rows < block_rows) c_rows = block_rows;
-    if (c_rows > (rb1 - rb0) * block_rows) c_rows = (rb1 - rb0) * block_rows;
-    float* P = scratch(size_t(p_floats + c_rows * widest));
+    int64_t c_floats = c_bytes / 4 > block_rows * widest ? c_bytes / 4 : block_rows * widest;
+    if (c_floats > (rb1 - rb0) * block_rows * widest) c_floats = (rb1 - rb0) * block_rows * widest;
+    float* P = scratch(size_t(p_floats + c_floats));
     for (int64_t p = p0; p < p1; ++p) {
         const int64_t v0 = job.vectors * p / job.panels, v1 = job.vectors * (p + 1) / job.panels;
         pack_panel(job.a, v0 * W, int(v1 - v0), P);
