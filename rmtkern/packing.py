@@ -454,9 +454,9 @@ def pack_(
     layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples
     give the layer, on `torch.get_num_threads()` threads; a sparse one must beat the strongest dense one by `margin`.
     Examples that disagree by more than the margin make the layer hold one form for each count (a call then takes the
-    nearest), so that no measured shape is slower. A GELU, ReLU or SiLU module that provably sees nothing but a linear's output is
-    absorbed into its kernel. At the end the whole model is timed against the original and against every linear in its
-    strongest dense form; choices that made it slower are put back.
+    nearest), so that no measured shape is slower. A GELU, ReLU or SiLU module that provably sees nothing but a linear's
+    output is absorbed into its kernel. At the end the whole model is timed against the original and against every linear
+    in its strongest dense form; choices that made it slower are put back.
 
     Args:
         model: in eval mode, on the CPU, float32 linears; changed in place, but not at all if anything fails.
