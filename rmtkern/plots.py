@@ -21,15 +21,14 @@ __all__ = ["demo_figure", "draw_accuracy", "draw_spectrum"]
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 
 
-def _pyplot() -> Any:
+def _figure_class() -> Any:
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'rmtkern[report]'") from None
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    return pyplot
+    return Figure
 
 
 def draw_spectrum(axes: "Axes", singular_values: np.ndarray, fit: SpectralFit, name: str) -> None:
@@ -100,7 +99,8 @@ def demo_figure(
     images: int,
 ) -> "Figure":
     """The demo's picture: `draw_spectrum` beside `draw_accuracy`; arguments as theirs."""
-    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = _figure_class()(figsize=(11, 4.2), layout="constrained")  # without pyplot: no window, no global state
+    left, right = figure.subplots(1, 2)
     draw_spectrum(left, singular_values, fit, name)
     draw_accuracy(right, curves, images)
     return figure
