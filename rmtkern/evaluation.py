@@ -127,7 +127,8 @@ def folder_batches(
     missing = [name for name in names if not (root / name).is_dir()]
     if missing or not names:
         raise ValueError(
-            f"{root}: expected one sub-folder per class, {'missing ' + ', '.join(missing) or 'found none'}"
+            f"{root}: expected one sub-folder of images per class, "
+            f"{'missing ' + ', '.join(missing) if missing else 'found none'}"
         )
     files = [
         (path, label)

@@ -167,7 +167,7 @@ def run_demo(output: Path, say: Callable[[str], None], *, effort: Effort = FULL,
         )
         packed = copy.deepcopy(pruned)
         report = pack_(packed, examples, budget_ms=effort.pack_ms, show_progress=False)
-        say(str(report))
+        say(_pack_table(report))
         score = evaluate(packed, (x, y), batch_size=EVALUATION_BATCH)
         say(f"Pruned to {sparsity:.0%} and packed: {score}")
         latency = _latency(pruned, strongest, packed, x, effort)
@@ -195,6 +195,12 @@ def run_demo(output: Path, say: Callable[[str], None], *, effort: Effort = FULL,
     return record
 
 
+def _pack_table(report: PackReport) -> str:
+    """The report's table without its last column, the reasons, which are too long for a terminal (the JSON has them)."""
+    table = report.table()
+    return Table(table.columns[:-1], [row[:-1] for row in table.rows], table.notes).to_text()
+
+
 def _summary(dense: Evaluation, results: dict[float, _Result]) -> str:
     columns = ("sparsity", "top-1 %", "change pp", "packed", "batch", "nn.Linear ms", "strongest dense ms", "packed ms",
                "x nn.Linear", "x strongest")  # fmt: skip
@@ -216,9 +222,9 @@ def _summary(dense: Evaluation, results: dict[float, _Result]) -> str:
                 ]
             )
     notes = (
-        "nn.Linear: the pruned model as PyTorch runs it. Strongest dense: each linear in its fastest dense float32 form",
-        "(nn.Linear, oneDNN, or oneDNN with a reordered weight), the one to beat. packed: share of the linear weights that",
-        f"a sparse kernel runs. Medians of interleaved runs, {torch.get_num_threads()} thread(s), float32 throughout.",
+        "nn.Linear: the pruned model as PyTorch runs it. Strongest dense, the one to beat: each linear in its fastest",
+        "dense float32 form (nn.Linear, oneDNN, or oneDNN with a reordered weight). packed: share of the linear weights",
+        f"that a sparse kernel runs. Medians of interleaved runs, float32, {torch.get_num_threads()} thread(s).",
     )
     return Table(columns, rows, notes).to_text()
 
