@@ -1,6 +1,6 @@
 """Fitting the spectra of all 50 matrices of ViT-B/16: this library against the published way and weightwatcher.
 
-    python -m benchmarks.spectra [--rounds 3] [--weightwatcher-rounds 1] [--out benchmarks/results]
+    python -m benchmarks.spectra [--rounds 3] [--weightwatcher-rounds 1]
 
 CPU seconds of one thread, interleaved, medians. Unset OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE if set: they slow NumPy.
 The SVD baseline is timed on one matrix of each shape and multiplied by their count (the `timed` column says so).
@@ -8,19 +8,14 @@ The SVD baseline is timed on one matrix of each shape and multiplied by their co
 
 import argparse
 import csv
-import datetime
 import importlib.metadata
 import importlib.util
 import itertools
 import os
-import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"  # read when NumPy and torch load, hence before them
@@ -28,10 +23,10 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.environment import environment, results_file  # noqa: E402
 from rmtkern.spectrum import decompose  # noqa: E402
 from rmtkern.spectrum.fit import fit_singular_values, fit_spectra  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {  # timm vit_base_patch16_224: shape -> how many of them
     "attn.qkv": ((2304, 768), 12),
     "attn.proj": ((768, 768), 12),
@@ -105,34 +100,16 @@ def watcher(matrices: dict[str, np.ndarray]) -> Callable[[], object] | None:
     return call
 
 
-def cpu_name() -> str:
-    """Model name, family and model number of the processor."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = {key: re.search(rf"^{key}\s*: (.*)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")}
-    name, family, model = (match.group(1).strip() if match else "?" for match in found.values())
-    return f"{name} (family {family} model {model})"
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers depend on."""
-    packages = {}
-    for package in ("numpy", "scipy", "torch", "weightwatcher"):
+def versions() -> dict[str, str]:
+    """Columns beside `environment()`: what else the numbers depend on."""
+    found = {}
+    for package in ("scipy", "weightwatcher"):
         try:
-            packages[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            packages[package] = ""
+            found[package] = ""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **packages,
-        "numpy_blas": f"{blas['name']} {blas['version']}",
-        "date": datetime.date.today().isoformat(),
-    }
+    return {**found, "numpy_blas": f"{blas['name']} {blas['version']}"}
 
 
 def main() -> int:
@@ -140,7 +117,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--weightwatcher-rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     matrices = weights()
@@ -178,12 +154,12 @@ def main() -> int:
         row |= {"baseline_ms": round(base * 1e3), "eigensolver": solver, "fit_spectra_ms": round(own * 1e3)}
         row |= {"fit_spectra_runs": len(own_times), "fit_spectra_min_ms": round(min(own_times) * 1e3)}
         row |= {"ratio": round(base / own, 1), "target": target, "max_edge_error": f"{error:.1e}"}
-        rows.append({**row, **environment()})
+        rows.append({**row, **environment(), **versions()})
         print(f"{baseline} {base:.2f} s, fit_spectra ({solver}) {own:.2f} s: {base / own:.1f}x, target {target:g}x")
     print(f"edges within {error:.1e} of float64")
-    slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["cpu"].lower()).strip("-")
-    args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / f"spectra-{slug}.csv").open("w", newline="") as file:
+    out = results_file("spectra")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -89,14 +89,17 @@ def singular_values(batch: Array | Sequence[Array]) -> np.ndarray:
 
     Source: docs/math.md (8).
     """
-    if not (isinstance(batch, list | tuple) and all(hasattr(matrix, "ndim") for matrix in batch)):
-        namespace(batch)
-        _check(batch, 3)
-        batch = [batch[index, ...] for index in range(batch.shape[0])]
-    shapes = {tuple(matrix.shape) for matrix in batch}
+    if isinstance(batch, list | tuple) and all(hasattr(matrix, "ndim") for matrix in batch):
+        parts: list[Array] = list(batch)
+    else:
+        stacked: Array = batch
+        namespace(stacked)
+        _check(stacked, 3)
+        parts = [stacked[index, ...] for index in range(stacked.shape[0])]
+    shapes = {tuple(matrix.shape) for matrix in parts}
     if len(shapes) != 1:
         raise ValueError(f"expected one or more matrices of one shape, got shapes {sorted(shapes)}")
-    matrices = [as_computable(matrix) for matrix in batch]
+    matrices = [as_computable(matrix) for matrix in parts]
     for matrix in matrices:
         _check(matrix, 2)
     xp = namespace(matrices[0])

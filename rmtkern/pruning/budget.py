@@ -1,0 +1,204 @@
+"""How much goes from each layer: a budget makes the scores of all layers comparable, and the smallest of all go.
+
+It knows scores and spectra, and neither models nor patterns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["BUDGETS", "SPECTRAL", "Layer", "cycle_targets", "edge_weights", "take_smallest"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer as a budget sees it.
+
+    Args:
+        type: "attn", "mlp" or "other".
+        score: [N, K] float32; >= 0 where an entry may go, -1 where it is zero already, inf where the pattern forbids.
+        open: bool [N, K]; entries that may go and have not gone.
+        zeros: entries that are zero already.
+        edge: sigma_plus, or None where no law could be fitted (excluded from statistics, neutral itself).
+        alpha: Hill exponent, or None.
+        randomness: (1 - mu) gamma in [0, 1]; 1 where no law could be fitted.
+    """
+
+    type: str
+    score: Tensor
+    open: Tensor
+    zeros: int
+    edge: float | None = None
+    alpha: float | None = None
+    randomness: float = 1.0
+
+
+class Budget(Protocol):
+    """Keys [N, K], float32 or float64, >= 0 on open entries; the smallest keys of all layers go first."""
+
+    def __call__(
+        self, layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
+    ) -> list[Tensor]: ...
+
+
+def global_(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+    """One threshold for all layers: the score itself."""
+    return [layer.score for layer in layers]
+
+
+def uniform(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+    """The same sparsity in every layer, to one weight: the rank in the layer, as a fraction."""
+    return [((_ranks(layer.score.flatten()) + 0.5) / layer.score.numel()).reshape(layer.score.shape)
+            for layer in layers]  # fmt: skip
+
+
+def row(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+    """The same sparsity in every output row, to one weight: the rank in the row, as a fraction.
+
+    Source: Sun et al. (Wanda), "comparison group: per output".
+    """
+    return [(_ranks(layer.score) + 0.5) / layer.score.shape[1] for layer in layers]
+
+
+def edge(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+    """Spectral Edge Budgeting in its four regimes: the score over a weight from each layer's spectral edge.
+
+    Source: method.md 4.1 and 4.2.
+    """
+    weights = edge_weights(layers, sparsity, alpha_regime=alpha_regime)
+    return [layer.score / weight for layer, weight in zip(layers, weights, strict=True)]
+
+
+def cycle(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+    """The targets of one cycle of the original algorithm: the rank among what is left, over the layer's target.
+
+    Source: method.md 3.6, step 4.
+    """
+    return [((_ranks(layer.score.flatten()) - layer.zeros + 0.5) / target).reshape(layer.score.shape)
+            for layer, target in zip(layers, cycle_targets(layers, cycle), strict=True)]  # fmt: skip
+
+
+BUDGETS: dict[str, Budget] = {"global": global_, "uniform": uniform, "row": row, "edge": edge, "cycle": cycle}
+"""Name -> budget."""
+
+SPECTRAL: tuple[str, ...] = ("edge", "cycle")
+"""The budgets that need the layers' spectral fits."""
+
+# Upper end of the regime, signal, beta for attn, mlp and other, and the sparsity s_d at which the weights reach 1.
+_REGIMES: tuple[tuple[float, str, dict[str, float], float], ...] = (
+    (0.20, "alpha", {"attn": 0.50, "mlp": 0.50, "other": 0.50}, 0.30),
+    (0.40, "edge", {"attn": 1.00, "mlp": 1.00, "other": 1.00}, 0.50),
+    (0.55, "edge", {"attn": 1.25, "mlp": 1.25, "other": 1.25}, 0.70),
+    (1.00, "edge", {"attn": 1.00, "mlp": 2.00, "other": 1.50}, 0.85),
+)
+_WEIGHT_FLOOR = 0.1
+
+
+def edge_weights(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False) -> list[float]:
+    """w_l = max(0.1, 1 + beta_type [1 - s / s_d]_+ z_l), with z the standardised signal of the layer.
+
+    Args:
+        layers: all layers that share the budget.
+        sparsity: target s in [0, 1); chooses the regime.
+        alpha_regime: at s <= 0.20 use the Hill exponents as published; by default plain magnitude (all 1), which
+            lost less accuracy there.
+
+    Returns:
+        One weight per layer, >= 0.1; 1 for a layer without a signal, and for all when the signals do not vary.
+
+    Source: method.md 4.1, 4.2; ambiguities 7 to 9 of its section 10 (population deviation, missing signals left out).
+    """
+    _, signal, beta, vanish = next(regime for regime in _REGIMES if sparsity <= regime[0])
+    strength = max(0.0, 1.0 - sparsity / vanish)
+    values = [getattr(layer, signal) for layer in layers]
+    known = [value for value in values if value is not None]
+    deviation = pstdev(known) if len(known) > 1 else 0.0
+    if (signal == "alpha" and not alpha_regime) or strength == 0.0 or deviation <= 1e-12 * abs(fmean(known)):
+        return [1.0] * len(layers)
+    mean = fmean(known)
+    return [
+        1.0 if value is None else max(_WEIGHT_FLOOR, 1.0 + beta[layer.type] * strength * (value - mean) / deviation)
+        for layer, value in zip(layers, values, strict=True)
+    ]
+
+
+def cycle_targets(layers: Sequence[Layer], cycle: int) -> list[float]:
+    """How many entries each layer loses in one cycle: ((1 - mu) gamma)^(1.5 / i) rho_i nnz, rho_i = 0.06 * 1.02^i.
+
+    If no layer has any randomness, all count as fully random, so that a cycle always removes something.
+
+    Args:
+        layers: with `zeros` as they were before the cycle.
+        cycle: i >= 1.
+
+    Returns:
+        One number per layer, >= 0, at most the entries left.
+
+    Source: method.md 3.6 (the exponent makes early cycles discriminate); biases are not counted.
+    """
+    rate = min(1.0, 0.06 * 1.02**cycle)
+    factors = [layer.randomness ** (1.5 / cycle) for layer in layers]
+    if not any(factors):
+        factors = [1.0] * len(layers)
+    return [factor * rate * (layer.score.numel() - layer.zeros) for factor, layer in zip(factors, layers, strict=True)]
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """Rank of each entry along the last axis, from 0, equal scores in order of index; float64."""
+    order = score.argsort(dim=-1, stable=True)
+    places = torch.arange(score.shape[-1], dtype=torch.float64, device=score.device).expand(score.shape)
+    return torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(-1, order, places)
+
+
+def take_smallest(keys: Sequence[Tensor], open_: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The `count` open entries with the smallest keys over all layers; ties by layer, then by flat index.
+
+    A radix search on the bit patterns (those of non-negative floats are ordered like the numbers), so nothing is
+    sorted and the layers are never copied into one array.
+
+    Args:
+        keys: one [N, K] per layer, float32 or float64, all of one dtype, >= 0 on open entries.
+        open_: one bool [N, K] per layer.
+        count: 0 to the number of open entries.
+
+    Returns:
+        One bool [N, K] per layer; exactly `count` true in all.
+
+    Raises:
+        ValueError: fewer than `count` entries are open.
+    """
+    available = sum(int(mask.sum()) for mask in open_)
+    if not 0 <= count <= available:
+        raise ValueError(f"count: expected 0 to {available} (the entries that may go), got {count}")
+    if count == 0 or count == available:
+        return [mask.clone() if count else torch.zeros_like(mask) for mask in open_]
+    digits = 16
+    width = 64 if keys[0].dtype == torch.float64 else 32
+    kind = torch.int64 if width == 64 else torch.int32
+    bits = [(key + 0.0).contiguous().view(kind)[mask] for key, mask in zip(keys, open_, strict=True)]
+    prefix, below = 0, 0
+    for shift in range(width - digits, -1, -digits):  # the bits of the threshold, 16 at a time
+        counts = torch.zeros(1 << digits, dtype=torch.int64)
+        for part in bits:
+            digit = (part >> shift) & ((1 << digits) - 1)
+            if shift < width - digits:
+                digit = digit[(part >> (shift + digits)) == prefix]
+            counts += torch.bincount(digit.long(), minlength=1 << digits).cpu()
+        total = counts.cumsum(0) + below
+        found = int(torch.searchsorted(total, count))
+        below = int(total[found] - counts[found])
+        prefix = (prefix << digits) | found
+    taken, ties = [], count - below
+    for part, mask in zip(bits, open_, strict=True):
+        chosen = part < prefix
+        equal = (part == prefix).nonzero().flatten()[:ties]
+        chosen[equal] = True
+        ties -= len(equal)
+        whole = torch.zeros_like(mask)
+        whole[mask] = chosen
+        taken.append(whole)
+    return taken

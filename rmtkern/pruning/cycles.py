@@ -1,0 +1,193 @@
+"""Where budget, score and pattern meet: from matrices and a resolved config to zero patterns, in one go or in cycles.
+
+It changes no model: what comes back are masks and, where a singular-vector step ran, new matrices.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from rmtkern.models import PrunableWeight, layer_type
+from rmtkern.progress import progress
+from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, take_smallest
+from rmtkern.pruning.pattern import PATTERNS, parse_pattern
+from rmtkern.pruning.plan import PruneConfig
+from rmtkern.pruning.score import SCORES
+from rmtkern.spectrum.denoise import legacy_theta, sparsify_haar, sparsify_singular_vectors
+from rmtkern.spectrum.fit import SpectralFit
+
+__all__ = ["Pruned", "make_masks", "matrices"]
+
+Fits = Mapping[str, SpectralFit]
+Pruned = tuple[Tensor, Tensor]
+"""(mask [N, K] bool, true where the weight is zero; matrix [N, K] in the weight's dtype, zero there)."""
+
+
+def matrices(weights: Sequence[PrunableWeight], values: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """The matrices to fit: one for each block of each weight, without depthwise convolutions.
+
+    Args:
+        weights: any.
+        values: [N, K] for each weight, instead of its own values.
+    """
+    if values is None:
+        values = [weight.as_matrix() for weight in weights]
+    return {
+        label: value[rows]
+        for weight, value in zip(weights, values, strict=True)
+        if not weight.depthwise
+        for label, rows in weight.blocks().items()
+    }
+
+
+def make_masks(
+    weights: Sequence[PrunableWeight],
+    config: PruneConfig,
+    fits: Fits,
+    moments: Mapping[str, Tensor],
+    fit: Callable[[Mapping[str, Tensor]], Fits],
+    *,
+    show_progress: bool | None = None,
+) -> list[Pruned]:
+    """Decide which entries go, to the single weight.
+
+    Entries that are zero already stay zero and count; with an n:m pattern a group that has more zeros than the
+    pattern asks keeps them.
+
+    Args:
+        weights: the selected weights; with an n:m pattern K must be divisible by m.
+        config: resolved.
+        fits: of `matrices(weights)`; may be empty if the config needs none.
+        moments: weight name -> [G, K] second moments; may be empty if the score needs none.
+        fit: fits matrices again, for the later cycles of budget "cycle".
+        show_progress: progress bar; None: only on a terminal.
+
+    Returns:
+        One pair for each weight; the masks have round(sparsity * total) true entries in all.
+
+    Raises:
+        ValueError: more weights are zero already than the sparsity asks for.
+    """
+    kind, params = parse_pattern(config.pattern)
+    values = [weight.as_matrix() for weight in weights]
+    masks = [value == 0 for value in values]
+    total = sum(mask.numel() for mask in masks)
+    goal = round(config.sparsity * total)
+    zeros = sum(int(mask.sum()) for mask in masks)
+    if zeros > goal and not params:
+        raise ValueError(
+            f"sparsity {config.sparsity:g} asks for {goal} zeros, but {zeros} of {total} selected weights are zero "
+            f"already and stay so; ask for at least {zeros / total:.6g}"
+        )
+    if config.haar:
+        values = [_keep_zeros(value, mask, _haar(weight, value, fits, config.haar))
+                  for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
+    cycles = count(1) if config.budget == "cycle" else range(1, 2)
+    for cycle in progress(cycles, "prune", show=show_progress):
+        if cycle > 1:
+            fits = fit(matrices(weights, values))
+        if config.budget == "cycle" and cycle % 2 == 0:
+            values = [_keep_zeros(value, mask, _sparsify(weight, value, fits, config.theta, cycle))
+                      for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
+        layers = _layers(weights, values, masks, fits, moments, config, kind, params)
+        left = sum(int(layer.open.sum()) for layer in layers) if params else goal - sum(layer.zeros for layer in layers)
+        take = left
+        if config.budget == "cycle":  # the last cycle is trimmed, so that the count is exact
+            take = min(left, max(1, round(sum(cycle_targets(layers, cycle)))))
+        keys = BUDGETS[config.budget or ""](layers, config.sparsity, alpha_regime=config.alpha_regime, cycle=cycle)
+        taken = take_smallest(keys, [layer.open for layer in layers], take)
+        masks = [mask | more for mask, more in zip(masks, taken, strict=True)]
+        values = [value.masked_fill(mask, 0) for value, mask in zip(values, masks, strict=True)]
+        if take == left:
+            break
+    return list(zip(masks, values, strict=True))
+
+
+def _layers(
+    weights: Sequence[PrunableWeight],
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    fits: Fits,
+    moments: Mapping[str, Tensor],
+    config: PruneConfig,
+    kind: str,
+    params: dict[str, int],
+) -> list[Layer]:
+    layers = []
+    for index, (weight, value, mask) in enumerate(zip(weights, values, masks, strict=True)):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+        score = SCORES[config.score or ""](value, moments.get(weight.name), generator).masked_fill(mask, -1.0)
+        allowed = PATTERNS[kind](score, params)
+        found = [fits[label] for label in weight.blocks() if label in fits]
+        layers.append(
+            Layer(
+                layer_type(weight.role),
+                score.masked_fill(~(allowed | mask), torch.inf),
+                allowed & ~mask,
+                int(mask.sum()),
+                edge=_mean([one.sigma_plus for one in found]),
+                alpha=_mean([one.hill_alpha for one in found]),
+                randomness=_randomness(found),
+            )
+        )
+    return layers
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _randomness(found: Sequence[SpectralFit]) -> float:
+    """(1 - mu) gamma, averaged over the blocks of a weight; 1, the neutral signal, without a fit."""
+    mean = _mean([None if one.mu is None or one.gamma is None else (1 - one.mu) * one.gamma for one in found])
+    return 1.0 if mean is None else max(0.0, mean)
+
+
+def _keep_zeros(before: Tensor, mask: Tensor, after: Tensor) -> Tensor:
+    """`after` in the dtype of `before`: zero where `mask` is and nowhere else, so that counts stay exact."""
+    after = after.to(before.dtype)
+    return torch.where(after == 0, before, after).masked_fill(mask, 0)
+
+
+def _by_block(
+    weight: PrunableWeight, value: Tensor, fits: Fits, step: Callable[[Tensor, float, float | None], Tensor]
+) -> Tensor:
+    """Apply step(block, sigma_plus, hill_alpha) to each block of a weight that has an edge; the others stay."""
+    out = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+    for label, rows in weight.blocks().items():
+        fit = fits.get(label)
+        if fit is not None and fit.sigma_plus:
+            out[rows] = step(out[rows], fit.sigma_plus, fit.hill_alpha)
+    return out
+
+
+def _haar(weight: PrunableWeight, value: Tensor, fits: Fits, z: float) -> Tensor:
+    """The Haar step of method.md 3.2, scaled by the layer's Hill exponent over the mean of all layers."""
+    mean = _mean([fit.hill_alpha for fit in fits.values()])
+
+    def step(block: Tensor, edge: float, alpha: float | None) -> Tensor:
+        return sparsify_haar(block, edge, z=z, power=3, scale=alpha / mean if alpha and mean else 1.0)
+
+    return _by_block(weight, value, fits, step)
+
+
+_CYCLE_Z = 0.5
+
+
+def _sparsify(weight: PrunableWeight, value: Tensor, fits: Fits, theta: str, cycle: int) -> Tensor:
+    """The singular-vector step of an even cycle of method.md 3.6: thresholds grow by 1.02 with each cycle.
+
+    "legacy" takes the published theta; "haar" takes 0.5 * 1.02^i standard deviations of a random unit vector's
+    coordinate on either side, whatever the shape.
+    """
+
+    def step(block: Tensor, edge: float, alpha: float | None) -> Tensor:
+        if theta == "legacy":
+            return sparsify_singular_vectors(block, edge, legacy_theta(cycle, (block.shape[0], block.shape[1])))
+        return sparsify_singular_vectors(block, edge, _CYCLE_Z * 1.02**cycle, haar_units=True)
+
+    return _by_block(weight, value, fits, step)

@@ -1,0 +1,300 @@
+"""What was asked and what was decided: PruneConfig, LayerPlan, PrunePlan. Pure data, JSON, and a table.
+
+It knows the names of budgets, scores and patterns, and computes none of them.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+import numpy as np
+from torch import Tensor, nn
+
+from rmtkern.models import PrunableWeight, prunable_weights
+from rmtkern.pruning.budget import BUDGETS, SPECTRAL
+from rmtkern.pruning.pattern import parse_pattern
+from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, PRESETS
+from rmtkern.pruning.score import CALIBRATED, SCORES
+from rmtkern.spectrum.fit import SpectralFit, SpectralFits
+from rmtkern.tables import Table
+
+__all__ = ["Count", "LayerPlan", "PruneConfig", "PrunePlan", "mask_hash"]
+
+THETAS = ("haar", "legacy")
+
+
+def _one_of(name: str, value: Any, valid: Iterable[str]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {type(value).__name__}")
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(valid)}")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What to prune, how much and how; every field has a default and is checked.
+
+    Args:
+        sparsity: fraction of the selected weights that is zero afterwards, over all layers together; [0, 1).
+        method: a preset (a key of PRESETS), or "auto": the best preset for what is at hand.
+        budget: key of BUDGETS, how the sparsity is shared over layers; None: the method's.
+        score: key of SCORES, which entries matter; None: the method's.
+        pattern: "unstructured", or n:m such as "2:4", which takes only sparsity 1 - n / m.
+        targets: roles, groups or globs (see models.prunable_weights); None: attention and MLP projections.
+        ignore: roles, groups or globs to leave out.
+        haar: z of the singular-vector step before pruning (method.md 3.2), in Haar deviations; 0: no such step.
+        alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents as published, instead of plain magnitude.
+        theta: unit of the thresholds on singular vectors in budget "cycle": "haar" (scale-free) or "legacy"
+            (theta grows with N K, as published).
+        seed: of score "random".
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a value out of range or an unknown name; the message lists the valid ones.
+    """
+
+    sparsity: float = 0.5
+    method: str = "auto"
+    budget: str | None = None
+    score: str | None = None
+    pattern: str = "unstructured"
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+    haar: float = 0.0
+    alpha_regime: bool = False
+    theta: str = "haar"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _number("sparsity", self.sparsity)
+        if not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
+        _one_of("method", self.method, ("auto", *PRESETS))
+        if self.budget is not None:
+            _one_of("budget", self.budget, BUDGETS)
+        if self.score is not None:
+            _one_of("score", self.score, SCORES)
+        _, params = parse_pattern(self.pattern)
+        if params and not math.isclose(self.sparsity, 1 - params["n"] / params["m"], abs_tol=1e-12):
+            raise ValueError(
+                f"pattern {self.pattern!r} takes only sparsity {1 - params['n'] / params['m']:g}, got {self.sparsity:g}"
+            )
+        for name in ("targets", "ignore"):
+            words = getattr(self, name)
+            if words is None and name == "targets":
+                continue
+            if not isinstance(words, Iterable):
+                raise TypeError(f"{name}: expected strings (roles, groups or globs), got {type(words).__name__}")
+            words = (words,) if isinstance(words, str) else tuple(words)
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError(f"{name}: expected strings (roles, groups or globs), got {words!r}")
+            object.__setattr__(self, name, words)
+        if self.targets == ():
+            raise ValueError("targets: expected at least one role, group or glob; None selects the default")
+        _number("haar", self.haar)
+        if not (math.isfinite(self.haar) and self.haar >= 0):
+            raise ValueError(f"haar: expected a finite number >= 0, got {self.haar}")
+        if not isinstance(self.alpha_regime, bool):
+            raise TypeError(f"alpha_regime: expected a bool, got {type(self.alpha_regime).__name__}")
+        _one_of("theta", self.theta, THETAS)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
+
+    def resolve(self, calibrated: bool) -> Self:
+        """The same request with method, budget and score named.
+
+        Args:
+            calibrated: whether calibration images are at hand.
+
+        Raises:
+            ValueError: the score needs calibration images and there are none.
+        """
+        method = self.method
+        if method == "auto":
+            method = AUTO_CALIBRATED if calibrated else AUTO if self.pattern == "unstructured" else AUTO_NM
+        preset = PRESETS[method]
+        resolved = replace(self, method=method, budget=self.budget or preset.budget, score=self.score or preset.score)
+        if resolved.needs_calibration and not calibrated:
+            raise ValueError(
+                f"method {method!r} with score {resolved.score!r} needs images; pass calibration=, or take a method "
+                f"without: {', '.join(name for name, p in PRESETS.items() if p.score not in CALIBRATED)}"
+            )
+        return resolved
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the score of a resolved config needs calibration images."""
+        return self.score in CALIBRATED
+
+    @property
+    def needs_fits(self) -> bool:
+        """Whether a resolved config needs the layers' spectra."""
+        return self.budget in SPECTRAL or self.haar > 0
+
+
+@dataclass(frozen=True)
+class Count:
+    """Zeros among a number of weights."""
+
+    zeros: int
+    total: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What was decided for one weight.
+
+    Args:
+        name: parameter name.
+        role: one of models.ROLES.
+        shape: (N, K) of the matrix.
+        zeros: pruned entries.
+        mask_hash: SHA-256 of the zero pattern; see `mask_hash`.
+        params: of the pattern, such as {"n": 2, "m": 4}.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    zeros: int
+    mask_hash: str
+    params: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Entries of the weight."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.total
+
+
+def mask_hash(mask: Tensor) -> str:
+    """SHA-256 of a zero pattern.
+
+    Args:
+        mask: bool [N, K], true where the weight is zero; rows in order, 8 entries to a byte, first entry highest.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    return hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What was pruned, per layer; travels with the checkpoint as JSON.
+
+    Args:
+        config: the request, with method, budget and score named.
+        layers: the pruned weights, in the order of the model.
+        prunable: all that could be pruned, patch embedding and head included: the paper's accounting.
+        parameters: all parameters of the model; zeros are those of the prunable weights.
+        fits: the spectra that the budget used, as found before pruning; empty if it used none.
+        calibration_images: images that were used; 0 for a data-free method.
+    """
+
+    config: PruneConfig
+    layers: tuple[LayerPlan, ...]
+    prunable: Count
+    parameters: Count
+    fits: SpectralFits
+    calibration_images: int = 0
+
+    @property
+    def selected(self) -> Count:
+        """Zeros over the selected weights; the asked sparsity is of these."""
+        return Count(sum(layer.zeros for layer in self.layers), sum(layer.total for layer in self.layers))
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the selected weights."""
+        return self.selected.sparsity
+
+    def verify(self, model: nn.Module) -> None:
+        """Check that a model has exactly the zeros of this plan.
+
+        Raises:
+            ValueError: names the weights that are missing, have another shape or other zeros.
+        """
+        weights = {weight.name: weight for weight in prunable_weights(model, "all")}
+        wrong = [layer.name for layer in self.layers if not _holds(layer, weights.get(layer.name))]
+        if wrong:
+            raise ValueError(
+                f"the zeros of {', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''} ({len(wrong)} of "
+                f"{len(self.layers)} weights) differ from the plan; load the checkpoint that the plan was made for"
+            )
+
+    def table(self) -> Table:
+        """One row per layer, and the totals in all accountings as notes."""
+        rows = [(layer.name, layer.role, f"{layer.shape[0]}x{layer.shape[1]}", layer.zeros, layer.total,
+                 round(100 * layer.sparsity, 2)) for layer in self.layers]  # fmt: skip
+        config = self.config
+        lines = [("selected weights", self.selected), ("prunable weights with patch embedding and head", self.prunable),
+                 ("all parameters", self.parameters)]  # fmt: skip
+        notes = [
+            f"method {config.method} (budget {config.budget}, score {config.score}), pattern {config.pattern}, "
+            f"asked sparsity {config.sparsity:g}",
+            *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
+        ]
+        return Table(("weight", "role", "shape", "zeros", "total", "sparsity %"), rows, notes)
+
+    def __str__(self) -> str:
+        return self.table().to_text()
+
+    def to_json(self) -> str:
+        """Everything, as a JSON object."""
+        return json.dumps(
+            {
+                "config": asdict(self.config),
+                "layers": [
+                    {**asdict(layer), "sparsity": layer.sparsity, "total": layer.total} for layer in self.layers
+                ],
+                "selected": asdict(self.selected),
+                "prunable": asdict(self.prunable),
+                "parameters": asdict(self.parameters),
+                "fits": {name: fit.to_dict() for name, fit in self.fits.items()},
+                "calibration_images": self.calibration_images,
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: not the JSON of a plan; names what is missing.
+        """
+        try:
+            data = json.loads(text)
+            layers = [{key: layer[key] for key in (f.name for f in fields(LayerPlan))} for layer in data["layers"]]
+            return cls(
+                config=PruneConfig(**data["config"]),
+                layers=tuple(LayerPlan(**{**layer, "shape": tuple(layer["shape"])}) for layer in layers),
+                prunable=Count(**data["prunable"]),
+                parameters=Count(**data["parameters"]),
+                fits=SpectralFits({name: SpectralFit.from_dict(fit) for name, fit in data["fits"].items()}),
+                calibration_images=data["calibration_images"],
+            )
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not the JSON of a PrunePlan ({error!r}); expected what to_json wrote") from error
+
+
+def _holds(layer: LayerPlan, weight: PrunableWeight | None) -> bool:
+    return weight is not None and weight.shape == layer.shape and mask_hash(weight.as_matrix() == 0) == layer.mask_hash

@@ -1,0 +1,34 @@
+"""The named methods: a budget and a score each. Nothing else is decided here."""
+
+from dataclasses import dataclass
+
+__all__ = ["AUTO", "AUTO_CALIBRATED", "AUTO_NM", "PRESETS", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A budget (key of BUDGETS) and a score (key of SCORES)."""
+
+    budget: str
+    score: str
+
+
+PRESETS: dict[str, Preset] = {
+    "magnitude": Preset("global", "magnitude"),
+    "uniform": Preset("uniform", "magnitude"),
+    "random": Preset("uniform", "random"),
+    "seb": Preset("edge", "magnitude"),
+    "rmt": Preset("cycle", "magnitude"),
+    "wanda": Preset("row", "activation"),
+}
+"""Method -> preset."""
+
+# Chosen by benchmarks/accuracy.py on training images; the table is in benchmarks/results/.
+AUTO = "seb"
+"""What method="auto" means without calibration images."""
+
+AUTO_CALIBRATED = "wanda"
+"""What method="auto" means with calibration images."""
+
+AUTO_NM = "magnitude"
+"""What method="auto" means for an n:m pattern without calibration images: it leaves a budget nothing to decide."""
