@@ -34,6 +34,8 @@ class NofMWeight(PackedWeight):
 
     layout = "nofm"
     parts = ("values", "masks")
+    values: Tensor
+    masks: Tensor
 
     @classmethod
     def reason_against(cls, dense: Tensor, **params: int) -> str | None:
