@@ -6,18 +6,20 @@ time. If no C++ compiler is there, the package still installs and runs on its Nu
 
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "rmtkern._C",
-            sorted(glob("csrc/**/*.cpp", recursive=True)),
-            cxx_std=17,
-            extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-g0"],
-            extra_link_args=["-fopenmp"],
-        )
-    ],
-    cmdclass={"build_ext": build_ext},
+FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
+
+extension = Pybind11Extension(
+    "rmtkern._C",
+    sorted(glob("csrc/**/*.cpp", recursive=True)),
+    depends=sorted(glob("csrc/**/*.[hi]*", recursive=True)),
+    cxx_std=17,
+    extra_compile_args=FLAGS,
+    extra_link_args=["-fopenmp"],
+    optional=True,
 )
+
+ParallelCompile("MAX_JOBS", default=0).install()
+setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})

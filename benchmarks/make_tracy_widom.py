@@ -1,7 +1,7 @@
 """Write rmtkern/spectrum/tracy_widom.npz: the Tracy-Widom law for real matrices on a grid (needs SciPy).
 
-F1(s) = det(I - B_s) on L2(0, inf) with B_s(x, y) = Ai(x + y + s) (Ferrari & Spohn 2005),
-by Gauss-Legendre quadrature as in Bornemann (2010). Stored as Phi^-1(F1(s)), which is smooth enough for linear interpolation on a 0.02 grid.
+F1(s) = det(I - B_s) on L2(0, inf) with B_s(x, y) = Ai(x + y + s) (Ferrari & Spohn 2005), by Gauss-Legendre quadrature
+as in Bornemann (2010). Stored as Phi^-1(F1(s)), which is smooth enough for linear interpolation on a 0.02 grid.
 """
 
 from pathlib import Path

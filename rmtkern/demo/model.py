@@ -3,6 +3,8 @@
 It exists so that the demo needs no model hub and no extra package; nothing else in rmtkern knows it.
 """
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,6 +61,14 @@ class Block(nn.Module):
 
 class DemoViT(nn.Module):
     """ViT for [B, 1, 28, 28] float32 images in [0, 1]: 49 overlapping 8x8 patches, mean pooling, 10 classes."""
+
+    pretrained_cfg: ClassVar[dict[str, Any]] = {
+        "input_size": (1, 28, 28),
+        "mean": (0.0,),
+        "std": (1.0,),
+        "crop_pct": 1.0,
+        "license": "MIT",
+    }
 
     def __init__(self, dim: int = 256, depth: int = 3, num_heads: int = 4, mlp_ratio: int = 4) -> None:
         super().__init__()

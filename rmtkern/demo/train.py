@@ -21,20 +21,23 @@ from torch.nn import functional as F
 from rmtkern.demo.model import DemoViT
 
 HELD_OUT = 5_000
-KEEP, KEEP_UNTIL = (
-    25,
-    0.8,
-)  # random tokens seen per image during the first 80 % of training: twice as fast, and regularising
+KEEP, KEEP_UNTIL = 25, 0.8  # random tokens per image in the first 80 % of training: twice as fast, and regularising
+
+
+def parse_idx(raw: bytes, name: str) -> np.ndarray:
+    """Array of uint8 in an idx file (the MNIST format); ValueError if it is something else or incomplete."""
+    if raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"{name}: expected an idx file of unsigned bytes, got magic {raw[:4]!r}")
+    dims = raw[3]
+    shape = np.frombuffer(raw, dtype=">u4", count=dims, offset=4).astype(np.int64)
+    if len(raw) != 4 + 4 * dims + int(np.prod(shape)):
+        raise ValueError(f"{name}: an idx file of shape {tuple(shape)} has other than {len(raw)} bytes; copy it again")
+    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Array of uint8 stored in a gzipped idx file (the MNIST format)."""
-    raw = gzip.decompress(path.read_bytes())
-    if raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path}: expected a gzipped idx file of unsigned bytes, got magic {raw[:4]!r}")
-    dims = raw[3]
-    shape = np.frombuffer(raw, dtype=">u4", count=dims, offset=4)
-    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape)
+    """Array of uint8 stored in a gzipped idx file."""
+    return parse_idx(gzip.decompress(path.read_bytes()), path.name)
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,7 +60,10 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def train(data: Path, out: Path, epochs: int, batch: int, peak_lr: float, seed: int, minutes: float) -> None:
-    """Train with Muon (hidden matrices) and AdamW (the rest), cosine schedule and bf16 autocast; the schedule follows epochs or minutes, whichever is first."""
+    """Train with Muon (hidden matrices) and AdamW (the rest), cosine schedule, bf16 autocast.
+
+    The schedule ends after `epochs` or `minutes`, whichever is first.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images = torch.from_numpy(read_idx(data / "train-images-idx3-ubyte.gz").copy())[:, None].float() / 255

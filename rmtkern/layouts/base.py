@@ -1,6 +1,6 @@
 """PackedWeight: what every storage layout of a weight must offer. It knows no kernel and no model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Self
 
 import torch
@@ -39,6 +39,11 @@ class PackedWeight(nn.Module):
         return None
 
     @classmethod
+    def variants(cls, dense: Tensor) -> Iterable[dict[str, int]]:
+        """The params worth timing for this weight [N, K], each of which `pack` takes; empty if none fits."""
+        return ({},) if cls.reason_against(dense) is None else ()
+
+    @classmethod
     def pack(cls, dense: Tensor, **params: int) -> Self:
         """Store a dense weight [N, K]; ValueError with `reason_against` if it cannot be stored."""
         raise NotImplementedError
@@ -50,6 +55,12 @@ class PackedWeight(nn.Module):
     def tensors(self) -> tuple[Tensor, ...]:
         """The parts, in the order of the class's `parts`."""
         return tuple(getattr(self, name) for name in self.parts)
+
+    @property
+    def label(self) -> str:
+        """What a report calls this layout with these params, such as "bitmask" or "nofm(n=2,m=4)"."""
+        params = ",".join(f"{name}={value}" for name, value in self.params.items())
+        return f"{self.layout}({params})" if params else self.layout
 
     @property
     def nbytes(self) -> int:

@@ -184,7 +184,7 @@ def fit_singular_values(s: np.ndarray, shape: tuple[int, int], options: FitOptio
     squares = unit**2
     share = squares / squares.sum()
     share = share[share > 0]
-    tail = {
+    tail: dict[str, Any] = {
         "hill_alpha": _hill(squares, options.k_hill),
         "stable_rank": float(squares.sum()),
         "effective_rank": float(np.exp(-np.sum(share * np.log(share)))),
@@ -243,7 +243,7 @@ def fit_spectrum(
         W: [N, K] floating point; NumPy, torch or CuPy.
         alpha: share of eigenvalues left out at each end of the central window, (0, 0.5).
         edge: "mp" for the plain upper edge (budgets), "tw" for the Tracy-Widom threshold at level `beta` (detection).
-        beta: probability that pure noise exceeds the "tw" edge, (0, 1); default 0.1, or the published 0.8 with `legacy`.
+        beta: probability that pure noise exceeds the "tw" edge, (0, 1); default 0.1, or 0.8 with `legacy`.
         k_hill: number of tail values in the Hill estimator, >= 2.
         legacy: reproduce the published code's numbers, defects included (docs/math.md, "Legacy").
 
@@ -316,8 +316,7 @@ def fit_spectra(
         arrays = [as_computable(weights[name]) for name in names]
         for name, array in zip(names, arrays, strict=True):
             check_finite(array, name)
-        batch = arrays[0][None] if len(arrays) == 1 else namespace(*arrays).stack(arrays)
-        values = singular_values(batch)
+        values = singular_values(arrays)
         shape = tuple(int(side) for side in arrays[0].shape)
         for name, s in zip(names, values, strict=True):
             found[name] = fit_singular_values(s, (shape[0], shape[1]), options)

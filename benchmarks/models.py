@@ -1,0 +1,145 @@
+"""Whole-model benchmark: ViT-B/16 (timm, random weights), magnitude-pruned, as pack_ runs it.
+
+python -m benchmarks.models [--batches 8 1] [--sparsities 0 0.7] [--threads 1] [--model vit_base_patch16_224]
+
+Three models are timed in interleaved rounds by pack_: the original (PyTorch fp32), every linear in its strongest dense
+form, and packed. The outputs are checked equal first. Rows go to benchmarks/results/models-<cpu>.csv.
+"""
+
+import argparse
+import csv
+import datetime
+import gc
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+from rmtkern.layouts.cpu import isas
+from rmtkern.packing import pack_
+from rmtkern.packing_report import PackReport
+from rmtkern.tables import Table
+
+RESULTS = Path(__file__).parent / "results"
+SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+NOT_PRUNED = ("patch_embed", "head")
+
+
+def cpu_name() -> str:
+    """Vendor, family and model of the CPU, which name its core type even where a cloud hides the product name."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = {key: re.search(rf"^{key}\s*:\s*(.+)$", text, re.M) for key in ("model name", "cpu family", "model")}
+    if not all(found.values()):
+        return platform.processor() or platform.machine()
+    name, family, model = (match[1] for match in found.values() if match is not None)
+    return f"{name} family {family} model {model}"
+
+
+def environment() -> dict[str, str]:
+    """What a row needs to be read later: CPU, instruction set, versions, commit, date."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": cpu_name(),
+        "isa": isas()[0] if isas() else "none",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def prune_by_magnitude(model: torch.nn.Module, sparsity: float) -> None:
+    """Zero the smallest entries of each linear weight of the blocks, the same fraction in every layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not any(part in name for part in NOT_PRUNED):
+            weight = module.weight.data
+            count = round(sparsity * weight.numel())
+            if count:
+                weight.view(-1)[weight.abs().view(-1).argsort()[:count]] = 0.0
+
+
+def mlp_share(report: PackReport) -> float:
+    """Fraction of the MLP weights that a sparse layout runs."""
+    sizes = [(layer.shape[0] * layer.shape[1], layer.packed) for layer in report.layers if ".mlp." in layer.name]
+    return sum(size for size, packed in sizes if packed) / max(1, sum(size for size, _ in sizes))
+
+
+def measure(name: str, sparsity: float, batch: int) -> tuple[dict[str, object], PackReport]:
+    """One row: prune a fresh model, pack it, and take the guard's interleaved times."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    prune_by_magnitude(model, sparsity)
+    images = torch.randn(batch, 3, 224, 224)
+    start = time.perf_counter()
+    report = pack_(model, images)
+    times = report.end_to_end[0]
+    row = {
+        "model": name,
+        "batch": batch,
+        "threads": torch.get_num_threads(),
+        "sparsity": sparsity,
+        "original_ms": times.original_ms,
+        "strongest_dense_ms": times.dense_ms,
+        "packed_ms": times.packed_ms,
+        "vs_original": times.original_ms / times.packed_ms,
+        "vs_strongest_dense": times.speedup,
+        "mlp_share_packed": mlp_share(report),
+        "share_packed": report.packed_share,
+        "mib_before": report.nbytes_before / 2**20,
+        "mib_after": report.nbytes_after / 2**20,
+        "pack_seconds": time.perf_counter() - start,
+        "guard": "; ".join(report.notes),
+    }
+    return row, report
+
+
+def main() -> None:
+    """Run, print the table and append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="a timm name; its weights are random")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 1])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--threads", type=int, default=1, help="1 takes CPU time, more takes wall time")
+    parser.add_argument("--layers", action="store_true", help="print each model's layers as well")
+    parser.add_argument("--no-csv", action="store_true", help="do not write the rows")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    env = environment()
+    slug = re.sub(r"[^a-z0-9]+", "-", env["cpu"].lower()).strip("-")
+    path = RESULTS / f"models-{slug}.csv"
+    rows = []
+    for batch in args.batches:
+        for sparsity in args.sparsities:
+            row, report = measure(args.model, sparsity, batch)
+            rows.append(row)
+            print(Table(list(row), [list(row.values())]).to_text() if len(rows) == 1 else _last(row), flush=True)
+            if args.layers:
+                print(report)
+            if not args.no_csv:
+                _append(path, {**row, **env})
+            gc.collect()
+    shown = [key for key in rows[0] if key != "guard"]
+    print(Table(shown, [[row[key] for key in shown] for row in rows], [str(env)]).to_text())
+
+
+def _last(row: dict[str, object]) -> str:
+    return Table(list(row), [list(row.values())]).to_text().splitlines()[-1]
+
+
+def _append(path: Path, row: dict[str, object]) -> None:
+    new = not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+// The Python face: arrays are taken as they are (never copied), checked, and handed over without the GIL.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string shape_text(const py::array& a) { return py::str(a.attr("shape")); }
+
+rk::Array as_array(const py::array& a, const std::string& name) {
+    rk::Array out;
+    const py::dtype dtype = a.dtype();
+    const char kind = dtype.kind();
+    const auto size = dtype.itemsize();
+    if (kind == 'f' && size == 4) out.dtype = rk::DType::float32;
+    else if (kind == 'u' && size == 1) out.dtype = rk::DType::uint8;
+    else if (kind == 'i' && size == 4) out.dtype = rk::DType::int32;
+    else if (kind == 'i' && size == 8) out.dtype = rk::DType::int64;
+    else throw rk::TypeMismatch(name + " has dtype " + std::string(py::str(dtype)) + "; no kernel takes it");
+    if (!(a.flags() & py::array::c_style))
+        throw rk::TypeMismatch(name + " is not C-contiguous; call .contiguous() first (it is never copied here)");
+    if (a.ndim() < 1 || a.ndim() > 2)
+        throw std::invalid_argument(name + " must have 1 or 2 dimensions, got shape " + shape_text(a));
+    out.data = a.data();
+    out.ndim = int(a.ndim());
+    for (int i = 0; i < out.ndim; ++i) out.shape[i] = a.shape(i);
+    return out;
+}
+
+rk::Array as_float(const py::array& a, const std::string& name, int64_t rows, int64_t cols) {
+    rk::Array out = as_array(a, name);
+    if (out.dtype != rk::DType::float32)
+        throw rk::TypeMismatch(name + " must be float32, got " + std::string(py::str(a.dtype())));
+    const bool flat = cols < 0;
+    if (out.ndim != (flat ? 1 : 2) || out.shape[0] != rows || (!flat && out.shape[1] != cols))
+        throw std::invalid_argument(name + " must have shape (" + std::to_string(rows) +
+                                    (flat ? "," : ", " + std::to_string(cols)) + "), got " + shape_text(a));
+    return out;
+}
+
+rk::Activation as_activation(const std::optional<std::string>& name) {
+    if (!name) return rk::Activation::none;
+    if (*name == "gelu") return rk::Activation::gelu;
+    if (*name == "gelu_tanh") return rk::Activation::gelu_tanh;
+    if (*name == "silu") return rk::Activation::silu;
+    if (*name == "relu") return rk::Activation::relu;
+    throw std::invalid_argument("unknown activation '" + *name + "'; valid: None, gelu, gelu_tanh, relu, silu");
+}
+
+void linear(const std::string& layout, const py::array& x, const std::vector<py::array>& parts,
+            const std::vector<int64_t>& params, const std::optional<py::array>& bias,
+            const std::optional<py::array>& residual, py::array& y, const std::optional<std::string>& activation,
+            int threads, std::optional<std::string> isa) {
+    if (!isa) {
+        const char* env = std::getenv("RMTKERN_ISA");
+        isa = env ? env : "";
+    }
+    const rk::Kernel kernel = rk::find(layout, *isa);
+    rk::LinearArgs a;
+    const rk::Array xa = as_array(x, "x"), ya = as_array(y, "y");
+    if (xa.ndim != 2) throw std::invalid_argument("x must have shape (T, K), got " + shape_text(x));
+    if (ya.ndim != 2) throw std::invalid_argument("y must have shape (T, N), got " + shape_text(y));
+    a.T = xa.shape[0];
+    a.K = xa.shape[1];
+    a.N = ya.shape[1];
+    if (a.N < 1 || a.K < 1) throw std::invalid_argument("a weight needs N, K >= 1");
+    a.x = as_float(x, "x", a.T, a.K).as<float>();
+    as_float(y, "y", a.T, a.N);
+    a.y = static_cast<float*>(y.mutable_data());  // refuses a read-only array
+    if (bias) a.bias = as_float(*bias, "bias", a.N, -1).as<float>();
+    if (residual) a.residual = as_float(*residual, "residual", a.T, a.N).as<float>();
+    if (parts.size() > size_t(rk::max_parts) || params.size() > size_t(rk::max_params))
+        throw std::invalid_argument("too many parts or params: got " + std::to_string(parts.size()) + " and " +
+                                    std::to_string(params.size()));
+    a.n_parts = int(parts.size());
+    for (int i = 0; i < a.n_parts; ++i) a.parts[i] = as_array(parts[i], "part " + std::to_string(i));
+    a.n_params = int(params.size());
+    for (int i = 0; i < a.n_params; ++i) a.params[i] = params[i];
+    a.activation = as_activation(activation);
+    if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
+    a.threads = threads;
+    py::gil_scoped_release release;
+    kernel.check(a);
+    if (a.T == 0) return;
+    if (const char* damage = kernel.run(a)) throw std::invalid_argument(layout + ": " + damage + "; pack the weight again");
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (auto t = rk::tables(); *t; ++t) names.push_back((*t)->isa);
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    py::register_exception_translator([](std::exception_ptr p) {
+        try {
+            if (p) std::rethrow_exception(p);
+        } catch (const rk::TypeMismatch& e) {
+            PyErr_SetString(PyExc_TypeError, e.what());
+        }
+    });
+    m.def("isas", &isas);
+    m.def("linear", &linear, py::arg("layout"), py::arg("x").noconvert(), py::arg("parts").noconvert(), py::arg("params"),
+          py::arg("bias").noconvert().none(true), py::arg("residual").noconvert().none(true),
+          py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"), py::arg("isa") = py::none());
+}

@@ -1,0 +1,16 @@
+// Every body for AVX2 and FMA (16 registers of 8 floats). Nothing here runs before dispatch.
+#include "../kernels.h"
+#include "../linear/system.h"
+
+RK_TARGET_BEGIN(RK_AVX2_FEATURES)
+namespace rk::avx2 {
+namespace {
+constexpr int W = 8;        // floats in a vector
+constexpr int max_V = 12;   // vectors of tokens in a panel: accumulators that fit 16 registers with one to spare
+#define RK_BODIES
+#include "../kernels.inl"
+}  // namespace
+extern const Table table;
+const Table table = {"avx2", RK_LAYOUTS(RK_FIELD)};
+}  // namespace rk::avx2
+RK_TARGET_END

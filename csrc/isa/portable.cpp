@@ -1,0 +1,14 @@
+// The fallback for any CPU: 128-bit vectors of the compiler, no target region. Nothing here runs before dispatch.
+#include "../kernels.h"
+#include "../linear/system.h"
+
+namespace rk::portable {
+namespace {
+constexpr int W = 4;        // floats in a vector
+constexpr int max_V = 12;   // vectors of tokens in a panel: accumulators that fit 16 registers with one to spare
+#define RK_BODIES
+#include "../kernels.inl"
+}  // namespace
+extern const Table table;
+const Table table = {"portable", RK_LAYOUTS(RK_FIELD)};
+}  // namespace rk::portable

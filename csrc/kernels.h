@@ -1,0 +1,98 @@
+// What every kernel receives and how kernels are found. Knows neither Python nor any instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "kernels.inl"
+
+// Opens a region in which functions are compiled for more instructions than the file. Only after the last include, so
+// that nothing from a header is compiled for an instruction set that the CPU may lack.
+#define RK_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define RK_TARGET_BEGIN(features) \
+    RK_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define RK_TARGET_END RK_PRAGMA(clang attribute pop)
+#else
+#define RK_TARGET_BEGIN(features) RK_PRAGMA(GCC push_options) RK_PRAGMA(GCC target(features))
+#define RK_TARGET_END RK_PRAGMA(GCC pop_options)
+#endif
+
+// Each instruction set as a bundle of features: the compiler's target string, and what the CPU must have.
+#define RK_AVX2_FEATURES "avx2,fma,bmi,bmi2,lzcnt,popcnt"
+#define RK_AVX512_FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2,lzcnt,popcnt"
+
+namespace rk {
+
+enum class DType { float32, uint8, int32, int64 };
+
+struct Array {
+    const void* data = nullptr;  // null: not given
+    DType dtype = DType::float32;
+    int ndim = 0;
+    int64_t shape[2] = {0, 0};
+
+    template <class T>
+    const T* as() const {
+        return static_cast<const T*>(data);
+    }
+    int64_t size() const { return ndim == 2 ? shape[0] * shape[1] : shape[0]; }
+};
+
+enum class Activation { none, gelu, gelu_tanh, silu, relu };
+
+constexpr int max_parts = 6, max_params = 4;
+
+// y [T, N] = activation(x [T, K] W^T + bias [N]) + residual [T, N], where W [N, K] is parts and params.
+struct LinearArgs {
+    int64_t T = 0, N = 0, K = 0;
+    const float* x = nullptr;
+    const float* bias = nullptr;      // may be null
+    const float* residual = nullptr;  // may be null
+    float* y = nullptr;
+    Array parts[max_parts];
+    int n_parts = 0;
+    int64_t params[max_params] = {};
+    int n_params = 0;
+    Activation activation = Activation::none;
+    int threads = 1;
+};
+
+// A kernel; null when done, or what is wrong with the contents of the parts (then nothing was read past their end).
+using LinearFn = const char* (*)(const LinearArgs&);
+using CheckFn = void (*)(const LinearArgs&);
+
+#define RK_FIELD(name) LinearFn name;
+struct Table {
+    const char* isa;
+    RK_LAYOUTS(RK_FIELD)
+};
+#undef RK_FIELD
+
+// A part or an array has the wrong type; arrives in Python as TypeError. std::invalid_argument arrives as ValueError.
+struct TypeMismatch : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// One per layout (linear/<layout>.cpp): throws unless the parts have the types and shapes of a weight [N, K].
+#define RK_CHECK(name) void name##_check(const LinearArgs&);
+RK_LAYOUTS(RK_CHECK)
+#undef RK_CHECK
+
+// Throws unless part `i` is given with this dtype and shape (cols = -1: one-dimensional).
+void require_part(const LinearArgs& a, int i, const char* name, DType dtype, int64_t rows, int64_t cols = -1);
+
+// Instruction sets that this CPU runs, best first; the list ends with a null pointer.
+const Table* const* tables();
+
+// The check and the kernel of a layout; `isa` empty means the best. ValueError with the valid names otherwise.
+struct Kernel {
+    CheckFn check;
+    LinearFn run;
+};
+Kernel find(const std::string& layout, const std::string& isa);
+
+}  // namespace rk

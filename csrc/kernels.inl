@@ -1,0 +1,10 @@
+// The list of layouts: the names always, the bodies where an instruction set asks for them (RK_BODIES).
+#define RK_LAYOUTS(X) X(bitmask) X(nofm)
+#ifdef RK_BODIES
+#include "linear/vector.inl"
+#include "linear/epilogue.inl"
+#include "linear/panel.inl"
+#include "linear/bitmask.inl"
+#include "linear/nofm.inl"
+#define RK_FIELD(name) name##_linear,
+#endif

@@ -1,0 +1,17 @@
+// nofm: what the parts must look like. The format is defined in rmtkern/layouts/nofm/weight.py.
+#include "../kernels.h"
+
+namespace rk {
+
+void nofm_check(const LinearArgs& a) {
+    const int64_t n = a.params[0], m = a.params[1];
+    if (a.n_params != 2 || n < 1 || m > 16 || n > m)
+        throw std::invalid_argument("nofm: params must be (n, m) with 1 <= n <= m <= 16");
+    if (a.K % m)
+        throw std::invalid_argument("nofm: in-features " + std::to_string(a.K) + " are not divisible by m = " +
+                                    std::to_string(m));
+    require_part(a, 0, "values", DType::float32, a.N, a.K / m * n);
+    require_part(a, 1, "masks", DType::int64, a.N, (a.K + 63) / 64);
+}
+
+}  // namespace rk

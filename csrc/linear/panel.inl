@@ -1,0 +1,144 @@
+// The driver that all sparse layouts share. Lanes are tokens: x is packed into panels P [K][V * W], a weight is
+// broadcast, and C [rows][V * W] collects sums over blocks of 64 columns, whose slice of the panel sits in L1.
+// A layout is a type `Source` with group<V>(rb, kb, P, C): add the weights of row block rb (block_rows rows) and
+// column block kb (64 columns) to C.
+
+constexpr int64_t block_rows = 128;          // rows of a row block (part of the bitmask format)
+constexpr int64_t c_bytes = 384 * 1024;      // C of one pass over the columns: leaves room in a 1-MiB L2
+
+// Adds weight *w times its column of the panel, the lowest of `mask`, and moves on to the next weight and column.
+template <int V>
+inline __attribute__((always_inline)) void step(uint64_t& mask, const float*& values, const float* P, F* acc) {
+    const float* p = P + uint64_t(__builtin_ctzll(mask)) * (V * W);
+    mask &= mask - 1;
+    const F w = broadcast(*values++);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[v] = acc[v] + w * load(p + v * W);
+}
+
+// Adds one row's weights in one column block to C: bit k of mask is set where column k has the next of `values`.
+// A narrow panel takes several columns at a time, each with its own sums, because an FMA takes four cycles.
+template <int V>
+inline __attribute__((always_inline)) const float* walk(uint64_t mask, const float* values, const float* P, float* C) {
+    constexpr int chains = V == 1 ? 4 : V <= 3 ? 2 : 1;
+    F acc[chains * V] = {};
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[v] = load(C + v * W);
+    if constexpr (chains > 1) {
+        for (int left = __builtin_popcountll(mask) / chains; left; --left) {
+#pragma GCC unroll 4
+            for (int u = 0; u < chains; ++u) step<V>(mask, values, P, acc + u * V);
+        }
+#pragma GCC unroll 4
+        for (int u = 1; u < chains; ++u)
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) acc[v] = acc[v] + acc[u * V + v];
+    }
+    while (mask) step<V>(mask, values, P, acc);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(C + v * W, acc[v]);
+    return values;
+}
+
+// x [tokens t0 ..., K] -> P [K][V * W]. Tokens past the end repeat the last one; their sums are never stored.
+inline void pack_panel(const LinearArgs& a, int64_t t0, int V, float* P) {
+    const int64_t stride = int64_t(V) * W, whole = a.K / W * W;
+    for (int v = 0; v < V; ++v) {
+        const float* rows[W];
+        for (int i = 0; i < W; ++i) {
+            const int64_t t = t0 + v * W + i;
+            rows[i] = a.x + (t < a.T ? t : a.T - 1) * a.K;
+        }
+        for (int64_t k = 0; k < whole; k += W) {
+            F r[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) r[i] = load(rows[i] + k);
+            transpose(r);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) store(P + (k + i) * stride + v * W, r[i]);
+        }
+        for (int64_t k = whole; k < a.K; ++k)
+            for (int i = 0; i < W; ++i) P[k * stride + v * W + i] = rows[i][k];
+    }
+}
+
+template <class Source>
+struct Panels {
+    const LinearArgs& a;
+    const Source& source;
+    int64_t col_blocks, row_blocks, vectors, panels;
+    int panel_threads;  // threads form a grid: panel_threads x (threads / panel_threads) over panels x row blocks
+};
+
+// Rows [rb0, rb1) in blocks, tokens of one panel: columns outside, rows inside, so that a slice of P stays in L1.
+template <int V, class Source>
+void run_panel(const Panels<Source>& job, int64_t t0, int64_t rb0, int64_t rb1, const float* P, float* C) {
+    constexpr int64_t stride = V * W;
+    const LinearArgs& a = job.a;
+    const int64_t most = c_bytes / (block_rows * stride * 4) > 1 ? c_bytes / (block_rows * stride * 4) : 1;
+    for (int64_t first = rb0; first < rb1; first += most) {
+        const int64_t last = first + most < rb1 ? first + most : rb1;
+        const int64_t f0 = first * block_rows, f1 = last * block_rows < a.N ? last * block_rows : a.N;
+        for (int64_t f = f0; f < f1; ++f) {
+            const F b = broadcast(a.bias ? a.bias[f] : 0.0f);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) store(C + (f - f0) * stride + v * W, b);
+        }
+        for (int64_t kb = 0; kb < job.col_blocks; ++kb)
+            for (int64_t rb = first; rb < last; ++rb)
+                job.source.template group<V>(rb, kb, P + kb * 64 * stride, C + (rb - first) * block_rows * stride);
+        for (int v = 0; v < V; ++v)
+            if (t0 + v * W < a.T) finish(a, C + v * W, stride, t0 + v * W, f0, f1 - f0);
+    }
+}
+
+template <int V, class Source>
+void run_panel_of(int wanted, const Panels<Source>& job, int64_t t0, int64_t rb0, int64_t rb1, const float* P,
+                  float* C) {
+    if (wanted == V) return run_panel<V>(job, t0, rb0, rb1, P, C);
+    if constexpr (V > 1) run_panel_of<V - 1>(wanted, job, t0, rb0, rb1, P, C);
+}
+
+template <class Source>
+void panels_thread(const void* arg, int i, int n) {
+    const auto& job = *static_cast<const Panels<Source>*>(arg);
+    const int row_threads = n / job.panel_threads, pi = i % job.panel_threads, ri = i / job.panel_threads;
+    const int64_t rb0 = job.row_blocks * ri / row_threads, rb1 = job.row_blocks * (ri + 1) / row_threads;
+    if (rb0 == rb1) return;
+    const int64_t p0 = job.panels * pi / job.panel_threads, p1 = job.panels * (pi + 1) / job.panel_threads;
+    const int64_t widest = (job.vectors + job.panels - 1) / job.panels * W;
+    const int64_t p_floats = job.col_blocks * 64 * widest;
+    int64_t c_floats = c_bytes / 4 > block_rows * widest ? c_bytes / 4 : block_rows * widest;
+    if (c_floats > (rb1 - rb0) * block_rows * widest) c_floats = (rb1 - rb0) * block_rows * widest;
+    float* P = scratch(size_t(p_floats + c_floats));
+    for (int64_t p = p0; p < p1; ++p) {
+        const int64_t v0 = job.vectors * p / job.panels, v1 = job.vectors * (p + 1) / job.panels;
+        pack_panel(job.a, v0 * W, int(v1 - v0), P);
+        run_panel_of<max_V>(int(v1 - v0), job, v0 * W, rb0, rb1, P, P + p_floats);
+    }
+}
+
+// Splits the work over threads so that the busiest thread has the least, and runs it.
+template <class Source>
+void run_panels(const LinearArgs& a, const Source& source) {
+    Panels<Source> job{a, source, (a.K + 63) / 64, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0, 1};
+    job.panels = (job.vectors + max_V - 1) / max_V;
+    int threads = a.threads;
+    if (threads > job.panels * job.row_blocks) threads = int(job.panels * job.row_blocks);
+    int64_t least = INT64_MAX;
+    for (int d = threads; d >= 1; --d) {
+        const int r = threads / d;
+        if (d * r != threads || d > job.panels || r > job.row_blocks) continue;
+        const int64_t busiest = ((job.panels + d - 1) / d) * ((job.row_blocks + r - 1) / r);
+        if (busiest < least) {
+            least = busiest;
+            job.panel_threads = d;
+        }
+    }
+    if (least == INT64_MAX) {  // no grid of that many threads fits: fall back to the larger side
+        threads = int(job.panels > job.row_blocks ? (threads < job.panels ? threads : job.panels) : job.row_blocks);
+        job.panel_threads = job.panels > job.row_blocks ? threads : 1;
+        if (threads > a.threads) threads = a.threads;
+    }
+    parallel(threads, panels_thread<Source>, &job);
+}

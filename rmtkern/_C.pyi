@@ -1,0 +1,38 @@
+"""CPU kernels, compiled from csrc/ (optional: rmtkern works on its reference without it)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+def isas() -> list[str]:
+    """Names of the instruction sets that this CPU runs, best first, such as ["avx512", "avx2", "portable"]."""
+
+def linear(
+    layout: str,
+    x: NDArray[np.float32],
+    parts: list[NDArray[np.generic]],
+    params: list[int],
+    bias: NDArray[np.float32] | None,
+    residual: NDArray[np.float32] | None,
+    y: NDArray[np.float32],
+    activation: str | None,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """Write y = activation(x Wᵀ + bias) + residual, without the GIL.
+
+    Args:
+        layout: such as "bitmask".
+        x: [T, K] float32, C-contiguous (as every array here; nothing is ever copied).
+        parts: the layout's arrays, in its order.
+        params: the layout's integers, in its order.
+        bias: [N] or None.
+        residual: [T, N] or None, added last; may be `y` itself.
+        y: [T, N], written; must not overlap `x`.
+        activation: None, "gelu", "gelu_tanh", "relu" or "silu".
+        threads: OpenMP threads, >= 1.
+        isa: one of isas(); None takes the environment's RMTKERN_ISA, or else the best.
+
+    Raises:
+        ValueError: a wrong shape or name, or parts that contradict each other.
+        TypeError: a wrong dtype, or an array that is not C-contiguous.
+    """

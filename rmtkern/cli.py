@@ -1,0 +1,245 @@
+"""The command line: rmtkern {demo, analyze, prune, bench, info}. It parses, calls the public functions and prints."""
+
+import argparse
+import copy
+import json
+import logging
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rmtkern.api import analyze, prune_
+from rmtkern.errors import KernelUnavailable, PackedModelError
+from rmtkern.evaluation import evaluate, folder_batches, preprocessing_of
+from rmtkern.loading import input_size_of, load_model, save_dense
+from rmtkern.ops import available
+from rmtkern.packing import pack_
+from rmtkern.pruning.presets import PRESETS
+
+__all__ = ["main"]
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  the work failed, or bench found the packed model slower than the strongest dense form
+  2  bad usage or bad input (an unknown name, a damaged file, an impossible sparsity); nothing was written
+"""
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a timm model name, module:function, or demo")
+    parser.add_argument("--checkpoint", type=Path, help="safetensors (or weights-only torch) file to load into it")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="do not ask a model hub for a timm model's weights"
+    )
+
+
+def _prune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of the selected weights removed, [0, 1)")
+    parser.add_argument("--method", default="auto", help=f"auto, {', '.join(PRESETS)}")
+    parser.add_argument("--pattern", default="unstructured", help="unstructured, or n:m such as 2:4")
+    parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
+    parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rmtkern",
+        description="Prune Vision Transformers with random matrix theory and run the pruned model fast.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,analyze,prune,bench,info}")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            parents=[common],
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    demo = verb("demo", "analyse, prune, pack and time a real ViT on real images")
+    demo.add_argument(
+        "-o", "--output", type=Path, default=Path("demo-output"), help="folder for the picture and the JSON"
+    )
+    demo.add_argument("--images", type=int, help="score only so many of the 10,000 test images")
+
+    fit = verb("analyze", "fit the Marchenko-Pastur law to every weight matrix of a model")
+    _model_arguments(fit)
+    fit.add_argument("--targets", nargs="+", default=["all"], help="roles, groups or globs; default: all")
+    fit.add_argument("--split-qkv", action="store_true", help="fit q, k and v of a fused projection one by one")
+    fit.add_argument("--legacy", action="store_true", help="the published code's numbers, defects included")
+    fit.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
+    fit.add_argument("-o", "--output", type=Path, help="write there instead of to stdout")
+
+    prune = verb("prune", "prune a model and write it as dense safetensors under its original keys")
+    _model_arguments(prune)
+    _prune_arguments(prune)
+    prune.add_argument(
+        "--calibration", type=Path, help="folder of images (a sub-folder per class) for calibrated methods"
+    )
+    prune.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    prune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
+    prune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
+
+    bench = verb("bench", "pack a pruned model and time it against the strongest dense form")
+    _model_arguments(bench)
+    _prune_arguments(bench)
+    bench.add_argument("--keep-zeros", action="store_true", help="do not prune: take the zeros of the checkpoint")
+    bench.add_argument("--batch", type=int, nargs="+", default=[8], help="batch sizes")
+
+    verb("info", "versions, this CPU, and which layouts run here and why not the others")
+    return parser
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from rmtkern.demo.run import run_demo
+
+    say = (lambda text: None) if args.json else (lambda text: print(text + "\n", flush=True))
+    results = run_demo(args.output, say, images=args.images)
+    if args.json:
+        _print_json(results)
+    return 0
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    fits = analyze(model, targets=args.targets, split_qkv=args.split_qkv, legacy=args.legacy)
+    formats = {"text": fits.__str__, "csv": fits.to_csv, "markdown": fits.to_markdown}
+    text = fits.to_json() if args.json else formats[args.format]()
+    if args.output is None:
+        print(text.rstrip("\n"))
+    else:
+        args.output.write_text(text.rstrip("\n") + "\n")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    if not args.output.parent.is_dir():
+        raise ValueError(f"{args.output.parent}: no such folder to write {args.output.name} into; create it first")
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    calibration = None
+    if args.calibration is not None:
+        how = preprocessing_of(model)
+        calibration = [x for x, _ in folder_batches(args.calibration, how, limit=args.calibration_images)]
+    before = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    plan = prune_(
+        model,
+        args.sparsity,
+        args.method,
+        args.pattern,
+        tuple(args.targets) if args.targets else None,
+        tuple(args.ignore),
+        calibration,
+    )
+    after = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    save_dense(model, args.output, plan.to_json())
+    if args.json:
+        _print_json(
+            {
+                "output": str(args.output),
+                "before": before.to_dict() if before else None,
+                "after": after.to_dict() if after else None,
+                "plan": json.loads(plan.to_json()),
+            }
+        )
+        return 0
+    print(plan)
+    if before and after:
+        print(f"before: {before}\nafter:  {after}")
+    print(f"wrote {args.output}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if min(args.batch) < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    if not args.keep_zeros:
+        targets = tuple(args.targets) if args.targets else None
+        prune_(model, args.sparsity, args.method, args.pattern, targets, tuple(args.ignore))
+    packed = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
+    report = pack_(packed, examples)
+    print(report.to_json() if args.json else report)
+    if any(times.speedup < 0.97 for times in report.end_to_end):
+        print("rmtkern: the packed model is slower than the strongest dense form", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _info(args: argparse.Namespace) -> int:
+    from importlib import metadata
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    names = ("rmtkern", "torch", "numpy", "safetensors", "triton", "cupy-cuda12x", "cupy-cuda13x", "timm", "matplotlib")
+    versions = {name: version(name) for name in names}
+    table = available()
+    if args.json:
+        _print_json(
+            {
+                "versions": versions,
+                "python": platform.python_version(),
+                "cpu": _cpu_model(),
+                "threads": torch.get_num_threads(),
+                "available": json.loads(table.to_json()),
+            }
+        )
+        return 0
+    print(f"python {platform.python_version()} on {_cpu_model()}, {torch.get_num_threads()} thread(s)")
+    for name, found in versions.items():
+        print(f"{name:14} {found or 'not installed'}")
+    print(f"\n{table}")
+    return 0
+
+
+VERBS = {"demo": _demo, "analyze": _analyze, "prune": _prune, "bench": _bench, "info": _info}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (see --help)."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="rmtkern: %(message)s")
+    try:
+        if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads must be at least 1, got {args.threads}")
+            torch.set_num_threads(args.threads)
+        return VERBS[args.verb](args)
+    except (ValueError, TypeError, ModuleNotFoundError, PackedModelError) as error:
+        code, failure = 2, error
+    except (KernelUnavailable, OSError, RuntimeError) as error:
+        code, failure = 1, error
+    if args.debug:
+        traceback.print_exception(failure)
+    print(f"rmtkern {args.verb}: {failure}", file=sys.stderr)
+    return code

@@ -1,0 +1,14 @@
+"""The storage layouts by name: one line per layout. It must not know which kernels run them (ops.py does)."""
+
+from rmtkern.layouts.base import PackedWeight
+from rmtkern.layouts.bitmask.weight import BitmaskWeight
+from rmtkern.layouts.dense.weight import DenseWeight
+from rmtkern.layouts.nofm.weight import NofMWeight
+
+__all__ = ["LAYOUTS"]
+
+LAYOUTS: dict[str, type[PackedWeight]] = {
+    "dense": DenseWeight,
+    "bitmask": BitmaskWeight,
+    "nofm": NofMWeight,
+}

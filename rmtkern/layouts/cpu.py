@@ -1,0 +1,104 @@
+"""The one custom op around rmtkern._C.linear, shared by every layout's cpu.py. It knows no layout by name."""
+
+from collections.abc import Sequence
+
+import torch  # before _C, so that both use torch's OpenMP library
+from torch import Tensor
+
+from rmtkern.errors import KernelUnavailable
+from rmtkern.layouts.base import PackedWeight
+
+try:
+    from rmtkern import _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    MISSING = (
+        f"the extension rmtkern._C is not there ({error}); install a C++17 compiler and reinstall rmtkern,"
+        " or run `python setup.py build_ext --inplace` in a checkout"
+    )
+else:
+    MISSING = None
+
+__all__ = ["isas", "linear", "supports"]
+
+
+def isas() -> list[str]:
+    """Names of the instruction sets that the extension runs on this CPU, best first; empty without the extension."""
+    return [] if _C is None else _C.isas()
+
+
+def supports(w: PackedWeight, x: Tensor) -> str | None:
+    """Why the CPU kernels cannot compute x [T, K] times this weight, or None if they can."""
+    if MISSING is not None:
+        return MISSING
+    if x.dtype != torch.float32:
+        return f"x is {x.dtype}; cast to float32"
+    for tensor in (x, *w.tensors()):
+        if tensor.device.type != "cpu":
+            return f"device {tensor.device}; move x and the weight to the cpu"
+    return None
+
+
+@torch.library.custom_op("rmtkern::cpu_linear", mutates_args=(), device_types="cpu")
+def _cpu_linear(
+    layout: str,
+    x: Tensor,
+    features: int,
+    parts: Sequence[Tensor],
+    params: Sequence[int],
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    if _C is None:
+        raise KernelUnavailable(MISSING)
+    y = torch.empty(x.shape[0], features)
+    _C.linear(
+        layout,
+        x.numpy(),
+        [part.numpy() for part in parts],
+        list(params),
+        None if bias is None else bias.numpy(),
+        None if residual is None else residual.numpy(),
+        y.numpy(),
+        activation,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+@_cpu_linear.register_fake
+def _(
+    layout: str,
+    x: Tensor,
+    features: int,
+    parts: Sequence[Tensor],
+    params: Sequence[int],
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], features)
+
+
+def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    """Apply a packed weight on the CPU: y = activation(x Wᵀ + bias) + residual, in one kernel.
+
+    Args:
+        x: [T, K] float32, contiguous.
+        w: packed [N, K].
+        bias: [N] float32 or None.
+        activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu".
+        residual: [T, N] float32 or None, contiguous, added last.
+
+    Returns:
+        [T, N] float32; computed on torch.get_num_threads() threads.
+
+    Raises:
+        ValueError: a shape or a name does not match.
+        TypeError: a wrong dtype or a tensor that is not contiguous.
+        KernelUnavailable: the extension is not built.
+    """
+    return torch.ops.rmtkern.cpu_linear(
+        w.layout, x, w.shape[0], w.tensors(), list(w.params.values()), bias, activation, residual
+    )

@@ -1,0 +1,54 @@
+"""dense on the CPU: PyTorch's `F.linear` or oneDNN's linear with its activation. It decides nothing about speed."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rmtkern.layouts.dense.weight import NO_ONEDNN, DenseWeight
+
+__all__ = ["linear", "supports"]
+
+_ONEDNN = {  # activation -> (attr, algorithm) of mkldnn._linear_pointwise
+    None: ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
+
+
+def supports(w: DenseWeight, x: Tensor) -> str | None:
+    """Why PyTorch's dense linears cannot compute x [T, K] times this weight, or None if they can."""
+    if x.dtype != torch.float32:
+        return f"x is {x.dtype}; cast to float32"
+    weight = w.stored
+    if weight.dtype != x.dtype:
+        return f"the weight is {weight.dtype}; cast the model back to float32 with .float()"
+    if x.device.type != "cpu" or weight.device.type != "cpu":
+        return f"x is on {x.device}, the weight on {weight.device}; move both to the cpu"
+    return NO_ONEDNN if w.params["form"] else None
+
+
+def linear(x: Tensor, w: DenseWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    """Apply a dense weight: y = activation(x Wᵀ + bias) + residual, with the library call that `w.label` names.
+
+    Args:
+        x: [T, K] float32, contiguous.
+        w: DenseWeight [N, K].
+        bias: [N] float32 or None.
+        activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu"; fused by oneDNN, a second pass in `F.linear`.
+        residual: [T, N] float32 or None, added last.
+
+    Returns:
+        [T, N] float32.
+    """
+    if w.params["form"]:
+        attr, algorithm = _ONEDNN[activation]
+        y = torch.ops.mkldnn._linear_pointwise(x, w.stored, bias, attr, [], algorithm)
+    else:
+        y = F.linear(x, w.stored, bias)
+        if activation in ("gelu", "gelu_tanh"):
+            y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        elif activation is not None:
+            y = F.relu_(y) if activation == "relu" else F.silu(y, inplace=True)
+    return y if residual is None else y.add_(residual)

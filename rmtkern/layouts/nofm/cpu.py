@@ -1,0 +1,5 @@
+"""nofm on the CPU: the shared op with csrc/linear/nofm.inl behind it, on every instruction set."""
+
+from rmtkern.layouts.cpu import linear, supports
+
+__all__ = ["linear", "supports"]

@@ -1,0 +1,154 @@
+"""A model from what a user types: a timm name, `module:function`, and a checkpoint in safetensors.
+
+Only the command line needs it. Pickled checkpoints are read with torch's safe loader; no code in a file is ever run.
+"""
+
+import importlib
+import json
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rmtkern.evaluation import preprocessing_of
+
+__all__ = ["input_size_of", "load_model", "read_metadata", "save_dense"]
+
+
+def _from_function(spec: str) -> nn.Module:
+    module_name, _, function_name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{spec}: expected an importable module:function that returns a model ({error})") from error
+    model = function()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec}: expected the function to return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _from_timm(name: str, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{name}: timm names need timm: pip install 'rmtkern[models]'; or give module:function"
+        ) from None
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5])
+        raise ValueError(
+            f"{name}: no timm model of that name{'; similar: ' + near if near else ''}; or give module:function"
+        )
+    try:
+        return timm.create_model(name, pretrained=pretrained)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"{name}: could not load pretrained weights ({type(error).__name__}: {error}); "
+            "use --checkpoint FILE, or --random-weights where no model hub is reachable"
+        ) from error
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: expected safetensors or a weights-only torch file ({error})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a state dict of tensors; convert the checkpoint to safetensors")
+    return state
+
+
+def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weights: bool = False) -> nn.Module:
+    """Build a model and, if given, load a checkpoint strictly; the model is returned in eval mode.
+
+    Args:
+        spec: "demo" (the shipped demo model), a timm model name, or "module:function" (called with no argument).
+        checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
+        random_weights: do not ask a model hub for a timm model's weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: unknown name, unreachable weights, or a checkpoint that is damaged or does not fit.
+    """
+    if ":" in spec:
+        model = _from_function(spec)
+    elif spec == "demo":
+        from rmtkern.demo import load_demo_model
+
+        model = load_demo_model()
+    else:
+        model = _from_timm(spec, pretrained=not random_weights and checkpoint is None)
+    if checkpoint is not None:
+        state = _read_checkpoint(Path(checkpoint))
+        try:
+            model.load_state_dict(dict(state))
+        except RuntimeError as error:
+            raise ValueError(f"{checkpoint}: does not fit {spec}: {error}") from error
+    return model.eval()
+
+
+def input_size_of(model: nn.Module, batch: int) -> tuple[int, int, int, int]:
+    """Shape [B, C, H, W] of the images that the model takes."""
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = convolution.in_channels if convolution is not None else 3
+    return (batch, channels, *preprocessing_of(model).size)
+
+
+def save_dense(model: nn.Module, path: str | Path, plan_json: str | None = None) -> None:
+    """Write the model's state dict as dense safetensors under its own keys; complete or not at all.
+
+    Shared tensors are stored once per key. The plan travels in the metadata under "rmtkern".
+
+    Args:
+        model: not packed.
+        path: of the new file; written beside it first, then renamed.
+        plan_json: the plan, as PrunePlan.to_json gives it.
+    """
+    target = Path(path)
+    metadata = {"format": "pt", **({"rmtkern": plan_json} if plan_json is not None else {})}
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(state, temporary, metadata=metadata)
+        Path(temporary).replace(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The safetensors metadata of a file, without its tensors; {} if there is none."""
+    with Path(path).open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8 or (length := struct.unpack("<Q", head)[0]) > 100_000_000:
+            raise ValueError(f"{path}: not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    return header.get("__metadata__", {})

@@ -1,0 +1,198 @@
+"""linear(): checks a call once, selects a kernel and calls it; available() says which kernels run here.
+
+The path is the registry: a kernel is `rmtkern/layouts/<layout>/<backend>.py`. This file knows no model.
+"""
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rmtkern.errors import KernelUnavailable
+from rmtkern.layouts import LAYOUTS
+from rmtkern.layouts.base import PackedWeight
+from rmtkern.tables import Table
+
+__all__ = ["ACTIVATIONS", "Availability", "available", "linear", "load_kernels"]
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> fastest first
+NAMES = ("cpu", "cuda", "triton", "reference")  # "reference" runs only when named
+ISAS = ("avx512", "avx2", "portable")  # what csrc/isa is written for
+NEEDS = {"cuda": "cupy", "triton": "triton"}  # the package without which a backend cannot be imported
+KERNELS: dict[str, dict[str, ModuleType | str]] = {}  # layout -> backend -> module, or why there is none
+
+_log = logging.getLogger(__name__)
+_used: set[tuple[str, str]] = set()
+
+
+def load_kernels(layout: str) -> None:
+    """Import every backend of a layout into KERNELS, once; a call then does plain dict look-ups, which compile traces.
+
+    Args:
+        layout: a name in LAYOUTS.
+
+    Raises:
+        ValueError: no such layout.
+    """
+    if layout in KERNELS:
+        return
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
+    found: dict[str, ModuleType | str] = {}
+    for backend in NAMES:
+        path = f"rmtkern.layouts.{layout}.{backend}"
+        need = NEEDS.get(backend)
+        if importlib.util.find_spec(path) is None:
+            found[backend] = f"layout {layout} has no {backend} kernel yet"
+        elif need is not None and importlib.util.find_spec(need) is None:
+            found[backend] = f"the package {need} is not installed"
+        else:
+            found[backend] = importlib.import_module(path)
+    KERNELS[layout] = found
+
+
+def _candidates(device: str, backend: str | None) -> tuple[str, ...]:
+    """Backends to try, in order; `backend` or RMTKERN_BACKEND forces one."""
+    source = "backend"
+    if backend is None:
+        backend, source = os.environ.get("RMTKERN_BACKEND"), "RMTKERN_BACKEND"
+    if not backend:
+        return BACKENDS.get(device, ())
+    if backend not in NAMES:
+        raise ValueError(f"{source} is {backend!r}; valid: {', '.join(NAMES)}")
+    return (backend,)
+
+
+def _select(x: Tensor, w: PackedWeight, backend: str | None) -> ModuleType:
+    if w.layout not in KERNELS:
+        load_kernels(w.layout)
+    reasons = []
+    for name in _candidates(x.device.type, backend):
+        kernel = KERNELS[w.layout][name]
+        if isinstance(kernel, str):
+            reasons.append(f"{name}: {kernel}")
+            continue
+        reason = kernel.supports(w, x)
+        if reason is None:
+            if not torch.compiler.is_compiling() and (w.layout, name) not in _used:
+                _used.add((w.layout, name))
+                _log.info("first use of kernel %s/%s", w.layout, name)
+            return kernel
+        reasons.append(f"{name}: {reason}")
+    why = "; ".join(reasons) if reasons else f"no backend is written for this device; move the model to {_devices()}"
+    raise KernelUnavailable(f"no kernel runs layout {w.layout!r} on {x.device}: {why}")
+
+
+def _devices() -> str:
+    return " or ".join(BACKENDS)
+
+
+def linear(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Apply a packed weight in one kernel: y = activation(x Wᵀ + bias) + residual.
+
+    Args:
+        x: [..., K]; any strides, any leading dims, also none or an empty one.
+        w: packed [N, K].
+        bias: [N], dtype of `x`.
+        activation: None, "gelu" (exact erf form), "gelu_tanh", "relu" or "silu".
+        residual: [..., N], dtype of `x`, added last.
+        backend: force "cpu", "cuda", "triton" or "reference"; default, RMTKERN_BACKEND or the fastest that supports
+            the call (never the reference).
+
+    Returns:
+        [..., N], dtype of `x`. No gradient flows through it.
+
+    Raises:
+        TypeError: `x` or `w` has the wrong type.
+        ValueError: a shape, dtype or name does not match.
+        KernelUnavailable: no kernel supports this call; the message gives each one's reason.
+    """
+    if not isinstance(x, Tensor) or not isinstance(w, PackedWeight):
+        raise TypeError(f"expected a Tensor and a PackedWeight, got {type(x).__name__} and {type(w).__name__}")
+    n, k = w.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {tuple(x.shape)} but the packed weight expects [..., {k}]")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; valid: {', '.join(map(str, ACTIVATIONS))}")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias: expected [{n}] {x.dtype}, got {list(bias.shape)} {bias.dtype}")
+    lead = x.shape[:-1]
+    if residual is not None and (residual.shape != (*lead, n) or residual.dtype != x.dtype):
+        raise ValueError(f"residual: expected {[*lead, n]} {x.dtype}, got {list(residual.shape)} {residual.dtype}")
+    kernel = _select(x, w, backend)
+    if 0 in lead:
+        return x.new_empty((*lead, n))
+    rows = x.detach().reshape(-1, k).contiguous()
+    added = None if residual is None else residual.detach().reshape(-1, n).contiguous()
+    y = kernel.linear(rows, w, None if bias is None else bias.detach(), activation, added)
+    return y.reshape(*lead, n)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Which layouts run on which backend and instruction set here, and why not the others.
+
+    Args:
+        rows: (layout, backend, isa, runs, why not or "") for each; isa is "-" where the backend has no choice of ours.
+    """
+
+    rows: tuple[tuple[str, str, str, bool, str], ...]
+
+    def table(self) -> Table:
+        """The rows as a table."""
+        return Table(("layout", "backend", "isa", "runs", "why not"), self.rows)
+
+    def __str__(self) -> str:
+        return self.table().to_text()
+
+    def to_json(self) -> str:
+        """JSON list with one object per row."""
+        return json.dumps(
+            [dict(zip(("layout", "backend", "isa", "runs", "why"), row, strict=True)) for row in self.rows]
+        )
+
+
+def available() -> Availability:
+    """Which layouts run on which backend and instruction set on this machine, and why not the others.
+
+    Returns:
+        An object that prints as a table; one row for each layout, backend and instruction set.
+    """
+    from rmtkern.layouts import cpu
+
+    rows: list[tuple[str, str, str, bool, str]] = []
+    for layout in LAYOUTS:
+        load_kernels(layout)
+        for backend, kernel in KERNELS[layout].items():
+            if isinstance(kernel, str):
+                no_device = "" if torch.cuda.is_available() else "; no CUDA device"
+                rows.append((layout, backend, "-", False, kernel + no_device))
+            elif backend in BACKENDS["cuda"] and not torch.cuda.is_available():
+                rows.append((layout, backend, "-", False, "no CUDA device"))
+            elif getattr(kernel, "linear", None) is cpu.linear:
+                runs = cpu.isas()
+                rows += [(layout, backend, isa, True, "") for isa in runs]
+                if cpu.MISSING is not None:
+                    rows.append((layout, backend, "-", False, cpu.MISSING))
+                else:
+                    missing = [isa for isa in ISAS if isa not in runs]
+                    rows += [(layout, backend, isa, False, f"this CPU lacks {isa}") for isa in missing]
+            else:
+                note = "only when named: backend='reference'" if backend == "reference" else ""
+                rows.append((layout, backend, "-", True, note))
+    return Availability(tuple(rows))

@@ -1,0 +1,562 @@
+"""pack_ and unpack_: swap a model's linears for what is measured fastest, and back.
+
+It decides by measuring and must not know why weights are zero. What it learnt is in packing_report.py, how it watches
+a forward pass in packing_watch.py.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmtkern.errors import KernelUnavailable, PackedModelError
+from rmtkern.layouts import LAYOUTS
+from rmtkern.layouts.base import PackedWeight
+from rmtkern.nn import AbsorbedActivation, PackedLinear
+from rmtkern.ops import linear
+from rmtkern.packing_report import EndToEnd, LayerReport, PackReport
+from rmtkern.packing_watch import Seen, apply_activation, reason_to_leave, watch
+from rmtkern.progress import progress
+from rmtkern.testing import accuracy_excess
+
+__all__ = ["interleaved_ms", "pack_", "unpack_"]
+
+Timer = Callable[[Mapping[str, Callable[[], object]], float], Mapping[str, float]]
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+Slots = dict[str, nn.Module]  # module name -> what stands there
+
+PLAIN = "dense/torch"  # the candidate that leaves the nn.Linear alone
+OUTPUT_TOLERANCE = 1e-4
+"""Largest change of the model's output, relative to its largest magnitude. Two dense fp32 libraries differ by 1e-6 to
+1e-5 after 12 blocks; a wrong activation or a lost weight shows at 1e-2 and above. Every layer is held to the accuracy
+rule by itself before."""
+GUARD_NOISE = 0.01
+"""How much slower than the faster dense model the packed model may time before the guard calls it slower."""
+SPARSITY_STEP = 0.05
+"""Layers of one shape whose sparsities fall into one step share a measurement, taken on the least sparse of them."""
+
+
+def interleaved_ms(calls: Mapping[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
+    """Median time of each call in interleaved rounds.
+
+    Args:
+        calls: name -> function; each round runs all of them in turn, short ones several times.
+        budget_ms: stop after about this long, but not before 5 rounds (3 if a round takes over a second).
+
+    Returns:
+        name -> ms: CPU time of this thread if torch uses one thread (steady on a busy machine), else wall time.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(2):  # the first call of a kernel also sets it up
+            start = clock()
+            call()
+            taken = clock() - start
+            if taken > 0.1:
+                break
+        repeats[name] = max(1, min(100, int(5e-4 / max(taken, 1e-7))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    spent, rounds, names = 0.0, 0, list(calls)
+    while rounds < (3 if spent > 1000 * max(rounds, 1) else 5) or (spent < budget_ms and rounds < 200):
+        for name in names if rounds % 2 == 0 else reversed(names):
+            start = clock()
+            for _ in range(repeats[name]):
+                calls[name]()
+            taken_ms = 1e3 * (clock() - start)
+            spent += taken_ms
+            samples[name].append(taken_ms / repeats[name])
+        rounds += 1
+    return {name: median(times) for name, times in samples.items()}
+
+
+@dataclass
+class _Layer:
+    """One nn.Linear on its way through pack_."""
+
+    name: str
+    module: nn.Linear
+    reason: str | None = None  # why it stays as it is
+    sparsity: float = 0.0
+    seen: Seen = field(default_factory=Seen)
+    choice: dict[int, str] = field(default_factory=dict)  # token count -> label
+    dense: dict[int, str] = field(default_factory=dict)  # the same, dense forms only
+    group: "_Group | None" = None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.seen.tokens)))
+
+
+@dataclass
+class _Group:
+    """Layers that share a measurement: equal shape, token counts and epilogue, similar sparsity."""
+
+    layers: list[_Layer]
+    recipes: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)  # label -> layout, params
+    ms: dict[int, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def first(self) -> _Layer:
+        return min(self.layers, key=lambda layer: layer.sparsity)
+
+    def speedup(self, choice: Mapping[int, str]) -> float:
+        """Strongest dense over the choice, the smallest of all token counts."""
+        return min(_best(self.ms[t], dense=True)[1] / self.ms[t][label] for t, label in choice.items())
+
+
+def _best(ms: Mapping[str, float], *, dense: bool) -> tuple[str, float]:
+    found = {label: value for label, value in ms.items() if label.startswith("dense/") == dense}
+    label = min(found, key=lambda name: found[name]) if found else ""
+    return label, found.get(label, float("inf"))
+
+
+def _choose(ms: Mapping[int, Mapping[str, float]], margin: float, *, dense_only: bool = False) -> dict[int, str]:
+    """Token count -> label. Sparse needs the margin; one form for all counts if none of them loses more than it."""
+    choice = {}
+    for tokens, times in ms.items():
+        (dense, dense_ms), (sparse, sparse_ms) = _best(times, dense=True), _best(times, dense=False)
+        choice[tokens] = sparse if not dense_only and sparse_ms <= (1 - margin) * dense_ms else dense
+    if len(set(choice.values())) == 1:
+        return choice
+
+    def regret(label: str) -> float:
+        return max(ms[tokens][label] / ms[tokens][best] for tokens, best in choice.items())
+
+    single = min(set(choice.values()), key=regret)
+    return dict.fromkeys(choice, single) if regret(single) <= 1 + margin else choice
+
+
+def _examples(example: Any) -> list[Example]:
+    entries = list(example) if isinstance(example, list) else [example]
+    if not entries:
+        raise ValueError("example: expected at least one example input, got an empty list")
+    found: list[Example] = []
+    for entry in entries:
+        if isinstance(entry, Tensor):
+            found.append(((entry,), {}))
+        elif isinstance(entry, tuple):
+            found.append((entry, {}))
+        elif isinstance(entry, Mapping):
+            found.append(((), dict(entry)))
+        else:
+            raise TypeError(
+                f"example: expected a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these for"
+                f" several examples, got {type(entry).__name__}; pass what you would call the model with"
+            )
+    return found
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [found for item in output for found in _tensors(item)] if isinstance(output, list | tuple) else []
+
+
+def _run(model: nn.Module, example: Example) -> list[Tensor]:
+    args, kwargs = example
+    with torch.no_grad():
+        return _tensors(model(*args, **kwargs))
+
+
+def _place(model: nn.Module, slots: Slots) -> None:
+    for name, module in slots.items():
+        parent, _, key = name.rpartition(".")
+        model.get_submodule(parent)._modules[key] = module
+
+
+def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float) -> list[str]:
+    """Refuse bad arguments; the sparse layouts to try."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin: expected 0 <= margin < 1, got {margin}")
+    names = list(LAYOUTS) if layouts is None else list(layouts)
+    for name in names:
+        if name not in LAYOUTS:
+            raise ValueError(f"unknown layout {name!r}; valid: {', '.join(LAYOUTS)}")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first")
+    if isinstance(model, nn.Linear):
+        raise ValueError("model: a lone nn.Linear cannot be swapped in place; wrap it in nn.Sequential")
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise ValueError(f"model: {type(model).__name__} has no nn.Linear, so there is nothing to pack")
+    if (training := [name or "the model" for name, m in model.named_modules() if m.training]) and training:
+        raise PackedModelError(f"packing is for inference and {training[0]} is in train mode; call model.eval() first")
+    return [name for name in names if name != "dense"]
+
+
+def _find(model: nn.Module) -> list[_Layer]:
+    layers = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.Linear):
+            continue
+        layer = _Layer(name, module, reason_to_leave(model, name, module))
+        weight = module.weight.detach()
+        if weight.device.type != "meta":
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"{name}.weight has NaN or Inf entries; repair the checkpoint before packing")
+            layer.sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+        layers.append(layer)
+    return layers
+
+
+def _grouped(layers: Sequence[_Layer], layouts: Sequence[str]) -> list[_Group]:
+    """Groups of layers that share a measurement, with the recipes of what to time."""
+    groups: dict[tuple[object, ...], _Group] = {}
+    for layer in layers:
+        weight = layer.module.weight.detach()
+        recipes = {}
+        for layout in ("dense", *layouts):
+            for params in LAYOUTS[layout].variants(weight):
+                recipes[f"{layout}{params}"] = (layout, params)
+        bucket = int(layer.sparsity / SPARSITY_STEP + 1e-9)
+        bias = layer.module.bias is not None
+        key = (weight.shape, bias, layer.tokens, layer.seen.activation, bucket, tuple(recipes))
+        group = groups.setdefault(key, _Group([], recipes))
+        group.layers.append(layer)
+        layer.group = group
+    return list(groups.values())
+
+
+def _measure(group: _Group, budget_ms: float, timer: Timer) -> None:
+    """Pack the group's first layer in every candidate form, check each against float64 and time it."""
+    module, name = group.first.module, group.first.seen.activation
+    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+    forms: dict[str, PackedWeight] = {}
+    recipes = {}
+    for layout, params in group.recipes.values():
+        if layout == "dense":
+            params = {**params, "tokens": int(median(group.first.tokens))}
+        form = LAYOUTS[layout].pack(weight, **params)
+        if layout != "dense" and form.nbytes >= weight.nbytes:
+            group.notes.append(f"{form.label} would be larger than the dense weight")
+            continue
+        forms[form.label] = form
+        recipes[form.label] = (layout, params)
+    generator = torch.Generator().manual_seed(0)
+    for tokens in group.first.tokens:
+        x = torch.randn(tokens, module.in_features, generator=generator)
+        calls: dict[str, Callable[[], object]] = {}
+        for label, form in forms.items():
+            if label == PLAIN:
+                calls[label] = lambda x=x: apply_activation(module(x), name)  # type: ignore[misc]
+                continue
+            try:
+                y = linear(x[:32], form, bias, activation=name)
+            except KernelUnavailable as error:
+                group.notes.append(str(error))
+                continue
+            excess = accuracy_excess(y, x[:32], weight, bias, name)
+            if excess > 1:
+                group.notes.append(f"{label} misses the accuracy rule by a factor {excess:.2g}")
+                continue
+            calls[label] = lambda x=x, form=form: linear(x, form, bias, activation=name)  # type: ignore[misc]
+        with torch.no_grad():
+            group.ms[tokens] = dict(timer(calls, budget_ms))
+    kept = set.intersection(*(set(times) for times in group.ms.values()))
+    group.ms = {tokens: {label: times[label] for label in kept} for tokens, times in group.ms.items()}
+    group.recipes = {label: recipe for label, recipe in recipes.items() if label in kept}
+
+
+def _pack_layer(layer: _Layer, choice: Mapping[int, str]) -> PackedLinear | None:
+    """The module for this choice, checked against float64; None if the nn.Linear stays."""
+    labels = list(dict.fromkeys(choice.values()))
+    if labels == [PLAIN] or layer.group is None:
+        return None
+    module = layer.module
+    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+    forms = {}
+    for label in labels:
+        layout, params = layer.group.recipes[label]
+        forms[label] = LAYOUTS[layout].pack(weight, **params)
+        x = torch.randn(8, module.in_features, generator=torch.Generator().manual_seed(1))
+        y = linear(x, forms[label], bias, activation=layer.seen.activation)
+        if (excess := accuracy_excess(y, x, weight, bias, layer.seen.activation)) > 1:
+            raise PackedModelError(
+                f"{layer.name}: {label} misses the accuracy rule by a factor {excess:.2g}; nothing was changed;"
+                f" report it and leave the layout out with layouts=[...]"
+            )
+    (tokens, first), *others = choice.items()
+    requires_grad = (module.weight.requires_grad, module.bias is not None and module.bias.requires_grad)
+    return PackedLinear(
+        forms[first],
+        bias,
+        layer.seen.activation,
+        tokens=tokens,
+        others={t: forms[label] for t, label in others} if len(labels) > 1 else None,
+        requires_grad=requires_grad,
+    )
+
+
+class _Swaps:
+    """The model in three states: as it came, strongest dense, and packed."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[_Layer]) -> None:
+        self.model = model
+        self.original: Slots = {layer.name: layer.module for layer in layers}
+        for layer in layers:
+            if layer.seen.follower is not None:
+                self.original[layer.seen.follower] = model.get_submodule(layer.seen.follower)
+        self.dense: Slots = dict(self.original)
+        self.packed: Slots = dict(self.original)
+        self.now: Slots = self.original
+
+    def put(self, slots: Slots, layer: _Layer, module: PackedLinear | None) -> None:
+        """Set a layer, and the activation that it absorbs, in one of the states."""
+        follower = layer.seen.follower
+        slots[layer.name] = self.original[layer.name] if module is None else module
+        if follower is not None:
+            act = self.original[follower]
+            slots[follower] = act if module is None else AbsorbedActivation(act).eval()
+
+    def copy(self, slots: Slots, layer: _Layer, source: Slots) -> None:
+        """Set a layer, and its activation, as in another state."""
+        for name in (layer.name, layer.seen.follower):
+            if name is not None:
+                slots[name] = source[name]
+
+    def run(self, slots: Slots, example: Example) -> list[Tensor]:
+        """The model's output in one of the states."""
+        if self.now is not slots:
+            _place(self.model, slots)
+            self.now = slots
+        return _run(self.model, example)
+
+
+def _verify(swaps: _Swaps, examples: Sequence[Example], expected: Sequence[Sequence[Tensor]], slots: Slots) -> None:
+    for index, (example, wanted) in enumerate(zip(examples, expected, strict=True)):
+        for got, want in zip(swaps.run(slots, example), wanted, strict=True):
+            if not want.is_floating_point():
+                continue
+            scale = float(want.abs().max()) if want.numel() else 0.0
+            error = float((got - want).abs().max()) if want.numel() else 0.0
+            if not error <= OUTPUT_TOLERANCE * scale:
+                raise PackedModelError(
+                    f"the packed model's output on example {index} differs by {error:.3g} where its scale is"
+                    f" {scale:.3g}; nothing was changed; is the model deterministic in eval mode?"
+                )
+
+
+def _guard(
+    swaps: _Swaps, layers: Sequence[_Layer], examples: Sequence[Example], budget_ms: float, timer: Timer
+) -> tuple[list[EndToEnd], list[str]]:
+    """Time the three states on every example; put slow choices back until packed is not slower than dense."""
+
+    def measure() -> list[EndToEnd]:
+        found = []
+        for index, example in enumerate(examples):
+            states = {"original": swaps.original}
+            if swaps.dense != swaps.original:
+                states["dense"] = swaps.dense
+            if swaps.packed not in (swaps.original, swaps.dense):
+                states["packed"] = swaps.packed
+            calls = {name: lambda s=slots, e=example: swaps.run(s, e) for name, slots in states.items()}
+            ms = timer(calls, budget_ms)
+            dense = ms.get("dense", ms["original"])
+            equal = ms["original"] if swaps.packed == swaps.original else dense
+            found.append(EndToEnd(index, ms["original"], dense, ms.get("packed", equal)))
+        return found
+
+    def slower(times: Sequence[EndToEnd]) -> bool:
+        return any(t.packed_ms > (1 + GUARD_NOISE) * min(t.original_ms, t.dense_ms) for t in times)
+
+    notes: list[str] = []
+    times = measure()
+    if slower(times):
+        times = measure()  # a second look, before a choice is undone for noise
+    while slower(times):
+        packed = [layer for layer in layers if swaps.packed[layer.name] is not swaps.dense[layer.name]]
+        groups = list({id(layer.group): layer.group for layer in packed if layer.group is not None}.values())
+        if not groups:
+            for layer in layers:
+                layer.choice = dict.fromkeys(layer.tokens, PLAIN)
+            swaps.packed = dict(swaps.original)
+            notes.append("end to end the swapped linears were slower than the original model: all were put back")
+        else:
+            worst = min(groups, key=lambda group: group.speedup(group.first.choice))
+            for layer in worst.layers:
+                layer.choice = dict(layer.dense)
+                swaps.copy(swaps.packed, layer, swaps.dense)
+            names = ", ".join(layer.name for layer in worst.layers)
+            notes.append(f"end to end the packed model was slower than dense: {names} went back to the dense form")
+            worst.notes.append("put back to dense: the packed model was slower end to end")
+        times = measure()
+    return times, notes
+
+
+def _why(layer: _Layer, margin: float) -> str:
+    """The reason for a layer's form, in words."""
+    if layer.reason is not None:
+        return layer.reason
+    group = layer.group
+    if group is None:
+        return "not measured"
+    if not any(_best(times, dense=False)[0] for times in group.ms.values()):
+        return "; ".join([f"no sparse candidate at sparsity {layer.sparsity:.3f}", *dict.fromkeys(group.notes)])
+    parts = []
+    for tokens, times in group.ms.items():
+        (dense, dense_ms), (sparse, sparse_ms) = _best(times, dense=True), _best(times, dense=False)
+        at = f" at T={tokens}" if len(group.ms) > 1 else ""
+        if layer.choice[tokens] == sparse:
+            parts.append(f"{sparse} is {dense_ms / sparse_ms:.2f}x {dense}{at}")
+        else:
+            parts.append(f"{sparse} is {dense_ms / sparse_ms:.2f}x {dense}{at}")
+            if sparse_ms > (1 - margin) * dense_ms:
+                parts[-1] += f", short of the margin ({100 * margin:g} % less time)"
+    return "; ".join([*parts, *dict.fromkeys(group.notes)])
+
+
+def _layer_report(layer: _Layer, now: nn.Module, margin: float) -> LayerReport:
+    weight, group = layer.module.weight, layer.group
+    forms = list(dict.fromkeys(layer.choice.values()))
+    held = weight.nbytes
+    if isinstance(now, PackedLinear):
+        held = sum(form.nbytes for form in (now.weight, *now.others))
+    speedup = None if group is None else group.speedup(layer.choice)
+    return LayerReport(
+        name=layer.name,
+        shape=(weight.shape[0], weight.shape[1]),
+        tokens=layer.tokens,
+        sparsity=layer.sparsity,
+        form="nn.Linear" if not isinstance(now, PackedLinear) else " | ".join(forms),
+        packed=any(not label.startswith("dense/") for label in forms),
+        activation=now.activation if isinstance(now, PackedLinear) else None,
+        ms={} if group is None else group.ms,
+        speedup=speedup,
+        measured_on=None if group is None else group.first.name,
+        nbytes_before=weight.nbytes,
+        nbytes_after=held,
+        reason=_why(layer, margin),
+    )
+
+
+def pack_(
+    model: nn.Module,
+    example: Any,
+    *,
+    layouts: Sequence[str] | None = None,
+    margin: float = 0.03,
+    budget_ms: float = 600.0,
+    timer: Timer | None = None,
+    show_progress: bool | None = None,
+) -> PackReport:
+    """Swap every nn.Linear for the form that is measured fastest here, for inference.
+
+    Each linear's candidates are its dense forms (nn.Linear, oneDNN, oneDNN with a reordered weight) and the sparse
+    layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples
+    give the layer, on `torch.get_num_threads()` threads; a sparse one must beat the strongest dense one by `margin`.
+    Examples that disagree by more than the margin make the layer hold one form for each count (a call then takes the
+    nearest), so that no measured shape is slower. A GELU, ReLU or SiLU module that provably sees nothing but a linear's output is
+    absorbed into its kernel. At the end the whole model is timed against the original and against every linear in its
+    strongest dense form; choices that made it slower are put back.
+
+    Args:
+        model: in eval mode, on the CPU, float32 linears; changed in place, but not at all if anything fails.
+        example: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments; a list
+            of these gives several examples, such as several batch sizes.
+        layouts: names in LAYOUTS that may be chosen; default, all. Dense forms are always tried.
+        margin: by what fraction sparse must be faster than the strongest dense form, [0, 1).
+        budget_ms: time spent on each distinct measurement [ms]; the whole model gets five times as much per example.
+        timer: (name -> call, budget_ms) -> (name -> ms); default `interleaved_ms`.
+        show_progress: show a bar; default, only on a terminal.
+
+    Returns:
+        What was measured and chosen, and why.
+
+    Raises:
+        TypeError: `model` or `example` has the wrong type, or the output holds no tensor.
+        ValueError: nothing to pack, a bad option, an example that the model cannot run, or NaN weights.
+        PackedModelError: train mode, packed already, or the output would change.
+    """
+    layouts = _check(model, layouts, margin)
+    examples = _examples(example)
+    layers = _find(model)
+    time_calls = timer or interleaved_ms
+    movable = [layer for layer in layers if layer.reason is None]
+    expected = []
+    with watch(model, {layer.name: layer.module for layer in movable}) as watched:
+        for index, one in enumerate(examples):
+            try:
+                output = _run(model, one)
+            except Exception as error:
+                raise ValueError(
+                    f"the model cannot run example {index}: {error}; pass what you would call the model with"
+                ) from error
+            if not output:
+                raise TypeError(f"the model's output on example {index} holds no tensor, so it cannot be checked")
+            expected.append(output)
+    for layer in movable:
+        layer.seen = watched[layer.name]
+        layer.reason = layer.seen.reason
+    movable = [layer for layer in movable if layer.reason is None]
+
+    groups = _grouped(movable, layouts)
+    for group in progress(groups, "timing", show=show_progress):
+        _measure(group, budget_ms, time_calls)
+        for layer in group.layers:
+            layer.choice = _choose(group.ms, margin)
+            layer.dense = _choose(group.ms, margin, dense_only=True)
+
+    swaps = _Swaps(model, movable)
+    end_to_end: list[EndToEnd] = []
+    notes: list[str] = []
+    try:
+        for layer in progress(movable, "packing", show=show_progress):
+            swaps.put(swaps.dense, layer, _pack_layer(layer, layer.dense))
+            if layer.choice == layer.dense:
+                swaps.copy(swaps.packed, layer, swaps.dense)
+            else:
+                swaps.put(swaps.packed, layer, _pack_layer(layer, layer.choice))
+        _verify(swaps, examples, expected, swaps.dense)
+        _verify(swaps, examples, expected, swaps.packed)
+        if movable:
+            end_to_end, notes = _guard(swaps, movable, examples, 5 * budget_ms, time_calls)
+        report = PackReport(
+            tuple(_layer_report(layer, swaps.packed.get(layer.name, layer.module), margin) for layer in layers),
+            tuple(end_to_end),
+            torch.get_num_threads(),
+            tuple(notes),
+        )
+    except BaseException:
+        _place(model, swaps.original)
+        raise
+    _place(model, swaps.packed)
+    return report
+
+
+def unpack_(model: nn.Module) -> int:
+    """Turn every PackedLinear back into a plain nn.Linear and restore the absorbed activations.
+
+    Args:
+        model: a model that pack_ changed, or a copy of one; changed in place.
+
+    Returns:
+        How many layers were unpacked; 0 if none was packed. Weights are bit-exact at the packed dtype (-0.0 becomes
+        0.0) and require grad as before.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: `model` itself is a PackedLinear; call its `unpack()`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, PackedLinear):
+        raise ValueError("model: a lone PackedLinear cannot be swapped in place; use linear = packed.unpack()")
+    slots: Slots = {}
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            slots[name] = module.unpack()
+            count += 1
+        elif isinstance(module, AbsorbedActivation):
+            slots[name] = module.original.train(module.training)
+    _place(model, slots)
+    return count

@@ -1,0 +1,161 @@
+"""PackReport: what pack_ measured and chose, layer by layer and end to end. Pure data; it times and packs nothing."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from rmtkern.tables import Table
+
+__all__ = ["EndToEnd", "LayerReport", "PackReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One nn.Linear of the model.
+
+    Args:
+        name: module name.
+        shape: (N, K).
+        tokens: the different token counts T that the examples gave it, ascending; empty if it was not measured.
+        sparsity: fraction of zeros of the weight, [0, 1].
+        form: what runs now: a layout's label, "dense/onednn", or "nn.Linear" (untouched); several, if they differ by
+            token count.
+        packed: whether a sparse layout runs for at least one token count.
+        activation: the activation that was absorbed into the kernel, or None.
+        ms: token count -> candidate -> ms; with the activation, if one follows the layer.
+        speedup: strongest dense form over the chosen form, the smallest of all token counts; None if not measured.
+        measured_on: the layer whose measurement decided (equal shapes and similar sparsity share one).
+        nbytes_before: of the dense weight.
+        nbytes_after: of all forms that are held.
+        reason: why this form, in words.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tokens: tuple[int, ...]
+    sparsity: float
+    form: str
+    packed: bool
+    activation: str | None
+    ms: Mapping[int, Mapping[str, float]]
+    speedup: float | None
+    measured_on: str | None
+    nbytes_before: int
+    nbytes_after: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndToEnd:
+    """Whole-model times on one example [ms].
+
+    Args:
+        example: index of the example.
+        original_ms: the model as it came.
+        dense_ms: every linear in its fastest dense form (the strongest dense baseline).
+        packed_ms: as pack_ left it.
+    """
+
+    example: int
+    original_ms: float
+    dense_ms: float
+    packed_ms: float
+
+    @property
+    def speedup(self) -> float:
+        """The faster of the two dense models over the packed one."""
+        return min(self.original_ms, self.dense_ms) / self.packed_ms
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What pack_ did; prints as a table.
+
+    Args:
+        layers: one entry per nn.Linear, in the model's order.
+        end_to_end: one entry per example; empty if nothing could be measured.
+        threads: of torch during the measurement.
+        notes: what the end-to-end guard did, in words.
+    """
+
+    layers: tuple[LayerReport, ...]
+    end_to_end: tuple[EndToEnd, ...]
+    threads: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def packed_layers(self) -> int:
+        """Number of layers that a sparse layout runs."""
+        return sum(layer.packed for layer in self.layers)
+
+    @property
+    def packed_share(self) -> float:
+        """Weights of the layers that a sparse layout runs, as a fraction of all linear weights, [0, 1]."""
+        sizes = [(layer.shape[0] * layer.shape[1], layer.packed) for layer in self.layers]
+        return sum(size for size, packed in sizes if packed) / sum(size for size, _ in sizes)
+
+    @property
+    def nbytes_before(self) -> int:
+        """Bytes of all linear weights before."""
+        return sum(layer.nbytes_before for layer in self.layers)
+
+    @property
+    def nbytes_after(self) -> int:
+        """Bytes of all linear weights after."""
+        return sum(layer.nbytes_after for layer in self.layers)
+
+    def table(self) -> Table:
+        """One row per layer, totals as notes."""
+        rows = []
+        for layer in self.layers:
+            dense = [min(ms for label, ms in times.items() if _is_dense(label)) for times in layer.ms.values()]
+            rows.append(
+                (
+                    layer.name,
+                    f"{layer.shape[0]}x{layer.shape[1]}",
+                    "/".join(map(str, layer.tokens)) or None,
+                    round(layer.sparsity, 3),
+                    layer.form + (f" + {layer.activation}" if layer.activation else ""),
+                    "/".join(f"{ms:.3g}" for ms in dense) or None,
+                    layer.speedup,
+                    layer.reason,
+                )
+            )
+        columns = ("layer", "shape", "T", "sparsity", "form", "dense ms", "speed-up", "why")
+        return Table(columns, rows, self._totals())
+
+    def _totals(self) -> list[str]:
+        before, after = self.nbytes_before / 2**20, self.nbytes_after / 2**20
+        lines = [
+            f"{self.packed_layers} of {len(self.layers)} layers packed, {100 * self.packed_share:.1f} % of the linear"
+            f" weights; {before:.1f} -> {after:.1f} MiB; {self.threads} thread(s)"
+        ]
+        for times in self.end_to_end:
+            lines.append(
+                f"example {times.example}: original {times.original_ms:.4g} ms, strongest dense (each linear in its"
+                f" fastest of nn.Linear and oneDNN) {times.dense_ms:.4g} ms, packed {times.packed_ms:.4g} ms:"
+                f" {times.speedup:.2f}x"
+            )
+        return [*lines, *self.notes]
+
+    def __str__(self) -> str:
+        return self.table().to_text()
+
+    def to_markdown(self) -> str:
+        """The table in Markdown."""
+        return self.table().to_markdown()
+
+    def to_csv(self) -> str:
+        """The table as CSV, without the totals."""
+        return self.table().to_csv()
+
+    def to_json(self) -> str:
+        """Everything as one JSON object."""
+        record = asdict(self)
+        record["packed_layers"], record["packed_share"] = self.packed_layers, self.packed_share
+        record["nbytes_before"], record["nbytes_after"] = self.nbytes_before, self.nbytes_after
+        return json.dumps(record, indent=1)
+
+
+def _is_dense(label: str) -> bool:
+    return label.startswith("dense/")

@@ -1,0 +1,197 @@
+"""Watches one forward pass: which linears run on how many tokens, who else reads their weights, what follows them.
+
+It also knows which linears must stay as they are. It measures no time and packs nothing.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Seen", "apply_activation", "reason_to_leave", "watch"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass
+class Seen:
+    """What a forward pass showed of one linear.
+
+    Args:
+        tokens: T of every call.
+        reason: why the linear must stay as it is, or None.
+        follower: name of the activation module that alone consumes the linear's output, or None.
+        activation: its name in `ops.ACTIVATIONS`, or None.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    reason: str | None = None
+    follower: str | None = None
+    activation: str | None = None
+
+
+def apply_activation(y: Tensor, name: str | None) -> Tensor:
+    """The activation as PyTorch computes it; None leaves `y` alone."""
+    return y if name is None else _ACTIVATIONS[name](y)
+
+
+def reason_to_leave(model: nn.Module, name: str, module: nn.Linear) -> str | None:
+    """Why this linear cannot be swapped at all, or None.
+
+    Args:
+        model: the whole model.
+        name: of the linear in it.
+        module: the linear.
+    """
+    parent = model.get_submodule(name.rpartition(".")[0])
+    weight = module.weight
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads this weight directly and never calls the linear"
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}, whose forward may differ from nn.Linear's"
+    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+        return "it has hooks or a replaced forward, which a swap would lose"
+    names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    if len(names) > 1:
+        return f"the module is shared under the names {', '.join(names)}"
+    sharers = [
+        f"{n}.{key}"
+        for n, m in model.named_modules()
+        for key, value in m._parameters.items()
+        if value is not None and m is not module and (value is weight or value is module.bias)
+    ]
+    if sharers:
+        return f"its parameter is tied to {', '.join(sharers)}"
+    if weight.dtype != torch.float32:
+        return f"dtype {weight.dtype}; the layouts hold torch.float32: call model.float() to pack it"
+    if weight.device.type != "cpu":
+        return f"device {weight.device}; there are CPU kernels only: call model.cpu() to pack it"
+    if 0 in weight.shape:
+        return "the weight is empty"
+    return None
+
+
+@contextmanager
+def watch(model: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Seen]]:
+    """Watch the forward passes inside the block; the result is complete when it ends.
+
+    While it lasts, the class of each watched module is a subclass that notes what happens: unlike a hook, this leaves
+    the fast paths of PyTorch and timm as they are, and it sees others read `.weight`.
+
+    Args:
+        model: what will run.
+        linears: name -> linear to watch.
+    """
+    record = _Record({name: Seen() for name in linears})
+    originals: list[tuple[nn.Module, type]] = []
+    leaves = _leaves(model)
+    try:
+        for name, module in {**linears, **leaves}.items():
+            originals.append((module, type(module)))
+            module.__class__ = _watched(type(module), name, record, linear=name in linears)
+        yield record.seen
+    finally:
+        for module, original in originals:
+            module.__class__ = original
+            vars(module).pop("_rmtkern_inside", None)
+    record.finish(leaves)
+
+
+def _leaves(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that may be activations: reached by one name, without state, children or hooks."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        bare = not module._parameters and not module._buffers and not module._modules
+        if bare and name and "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS):
+            found.setdefault(id(module), []).append(name)
+    return {names[0]: model.get_submodule(names[0]) for names in found.values() if len(names) == 1}
+
+
+class _Record:
+    """The events of the forward passes, in order."""
+
+    def __init__(self, seen: dict[str, Seen]) -> None:
+        self.seen = seen
+        self.followers: dict[str, list[str | None]] = {name: [] for name in seen}
+        self.calls: dict[str, int] = {}
+        self.made: tuple[str, weakref.ref[Tensor]] | None = None  # the last linear and its output
+        self.gone: tuple[str, weakref.ref[Tensor]] | None = None  # the last output that a follower took
+
+    def linear(self, name: str, x: Tensor, y: Tensor) -> None:
+        self.settle()
+        self.seen[name].tokens.append(x.numel() // max(x.shape[-1], 1))
+        self.followers[name].append(None)
+        self.made = (name, weakref.ref(y))
+
+    def leaf(self, name: str, x: Any) -> None:
+        self.settle()
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if self.made is not None and self.made[1]() is x:
+            self.followers[self.made[0]][-1] = name
+            self.gone = self.made
+        self.made = None
+
+    def settle(self) -> None:
+        """An output that outlived its follower has another reader: then nothing may be absorbed."""
+        if self.gone is not None and self.gone[1]() is not None:
+            self.followers[self.gone[0]][-1] = None
+        self.gone = None
+
+    def finish(self, leaves: Mapping[str, nn.Module]) -> None:
+        self.settle()
+        for name, seen in self.seen.items():
+            if seen.reason is None and not seen.tokens:
+                seen.reason = "the model never calls it on the example"
+            if seen.reason is None and 0 in seen.tokens:
+                seen.reason = "the example gives it no tokens; pass a batch of at least one"
+            followers = set(self.followers[name])
+            follower = followers.pop() if len(followers) == 1 else None
+            sibling = follower is not None and follower.rpartition(".")[0] == name.rpartition(".")[0]
+            if follower is not None and sibling and self.calls[follower] == len(seen.tokens):
+                seen.activation = _activation(leaves[follower])
+                seen.follower = follower if seen.activation is not None else None
+
+
+def _watched(base: type, name: str, record: _Record, *, linear: bool) -> type:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if not linear:
+            record.leaf(name, first)
+            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        vars(self)["_rmtkern_inside"] = True
+        try:
+            y = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            vars(self)["_rmtkern_inside"] = False
+        record.linear(name, first, y)  # type: ignore[arg-type]
+        return y
+
+    def read(self: nn.Module, key: str) -> Any:
+        if key in ("weight", "bias") and not vars(self).get("_rmtkern_inside", False):
+            record.seen[name].reason = f"other code reads its .{key} besides its own forward"
+        return base.__getattr__(self, key)  # type: ignore[attr-defined]
+
+    return type(base.__name__, (base,), {"forward": forward, **({"__getattr__": read} if linear else {})})
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The name in `ops.ACTIVATIONS` of what this module computes, found by trying it; None if it is none of them."""
+    x = torch.linspace(-8, 8, 1001)
+    with torch.no_grad():
+        y = module(x.clone())
+    for name, function in _ACTIVATIONS.items():
+        # float32 rounding of different formulas of one function; "gelu" and "gelu_tanh" are 4e-4 apart
+        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, function(x), rtol=1e-6, atol=2e-6):
+            return name
+    return None

@@ -1,0 +1,106 @@
+"""Pictures as matplotlib figures: a spectrum under its fitted law, accuracy against sparsity. Data in, figure out.
+
+matplotlib is an extra (`rmtkern[report]`) and is imported only here, only when a function is called.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rmtkern.spectrum import law
+from rmtkern.spectrum.fit import SpectralFit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["demo_figure", "draw_accuracy", "draw_spectrum"]
+
+# Okabe & Ito's colours: told apart with any colour vision
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'rmtkern[report]'") from None
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_spectrum(axes: "Axes", singular_values: np.ndarray, fit: SpectralFit, name: str) -> None:
+    """Histogram of the eigenvalues s^2 / n under the fitted Marchenko-Pastur density, with edge and spikes.
+
+    Args:
+        axes: matplotlib axes to draw on.
+        singular_values: all min(N, K) of them [weight].
+        fit: of the same matrix, with a bulk (sigma2 > 0).
+        name: of the layer.
+
+    Raises:
+        ValueError: the fit has no bulk to draw.
+    """
+    if not fit.sigma2 or fit.lambda_plus is None:
+        raise ValueError(f"{name}: the fit has no bulk ({', '.join(fit.flags)}); nothing to draw")
+    p, n = min(fit.shape), max(fit.shape)
+    unit = fit.sigma2
+    values = np.asarray(singular_values, dtype=np.float64) ** 2 / n / unit
+    edge = fit.lambda_plus / unit
+    reach = min(float(values.max()), 2.2 * edge) * 1.05
+    bins = np.linspace(0, reach, 60)
+    shown = values[values <= reach]
+    weights = np.full(len(shown), 1 / (p * (bins[1] - bins[0])))
+    axes.hist(shown, bins=bins, weights=weights, color=BLUE, alpha=0.45, label="eigenvalues of $WW^T/n$")
+    grid = np.linspace(1e-6, edge, 600)
+    axes.plot(grid, law.density(grid, p / n), color=ORANGE, lw=2, label="Marchenko-Pastur fit")
+    axes.axvline(edge, color=RED, ls="--", lw=1.5, label=r"noise edge $\lambda_+$")
+    spikes = values[values > edge]
+    inside = spikes[spikes <= reach]
+    axes.plot(inside, np.zeros_like(inside), "|", color=RED, ms=14, mew=1.2, clip_on=False, label="above the edge")
+    beyond = len(spikes) - len(inside)
+    title = f"{name}  ({fit.shape[0]}x{fit.shape[1]})\nfit error {fit.mu:.3f}, {fit.n_spikes} spikes"
+    axes.set_title(title + (f", {beyond} beyond the axis" if beyond else ""), fontsize=10)
+    axes.set_xlabel(r"eigenvalue / $\sigma^2$")
+    axes.set_ylabel("density")
+    axes.set_xlim(0, reach)
+    top = float(np.histogram(shown, bins=bins, weights=weights)[0].max())
+    axes.set_ylim(0, 1.15 * top)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def draw_accuracy(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]], images: int) -> None:
+    """Top-1 accuracy against sparsity, one line per method.
+
+    Args:
+        axes: matplotlib axes to draw on.
+        curves: method -> points (sparsity in [0, 1), top-1 in [0, 1]).
+        images: number of images behind each point, for the axis label.
+    """
+    styles = [(BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (RED, "d:")]
+    for index, (name, points) in enumerate(curves.items()):
+        color, style = styles[index % len(styles)]
+        x, y = zip(*points, strict=True)
+        axes.plot(100 * np.array(x), 100 * np.array(y), style, color=color, label=name, ms=5)
+    axes.set_title("One-shot pruning, no fine-tuning", fontsize=10)
+    axes.set_xlabel("sparsity of the attention and MLP weights [%]")
+    axes.set_ylabel(f"top-1 on {images:,} test images [%]")
+    axes.grid(color=GREY, alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def demo_figure(
+    singular_values: np.ndarray,
+    fit: SpectralFit,
+    name: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    images: int,
+) -> "Figure":
+    """The demo's picture: `draw_spectrum` beside `draw_accuracy`; arguments as theirs."""
+    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    draw_spectrum(left, singular_values, fit, name)
+    draw_accuracy(right, curves, images)
+    return figure

@@ -1,0 +1,106 @@
+"""The one accuracy rule of the project and random sparse weights, for tests, benchmarks and pack_'s own check."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["accuracy_excess", "assert_as_accurate_as_dense", "random_sparse"]
+
+
+def _dense(x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+    y = F.linear(x, w, bias)
+    if activation in ("gelu", "gelu_tanh"):
+        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    elif activation is not None:
+        y = {"relu": F.relu, "silu": F.silu}[activation](y)
+    return y if residual is None else y + residual
+
+
+def accuracy_excess(
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> float:
+    """The error of `y` against float64 over what the accuracy rule allows: at most 1 if `y` is accurate enough.
+
+    The rule: at most 2x the error of the dense PyTorch op in the dtype of `x`, plus 4 eps of the output's scale (its
+    largest magnitude).
+
+    Args:
+        y: [..., N], the result to judge.
+        x: [..., K].
+        w: [N, K] dense.
+        bias: [N] or None.
+        activation: a name in `ops.ACTIVATIONS`.
+        residual: [..., N] or None.
+
+    Returns:
+        Ratio >= 0; NaN or Inf in `y` gives inf.
+
+    Raises:
+        ValueError: `y` has the wrong shape or dtype.
+    """
+    expected = (*x.shape[:-1], w.shape[0])
+    if y.shape != expected or y.dtype != x.dtype:
+        raise ValueError(f"y: expected {list(expected)} {x.dtype}, got {list(y.shape)} {y.dtype}")
+    if y.numel() == 0:
+        return 0.0
+    with torch.no_grad():
+        wide = [None if t is None else t.double() for t in (x, w, bias, residual)]
+        exact = _dense(wide[0], wide[1], wide[2], activation, wide[3])  # type: ignore[arg-type]
+        dense = float((_dense(x, w, bias, activation, residual).double() - exact).abs().max())
+        scale = float(exact.abs().max())
+        error = float((y.double() - exact).abs().max())
+    allowed = 2 * dense + 4 * torch.finfo(x.dtype).eps * scale
+    if error != error or error == float("inf"):
+        return float("inf")
+    return error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def assert_as_accurate_as_dense(
+    y: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """Raise AssertionError unless `y` = act(x wᵀ + bias) + residual within the accuracy rule (`accuracy_excess`)."""
+    excess = accuracy_excess(y, x, w, bias, activation, residual)
+    if not excess <= 1:
+        raise AssertionError(f"the error against float64 is {excess:.3g} times what the accuracy rule allows")
+
+
+def random_sparse(
+    n: int, k: int, sparsity: float, *, seed: int = 0, nofm: tuple[int, int] | None = None, scale: float | None = None
+) -> Tensor:
+    """A random weight [n, k] float32 with zeros.
+
+    Args:
+        n: rows.
+        k: columns.
+        sparsity: fraction of zeros in [0, 1], each place drawn by itself; exact at 0 and 1. Unused with `nofm`.
+        seed: of the generator.
+        nofm: (n, m): n non-zeros kept in each group of m columns instead.
+        scale: standard deviation of the entries; default 1 / sqrt(k).
+
+    Returns:
+        [n, k] float32.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1], or `k` not divisible by m.
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity: expected 0 to 1, got {sparsity}")
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=generator) * (k**-0.5 if scale is None else scale)
+    if nofm is None:
+        return w * (torch.rand(n, k, generator=generator) >= sparsity)
+    kept, m = nofm
+    if k % m:
+        raise ValueError(f"k: expected a multiple of m = {m}, got {k}")
+    ranks = torch.rand(n, k // m, m, generator=generator).argsort(-1).argsort(-1)
+    return w * (ranks < kept).view(n, k)
