@@ -248,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="rmtkern: %(message)s")
+    failure: Exception
     try:
         if args.threads is not None:
             if args.threads < 1:

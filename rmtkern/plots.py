@@ -53,11 +53,11 @@ def draw_spectrum(axes: "Axes", singular_values: np.ndarray, fit: SpectralFit, n
     bins = np.linspace(0, reach, 45)
     shown = values[values <= reach]
     weights = np.full(len(shown), 1 / (p * (bins[1] - bins[0])))
-    axes.hist(shown, bins=bins, weights=weights, color=BLUE, alpha=0.45, label="eigenvalues of $WW^T/n$")
+    axes.hist(shown, bins=list(bins), weights=weights, color=BLUE, alpha=0.45, label="eigenvalues of $WW^T/n$")
     bulk = float((values <= edge).mean())
     grid = np.linspace(1e-6, edge, 600)
     curve = bulk * law.density(grid, p / n)
-    axes.plot(grid, curve, color=ORANGE, lw=2, label=f"Marchenko-Pastur law, {bulk:.0%} of the values")
+    axes.plot(grid, curve, color=ORANGE, lw=2, label=f"Marchenko-Pastur ({bulk:.0%} of values)")
     axes.axvline(edge, color=RED, ls="--", lw=1.5, label=r"noise edge $\lambda_+$")
     spikes = values[values > edge]
     inside = spikes[spikes <= reach]
@@ -69,7 +69,7 @@ def draw_spectrum(axes: "Axes", singular_values: np.ndarray, fit: SpectralFit, n
     axes.set_ylabel("density")
     axes.set_xlim(0, reach)
     axes.set_ylim(0, 1.15 * float(np.histogram(shown, bins=bins, weights=weights)[0].max()))
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
 
 
 def draw_accuracy(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]], images: int) -> None:

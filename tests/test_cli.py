@@ -142,8 +142,7 @@ def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
         *FC,
     ]
     assert main(argv) == 0
-    out, err = capsys.readouterr()
-    found = strict_json(out)
+    found = strict_json(capsys.readouterr().out)
     assert found["output"] == "p.safetensors"
     assert found["before"]["count"] == found["after"]["count"] == 6
     from rmtkern.loading import load_model, read_metadata

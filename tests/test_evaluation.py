@@ -183,7 +183,7 @@ def test_preprocessing_of_each_library():
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
-        (torch.zeros(3, 3, 2, 2), TypeError, "expected a loader of .x, y., a pair of tensors or an image folder, got Tensor"),
+        (torch.zeros(3, 3, 2, 2), TypeError, r"a loader of \(x, y\), a pair of tensors or an image folder, got Tensor"),
         (7, TypeError, "images: expected a loader of .* got int"),
         ([], ValueError, "no images to evaluate: the loader or tensor pair is empty"),
         ((torch.zeros(0, 3, 2, 2), torch.zeros(0).long()), ValueError, "no images to evaluate"),
@@ -191,11 +191,11 @@ def test_preprocessing_of_each_library():
         ((torch.zeros(3, 3, 2, 2), torch.zeros(3, 7).long()), ValueError, r"and \(3, 7\)"),
         ([torch.zeros(3, 3, 2, 2)], TypeError, r"loader to give pairs of tensors \(x, y\), got Tensor"),
         ([(torch.zeros(3, 3, 2, 2), [0, 0, 0])], TypeError, "pairs of tensors"),
-        ([(torch.zeros(3, 3, 2, 2), torch.zeros(2).long())], ValueError, r"expected images \[B, ...\] and labels \[B\]"),
-        ((torch.zeros(3, 3, 2, 2), torch.zeros(3)), TypeError, "labels: expected integer class numbers, got torch.float32"),
+        ([(torch.zeros(3, 3, 2, 2), torch.zeros(2).long())], ValueError, r"images \[B, ...\] and labels \[B\], got"),
+        ((torch.zeros(3, 3, 2, 2), torch.zeros(3)), TypeError, r"expected integer class numbers, got torch.float32"),
         ((torch.zeros(2, 3, 2, 2), torch.tensor([0, 7])), ValueError, r"labels must lie in 0..6, got 0..7"),
         ((torch.zeros(2, 3, 2, 2), torch.tensor([-1, 3])), ValueError, r"labels must lie in 0..6, got -1..3"),
-        ((torch.full((2, 3, 2, 2), torch.nan), torch.tensor([1, 3])), ValueError, "the model returned NaN or Inf logits"),
+        ((torch.full((2, 3, 2, 2), torch.nan), torch.tensor([1, 3])), ValueError, "model returned NaN or Inf logits"),
     ],
 )  # fmt: skip
 def test_bad_images(images, error, message):
@@ -240,7 +240,7 @@ def test_bad_folders(tmp_path, folder):
     with pytest.raises(ValueError, match=r"found no image \(.*\.png.*\) in its class sub-folders"):
         evaluate(Mean(), tmp_path / "empty")
     (folder / "c_blue" / "1.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match="1.png: not a readable image .* remove or repair it"):
+    with pytest.raises(ValueError, match=r"1\.png: not a readable image .* remove or repair it"):
         evaluate(Mean(), folder)
 
 

@@ -63,7 +63,7 @@ def test_timm_names():
     assert isinstance(model, timm.models.VisionTransformer) and not model.training
     assert input_size_of(model, 2) == (2, 3, 224, 224)
     with pytest.raises(
-        ValueError, match="vit_tinny: no timm model of that name; similar: .*vit.*or give module:function"
+        ValueError, match=r"vit_tinny: no timm model of that name; similar: .*vit.*or give module:function"
     ):
         load_model("vit_tinny")
 
@@ -76,7 +76,7 @@ def test_no_hub(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(
-        ValueError, match="could not load pretrained weights .*no route.*--random-weights where no model"
+        ValueError, match=r"could not load pretrained weights .*no route.*--random-weights where no model"
     ):
         load_model("vit_tiny_patch16_224")
     with pytest.raises(OSError, match="no route"):  # not the hub's fault: the error itself
@@ -121,16 +121,16 @@ def test_no_code_of_a_pickle_runs(module):
 
 
 def test_bad_checkpoints(module):
-    with pytest.raises(ValueError, match="gone.safetensors: no such checkpoint file"):
+    with pytest.raises(ValueError, match=r"gone.safetensors: no such checkpoint file"):
         load_model("toys:net", checkpoint=module / "gone.safetensors")
     state = dict(load_model("toys:net").state_dict())
     save_file(state, module / "cut.safetensors")
     (module / "cut.safetensors").write_bytes((module / "cut.safetensors").read_bytes()[:-4])
-    with pytest.raises(ValueError, match="cut.safetensors: not a complete safetensors file .*; copy it again"):
+    with pytest.raises(ValueError, match=r"cut.safetensors: not a complete safetensors file .*; copy it again"):
         load_model("toys:net", checkpoint=module / "cut.safetensors")
     torch.save([1, 2], module / "list.pt")
     with pytest.raises(
-        ValueError, match="list.pt: expected a state dict of tensors; convert the checkpoint to safetensors"
+        ValueError, match=r"list.pt: expected a state dict of tensors; convert the checkpoint to safetensors"
     ):
         load_model("toys:net", checkpoint=module / "list.pt")
     del state["1.bias"]

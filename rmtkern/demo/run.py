@@ -53,7 +53,7 @@ class Effort:
     curve_images: int = 1_000
     batches: tuple[int, ...] = (64, 1)
     pack_ms: float = 150.0
-    latency_ms: float = 4_000.0
+    latency_ms: float = 3_000.0
 
 
 FULL = Effort()
@@ -196,7 +196,7 @@ def run_demo(output: Path, say: Callable[[str], None], *, effort: Effort = FULL,
 
 
 def _pack_table(report: PackReport) -> str:
-    """The report's table without its last column, the reasons, which are too long for a terminal (the JSON has them)."""
+    """The report's table without its last column: the reasons are too long for a terminal (the JSON has them)."""
     table = report.table()
     return Table(table.columns[:-1], [row[:-1] for row in table.rows], table.notes).to_text()
 
@@ -223,8 +223,8 @@ def _summary(dense: Evaluation, results: dict[float, _Result]) -> str:
             )
     notes = (
         "nn.Linear: the pruned model as PyTorch runs it. Strongest dense, the one to beat: each linear in its fastest",
-        "dense float32 form (nn.Linear, oneDNN, or oneDNN with a reordered weight). packed: share of the linear weights",
-        f"that a sparse kernel runs. Medians of interleaved runs, float32, {torch.get_num_threads()} thread(s).",
+        "dense float32 form (nn.Linear, oneDNN, or oneDNN with a reordered weight). packed: share of the linear",
+        f"weights that a sparse kernel runs. Medians of interleaved float32 runs, {torch.get_num_threads()} thread(s).",
     )
     return Table(columns, rows, notes).to_text()
 
