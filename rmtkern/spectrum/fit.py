@@ -316,8 +316,7 @@ def fit_spectra(
         arrays = [as_computable(weights[name]) for name in names]
         for name, array in zip(names, arrays, strict=True):
             check_finite(array, name)
-        batch = arrays[0][None] if len(arrays) == 1 else namespace(*arrays).stack(arrays)
-        values = singular_values(batch)
+        values = singular_values(arrays)
         shape = tuple(int(side) for side in arrays[0].shape)
         for name, s in zip(names, values, strict=True):
             found[name] = fit_singular_values(s, (shape[0], shape[1]), options)

@@ -90,7 +90,9 @@ def cdf(x: ArrayLike, c: float, sigma2: float = 1.0) -> Float:
     _check(c, sigma2)
     at = np.asarray(x, dtype=np.float64)
     atom = max(0.0, 1 - 1 / c)
-    theta = np.arccos(np.clip((1 + c - at / sigma2) / (2 * np.sqrt(c)), -1, 1))
+    # half-angle form: arccos would lose half the digits at the edges
+    half = np.sqrt(np.clip((at / sigma2 - (1 - np.sqrt(c)) ** 2) / (4 * np.sqrt(c)), 0, 1))
+    theta = 2 * np.arcsin(half)
     value = np.clip(atom + _cdf_of_angle(theta, c), 0.0, 1.0)
     return np.where(at < 0, 0.0, value)
 
@@ -127,10 +129,10 @@ def quantile(u: ArrayLike, c: float, sigma2: float = 1.0) -> Float:
     table, angles = _angle_table(float(c))
     theta = np.interp(mass, table, angles)
     for _ in range(3):
-        slope = 2 / np.pi * np.sin(theta) ** 2 / np.maximum(1 + c - 2 * a * np.cos(theta), 1e-300)
+        slope = 2 / np.pi * np.sin(theta) ** 2 / np.maximum((1 - a) ** 2 + 4 * a * np.sin(theta / 2) ** 2, 1e-300)
         step = (_cdf_of_angle(theta, c) - mass) / np.maximum(slope, 1e-300)
         theta = np.where(slope > 1e-9, np.clip(theta - step, 0, np.pi), theta)
-    value = sigma2 * np.maximum(1 + c - 2 * a * np.cos(theta), 0.0)
+    value = sigma2 * ((1 - a) ** 2 + 4 * a * np.sin(theta / 2) ** 2)
     return np.where(level <= atom, 0.0 if atom > 0 else edges(c, sigma2)[0], value)
 
 

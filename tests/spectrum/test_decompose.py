@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from rmtkern.spectrum import decompose
 from rmtkern.spectrum.decompose import randomized_svd, singular_values, svd
 from rmtkern.spectrum.fit import fit_singular_values
 
@@ -27,6 +28,45 @@ def test_edges_equal_float64_svd(shape, spike, rng):
         edge = fit_singular_values(exact, shape).sigma_plus
         assert fit_singular_values(values, shape).sigma_plus == pytest.approx(edge, rel=1e-6)
         assert values[0] == pytest.approx(exact[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["scipy", "numpy"])
+@pytest.mark.parametrize(("shape", "reach"), [((200, 200), 11.0), ((64, 64), 5.0), ((192, 768), 14.0)])
+def test_many_spikes_near_the_float32_limit(solver, shape, reach, rng, monkeypatch):
+    """Both eigensolvers, at the largest spread that still takes the float32 route."""
+    if solver == "numpy":
+        monkeypatch.setattr(decompose, "_numpy_solver", lambda: np.linalg.eigvalsh)
+    else:
+        pytest.importorskip("scipy")
+    edge = shape[0] ** 0.5 + shape[1] ** 0.5
+    matrix = spiked(rng, shape, np.linspace(1.5, reach, 20) * edge)
+    exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    found = fit_singular_values(singular_values([matrix])[0], shape)
+    assert found.sigma_plus == pytest.approx(fit_singular_values(exact, shape).sigma_plus, rel=1e-6)
+    assert found.n_spikes == fit_singular_values(exact, shape).n_spikes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e18, 1e30])
+def test_extreme_scales_neither_underflow_nor_overflow(factor, dtype, rng):
+    matrix = rng.standard_normal((20, 30))
+    exact = np.linalg.svd(matrix, compute_uv=False)
+    # float32 route: eigenvalues to eps s_1^2, so values to eps s_1 / s_p of themselves
+    np.testing.assert_allclose(singular_values([(matrix * factor).astype(dtype)])[0], exact * factor, rtol=1e-5)
+
+
+def test_a_batch_equals_a_list_on_every_namespace(rng):
+    batch = rng.standard_normal((3, 20, 30))
+    expected = singular_values(batch)
+    for convert in (list, torch.from_numpy, array_api_strict.asarray):
+        np.testing.assert_allclose(singular_values(convert(batch)), expected, rtol=1e-10)
+
+
+def test_rounding_noise_of_a_low_rank_matrix_is_zero(rng):
+    matrix = rng.standard_normal((60, 5)) @ rng.standard_normal((5, 80))
+    values = singular_values([matrix])[0]
+    assert np.count_nonzero(values) == 5
+    assert fit_singular_values(values, (60, 80)).flags == ("no_bulk",)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (30, 90), (90, 30)])
@@ -84,6 +124,8 @@ def test_randomized_svd_is_deterministic_and_scales(rng):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"expected \[B, N, K\]"):
         singular_values(np.ones((3, 3)))
+    with pytest.raises(ValueError, match="matrices of one shape"):
+        singular_values([np.ones((3, 3)), np.ones((3, 4))])
     with pytest.raises(ValueError, match=r"expected \[N, K\]"):
         svd(np.ones(3))
     with pytest.raises(ValueError, match=r"rank must lie in 1\.\.3"):

@@ -59,8 +59,16 @@ def test_quantile_inverts_cdf(c, u, sigma2):
     atom = max(0.0, 1 - 1 / c)
     lower, upper = law.edges(c, sigma2)
     assert x == 0.0 or lower * (1 - 1e-9) <= x <= upper * (1 + 1e-9)
-    # absolute 1e-7: near c = 1 the density at the lower edge is unbounded, so one ulp of x moves F by its square root
-    assert abs(float(law.cdf(x, c, sigma2)) - max(u, atom)) < 1e-7
+    # 1e-8: the lower edge itself rounds to one ulp, and next to it (c near 1) F grows like a square root
+    assert abs(float(law.cdf(x, c, sigma2)) - max(u, atom)) < 1e-8
+
+
+@pytest.mark.parametrize("u", [1e-12, 1e-6, 1e-3])
+def test_quantiles_at_the_hard_edge_keep_their_digits(u):
+    # c = 1: F(x) = (2 / pi) sqrt(x) + O(x^1.5), so x = (pi u / 2)^2 (1 + O(u^2))
+    x = float(law.quantile(u, 1.0))
+    assert x == pytest.approx((np.pi * u / 2) ** 2, rel=1e-8 + 10 * u * u)
+    assert float(law.cdf(x, 1.0)) == pytest.approx(u, rel=1e-9)
 
 
 def test_outside_the_support():
