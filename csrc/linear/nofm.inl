@@ -22,19 +22,35 @@ struct NofM {
     }
 };
 
+// The number of set bits in each field of m bits, m a power of two up to 16.
+inline uint64_t count_fields(uint64_t x, int64_t m) {
+    if (m >= 2) x -= x >> 1 & 0x5555555555555555;
+    if (m >= 4) x = (x & 0x3333333333333333) + (x >> 2 & 0x3333333333333333);
+    if (m >= 8) x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f;
+    if (m >= 16) x = (x + (x >> 8)) & 0x00ff00ff00ff00ff;
+    return x;
+}
+
 // Whether every group has exactly n bits, which is what keeps a walk inside its row of values and of P.
 inline bool nofm_consistent(const NofM& s) {
     uint64_t bad = 0;
-    const uint64_t group = (uint64_t(1) << s.m) - 1;
+    const uint64_t group = (uint64_t(1) << s.m) - 1, all = ~uint64_t(0);
+    const uint64_t inside = s.K % 64 ? all >> (64 - s.K % 64) : all;  // columns that the last word has
+    const uint64_t expected = all / group * uint64_t(s.n);            // n in each field, if m divides 64
     for (int64_t r = 0; r < s.N; ++r) {
         const uint64_t* mask = s.masks + r * s.col_blocks;
+        bad |= mask[s.col_blocks - 1] & ~inside;
+        if (64 % s.m == 0) {
+            for (int64_t b = 0; b < s.col_blocks - 1; ++b) bad |= count_fields(mask[b], s.m) ^ expected;
+            bad |= count_fields(mask[s.col_blocks - 1], s.m) ^ (expected & inside);
+            continue;
+        }
         for (int64_t k = 0; k < s.K; k += s.m) {
             const int64_t shift = k % 64;
             uint64_t bits = mask[k / 64] >> shift;
             if (shift + s.m > 64) bits |= mask[k / 64 + 1] << (64 - shift);
             bad |= __builtin_popcountll(bits & group) != s.n;
         }
-        if (s.K % 64) bad |= mask[s.col_blocks - 1] >> s.K % 64;
     }
     return !bad;
 }

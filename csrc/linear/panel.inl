@@ -6,15 +6,19 @@
 constexpr int64_t block_rows = 128;          // rows of a row block (part of the bitmask format)
 constexpr int64_t c_bytes = 384 * 1024;      // C of one pass over the columns: leaves room in a 1-MiB L2
 
-// Adds weight *w times its column of the panel, the lowest of `mask`, and moves on to the next weight and column.
+// Adds weight w times its column of the panel, the lowest of `mask`, which then leaves the mask.
 template <int V>
-inline __attribute__((always_inline)) void step(uint64_t& mask, const float*& values, const float* P, F* acc) {
+inline __attribute__((always_inline)) void step(uint64_t& mask, F w, const float* P, F* acc) {
     const float* p = P + uint64_t(__builtin_ctzll(mask)) * (V * W);
     mask &= mask - 1;
-    const F w = broadcast(*values++);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[v] = acc[v] + w * load(p + v * W);
 }
+
+// Adds all of a mask's weights, which it spreads from registers. Only an instruction set with lanes_from_V <= max_V
+// defines it.
+template <int V>
+inline __attribute__((always_inline)) void add_by_lanes(uint64_t mask, const float* values, const float* P, F* acc);
 
 // Adds one row's weights in one column block to C: bit k of mask is set where column k has the next of `values`.
 // The sums start from zero and meet C at the end, which rounds less than one chain over all columns. A narrow panel
@@ -22,21 +26,26 @@ inline __attribute__((always_inline)) void step(uint64_t& mask, const float*& va
 template <int V>
 inline __attribute__((always_inline)) const float* walk(uint64_t mask, const float* values, const float* P, float* C) {
     constexpr int chains = V == 1 ? 4 : V <= 3 ? 2 : 1;
+    const float* end = values + __builtin_popcountll(mask);
     F acc[chains * V] = {};
-    if constexpr (chains > 1) {
-        for (int left = __builtin_popcountll(mask) / chains; left; --left) {
+    if constexpr (V >= lanes_from_V) {
+        add_by_lanes<V>(mask, values, P, acc);
+    } else {
+        if constexpr (chains > 1) {
+            for (int64_t left = (end - values) / chains; left; --left) {
 #pragma GCC unroll 4
-            for (int u = 0; u < chains; ++u) step<V>(mask, values, P, acc + u * V);
-        }
+                for (int u = 0; u < chains; ++u) step<V>(mask, broadcast(*values++), P, acc + u * V);
+            }
 #pragma GCC unroll 4
-        for (int u = 1; u < chains; ++u)
+            for (int u = 1; u < chains; ++u)
 #pragma GCC unroll 16
-            for (int v = 0; v < V; ++v) acc[v] = acc[v] + acc[u * V + v];
+                for (int v = 0; v < V; ++v) acc[v] = acc[v] + acc[u * V + v];
+        }
+        while (mask) step<V>(mask, broadcast(*values++), P, acc);
     }
-    while (mask) step<V>(mask, values, P, acc);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(C + v * W, load(C + v * W) + acc[v]);
-    return values;
+    return end;
 }
 
 // x [tokens t0 ..., K] -> P [K][V * W]. Tokens past the end repeat the last one; their sums are never stored.

@@ -8,6 +8,8 @@ from torch import Tensor
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts.base import PackedWeight
 
+MISSING: str | None = None
+
 try:
     from rmtkern import _C
 except ImportError as error:
@@ -16,8 +18,6 @@ except ImportError as error:
         f"the extension rmtkern._C is not there ({error}); install a C++17 compiler and reinstall rmtkern,"
         " or run `python setup.py build_ext --inplace` in a checkout"
     )
-else:
-    MISSING = None
 
 __all__ = ["isas", "linear", "supports"]
 

@@ -34,7 +34,7 @@ def finish(
         y = y + bias
     with np.errstate(over="ignore", invalid="ignore"):
         if activation == "gelu":
-            y = y * 0.5 * _erfc(-y / math.sqrt(2)).astype(np.float64)
+            y = y * 0.5 * np.asarray(_erfc(-y / math.sqrt(2)), dtype=np.float64)
         elif activation == "gelu_tanh":
             y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
         elif activation == "silu":

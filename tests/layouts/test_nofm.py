@@ -125,6 +125,19 @@ def test_op_passes_opcheck():
     torch.library.opcheck(torch.ops.rmtkern.cpu_linear.default, arguments)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 2), (3, 4), (8, 8), (5, 8), (16, 16), (7, 16), (1, 7)])
+def test_damage_is_seen_for_every_group_width(isa, n, m):
+    weight = random_weight(3, m * 9, n, m)
+    packed = NofMWeight.pack(weight, n=n, m=m)
+    x = torch.randn(2, m * 9)
+    exact = reference.linear(x.double(), packed, None, None, None)
+    # float32 sums of at most 144 products of order one
+    torch.testing.assert_close(cpu.linear(x, packed, None, None, None).double(), exact, rtol=1e-4, atol=1e-4)
+    packed.masks[2, -1] ^= 1 << ((m * 9 - 1) % 64) if (m * 9) % 64 else -(2**63)  # the last column
+    with pytest.raises(ValueError, match="nofm: a group of the masks does not have exactly n bits"):
+        cpu.linear(x, packed, None, None, None)
+
+
 @pytest.mark.parametrize("damage", ["more_bits", "fewer_bits", "outside", "moved"])
 def test_damaged_parts_are_refused_before_anything_is_read(isa, damage):
     packed = NofMWeight.pack(random_weight(5, 72, 2, 4), n=2, m=4)

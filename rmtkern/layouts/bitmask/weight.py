@@ -30,6 +30,10 @@ class BitmaskWeight(PackedWeight):
 
     layout = "bitmask"
     parts = ("values", "masks", "rows", "starts")
+    values: Tensor
+    masks: Tensor
+    rows: Tensor
+    starts: Tensor
 
     @classmethod
     def pack(cls, dense: Tensor, **params: int) -> Self:

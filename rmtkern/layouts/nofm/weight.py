@@ -35,6 +35,8 @@ class NofMWeight(PackedWeight):
 
     layout = "nofm"
     parts = ("values", "masks")
+    values: Tensor
+    masks: Tensor
 
     @classmethod
     def reason_against(cls, dense: Tensor, **params: int) -> str | None:
