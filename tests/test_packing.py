@@ -340,6 +340,17 @@ def test_reasons_to_stay_dense():
     assert all(type(module) is not type(dense) or module is model for module in model.modules())
 
 
+def test_the_fast_path_of_a_transformer_encoder_is_left_alone():
+    """In eval mode nn.TransformerEncoderLayer hands the raw weights of its linears to one fused op."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64, activation="gelu", batch_first=True), nn.Linear(32, 32))
+    prune(model, 0.9)
+    report = pack_(model, torch.randn(2, 5, 32), timer=timer())
+    reasons = {layer.name: layer.reason for layer in report.layers if not layer.packed}
+    assert set(reasons) == {"0.self_attn.out_proj", "0.linear1", "0.linear2"}
+    assert "other code reads its ." in reasons["0.linear1"] and "other code reads its ." in reasons["0.linear2"]
+    assert report.layers[-1].packed
+
+
 def test_models_that_no_kernel_can_run_keep_every_layer():
     report = pack_(mlp(0.9).double(), torch.randn(3, 128).double(), timer=timer())
     assert report.packed_layers == 0 and report.end_to_end == ()
