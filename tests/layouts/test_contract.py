@@ -1,0 +1,206 @@
+"""What every layout promises, on every backend and instruction set: the law, the accuracy, compile, opcheck."""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rmtkern import ops
+from rmtkern.layouts import LAYOUTS, cpu
+from rmtkern.nn import PackedLinear
+from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
+
+# layout, params, the n:m that its weights must have
+FORMS = [
+    ("dense", {"form": 0}, None),
+    ("dense", {"form": 1}, None),
+    ("dense", {"form": 2}, None),
+    ("bitmask", {}, None),
+    ("nofm", {"n": 2, "m": 4}, (2, 4)),
+    ("nofm", {"n": 1, "m": 16}, (1, 16)),
+]
+IDS = [f"{layout}-{'-'.join(f'{k}{v}' for k, v in params.items())}" for layout, params, _ in FORMS]
+
+
+def variants():
+    """Form x (backend, isa) that can run here; an ISA that this CPU lacks cannot be tested on it."""
+    for (layout, params, nofm), name in zip(FORMS, IDS, strict=True):
+        yield pytest.param(layout, params, nofm, "reference", None, id=f"{name}-reference")
+        isas = [None] if layout == "dense" else cpu.isas()
+        for isa in isas:
+            yield pytest.param(layout, params, nofm, "cpu", isa, id=f"{name}-cpu-{isa or 'torch'}")
+
+
+def weight(shape, nofm, sparsity=0.7, seed=0):
+    return random_sparse(*shape, sparsity, seed=seed, nofm=nofm)
+
+
+def test_every_layout_is_here_and_every_kernel_path_has_a_reference():
+    assert {layout for layout, _, _ in FORMS} == set(LAYOUTS)
+    for layout in LAYOUTS:
+        ops.load_kernels(layout)
+        assert not isinstance(ops.KERNELS[layout]["reference"], str)
+        assert not isinstance(ops.KERNELS[layout]["cpu"], str)
+        assert LAYOUTS[layout].layout == layout
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm", "backend", "isa"), list(variants()))
+# regular; prime T and N; T = 1; a K that is no multiple of 64 and an N over a row block; many tokens
+@pytest.mark.parametrize(("t", "n", "k"), [(32, 64, 64), (37, 53, 80), (1, 96, 128), (5, 131, 208), (160, 16, 64)])
+def test_accuracy_with_every_epilogue(layout, params, nofm, backend, isa, t, n, k, monkeypatch):
+    if isa is not None:
+        monkeypatch.setenv("RMTKERN_ISA", isa)
+    w = weight((n, k), nofm)
+    packed = LAYOUTS[layout].pack(w, **params)
+    generator = torch.Generator().manual_seed(t)
+    x, b, r = (torch.randn(*shape, generator=generator) for shape in ((t, k), (n,), (t, n)))
+    for activation, bias, residual in itertools.product(ops.ACTIVATIONS, (None, b), (None, r)):
+        y = ops.linear(x, packed, bias, activation=activation, residual=residual, backend=backend)
+        assert_as_accurate_as_dense(y, x, w, bias, activation, residual)
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm", "backend", "isa"), list(variants()))
+def test_shapes_and_strides(layout, params, nofm, backend, isa, monkeypatch):
+    if isa is not None:
+        monkeypatch.setenv("RMTKERN_ISA", isa)
+    w = weight((24, 64), nofm)
+    packed = LAYOUTS[layout].pack(w, **params)
+    inputs = [
+        torch.randn(64),
+        torch.randn(2, 3, 64),
+        torch.randn(64, 7).t(),
+        torch.randn(7, 128)[:, ::2],
+        torch.randn(3, 64).expand(4, 3, 64),
+        torch.randn(1, 64).expand(5, 64),
+        torch.randn(2, 5, 65)[..., 1:],
+        torch.randn(0, 64),
+        torch.randn(2, 0, 64),
+    ]
+    for x in inputs:
+        r = torch.randn(*x.shape[:-1], 48)[..., ::2]
+        kept = x.clone()
+        y = ops.linear(x, packed, activation="gelu", residual=r, backend=backend)
+        assert y.shape == (*x.shape[:-1], 24)
+        assert torch.equal(x, kept)
+        assert_as_accurate_as_dense(y, x, w, activation="gelu", residual=r)
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm"), FORMS, ids=IDS)
+@settings(max_examples=20, deadline=None)
+@given(n=st.integers(1, 140), groups=st.integers(1, 9), sparsity=st.floats(0, 1), seed=st.integers(0, 99))
+def test_the_law(layout, params, nofm, n, groups, sparsity, seed):
+    w = weight((n, 16 * groups), nofm, sparsity, seed)
+    w.view(-1)[:: max(1, 3 * seed)] *= -0.0  # signed zeros must come back as 0.0
+    back = LAYOUTS[layout].pack(w, **params).unpack()
+    assert back.dtype == w.dtype and back.is_contiguous()
+    assert torch.equal(back.view(torch.int32), (w + 0.0).view(torch.int32))
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm"), FORMS, ids=IDS)
+def test_extreme_sparsity(layout, params, nofm):
+    x = torch.randn(9, 64)
+    for sparsity in (0.0, 1.0):
+        w = weight((20, 64), nofm, sparsity) * (1 - int(sparsity))
+        y = ops.linear(x, LAYOUTS[layout].pack(w, **params), torch.ones(20))
+        assert_as_accurate_as_dense(y, x, w, torch.ones(20))
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm"), FORMS, ids=IDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile(layout, params, nofm, grad):
+    torch._dynamo.reset()
+    module = PackedLinear(LAYOUTS[layout].pack(weight((32, 64), nofm), **params), torch.ones(32), "gelu")
+    x = torch.randn(2, 5, 64)
+    with torch.set_grad_enabled(grad):
+        eager = module(x)
+        compiled = torch.compile(module, fullgraph=True, backend="eager")(x)
+    assert torch.equal(compiled, eager)
+    assert compiled.requires_grad == eager.requires_grad == grad
+
+
+@pytest.mark.parametrize("layout", ["bitmask", "nofm"])
+@pytest.mark.parametrize("epilogue", [False, True])
+def test_opcheck(layout, epilogue):
+    w = weight((32, 64), (2, 4))
+    packed = LAYOUTS[layout].pack(w, **({"n": 2, "m": 4} if layout == "nofm" else {}))
+    tail = (torch.ones(32), "gelu", torch.randn(3, 32)) if epilogue else (None, None, None)
+    arguments = (layout, torch.randn(3, 64), 32, list(packed.tensors()), list(packed.params.values()), *tail)
+    torch.library.opcheck(torch.ops.rmtkern.cpu_linear.default, arguments)
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm"), FORMS, ids=IDS)
+def test_copies_and_files(layout, params, nofm):
+    w, x = weight((32, 64), nofm), torch.randn(3, 64)
+    packed = LAYOUTS[layout].pack(w, **params)
+    file = io.BytesIO()
+    torch.save(packed, file)
+    file.seek(0)
+    other = LAYOUTS[layout].pack(weight((32, 64), nofm, seed=1), **params)
+    if layout == "dense":
+        other.load_state_dict(packed.state_dict())  # the parts of other layouts depend on the weight in size
+        assert torch.equal(other.unpack(), w)
+    for twin in (copy.deepcopy(packed), torch.load(file, weights_only=False), copy.deepcopy(packed).double().float()):
+        assert torch.equal(twin.unpack(), w)
+        assert torch.equal(ops.linear(x, twin), ops.linear(x, packed))
+    assert set(packed.state_dict()) == set(packed.parts)
+    assert packed.nbytes == sum(part.nbytes for part in packed.tensors())
+    assert str(packed.nbytes) in repr(packed)
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm"), FORMS, ids=IDS)
+def test_what_no_layout_stores(layout, params, nofm):
+    pack = LAYOUTS[layout].pack
+    with pytest.raises(TypeError, match=r"expected a torch.Tensor \[N, K\], got list"):
+        pack([[1.0]], **params)
+    with pytest.raises(ValueError, match=r"expected a weight \[N, K\] with N, K >= 1, got shape \(4,\)"):
+        pack(torch.ones(4), **params)
+    with pytest.raises(ValueError, match=r"got shape \(0, 64\)"):
+        pack(torch.ones(0, 64), **params)
+    with pytest.raises(ValueError, match=r"expected dtype torch.float32, got torch.float64; cast"):
+        pack(torch.ones(4, 64, dtype=torch.float64), **params)
+    for bad in (float("nan"), float("inf")):
+        w = weight((4, 64), nofm)
+        w[2, 3] = bad
+        with pytest.raises(ValueError, match="NaN or Inf entries; repair the checkpoint"):
+            pack(w, **params)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_variants_can_be_packed(layout):
+    for nofm in ((2, 4), (3, 8), None):
+        w = weight((16, 64), nofm, 0.3)
+        for params in LAYOUTS[layout].variants(w):
+            assert torch.equal(LAYOUTS[layout].pack(w, **params).unpack(), w + 0.0)
+
+
+def test_nofm_offers_the_tightest_pattern():
+    offered = list(LAYOUTS["nofm"].variants(weight((16, 64), (2, 4))))
+    assert offered == [{"n": 2, "m": 4}]
+    assert list(LAYOUTS["nofm"].variants(torch.ones(16, 64))) == []
+
+
+def test_dense_forms(monkeypatch):
+    dense = LAYOUTS["dense"]
+    w, x = torch.randn(8, 16), torch.randn(3, 16)
+    assert [dense.pack(w, form=form).label for form in range(3)] == [
+        "dense/torch",
+        "dense/onednn",
+        "dense/onednn_prepacked",
+    ]
+    with pytest.raises(ValueError, match="dense: form 3 is unknown; expected 0 to 2: torch, onednn"):
+        dense.pack(w, form=3)
+    with pytest.raises(ValueError, match="dense: unknown parameter n; expected form, tokens"):
+        dense.pack(w, n=2)
+    packed = dense.pack(w, form=1)
+    monkeypatch.setattr("rmtkern.layouts.dense.weight.NO_ONEDNN", "this PyTorch was built without oneDNN; use form 0")
+    monkeypatch.setattr("rmtkern.layouts.dense.cpu.NO_ONEDNN", "this PyTorch was built without oneDNN; use form 0")
+    assert list(dense.variants(w)) == [{"form": 0}]
+    with pytest.raises(ValueError, match="built without oneDNN"):
+        dense.pack(w, form=2)
+    with pytest.raises(ops.KernelUnavailable, match="built without oneDNN"):
+        ops.linear(x, packed)
+    assert torch.equal(ops.linear(x, dense.pack(w)), x @ w.t())

@@ -1,0 +1,575 @@
+"""pack_ and unpack_ on real architectures with random weights; where a decision is checked, the timer is injected."""
+
+import copy
+import csv
+import io
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import VisionTransformer
+from transformers import ViTConfig, ViTModel
+
+from rmtkern import packing
+from rmtkern.errors import PackedModelError
+from rmtkern.nn import AbsorbedActivation, PackedLinear
+from rmtkern.packing import interleaved_ms, pack_, unpack_
+from rmtkern.testing import random_sparse
+
+
+def prune(model, sparsity):
+    """Zero the smallest entries of every linear weight."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight.data
+            weight.view(-1)[weight.abs().view(-1).argsort()[: round(sparsity * weight.numel())]] = 0.0
+    return model.eval()
+
+
+def mlp(sparsity=0.9, act=None):
+    torch.manual_seed(0)
+    act = nn.GELU() if act is None else act
+    return prune(nn.Sequential(nn.Linear(128, 256), act, nn.Linear(256, 64)), sparsity)
+
+
+def timer(cheap="bitmask", whole=None):
+    """A timer that runs every call once and reports 1 ms for the `cheap` candidate, 2 ms for dense, 3 for others.
+
+    `whole` is what it reports for the states of the whole model (default: packed is fastest).
+    """
+
+    def measure(calls, budget_ms):
+        for call in calls.values():
+            call()
+        if "original" in calls:
+            return {name: (whole or {"original": 9.0, "dense": 8.0, "packed": 4.0})[name] for name in calls}
+        return {
+            label: 1.0 if label.startswith(cheap) else 2.0 + 0.1 * i if label.startswith("dense") else 3.0
+            for i, label in enumerate(calls)
+        }
+
+    return measure
+
+
+def assert_same_function(model, dense, *args, **kwargs):
+    """The accuracy rule for a whole model: twice the fp32 model's error against float64, plus 4 eps of the scale."""
+
+    def first(output):
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    def wide(value):
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    with torch.no_grad():
+        got, fp32 = first(model(*args, **kwargs)), first(dense(*args, **kwargs))
+        exact = first(
+            copy.deepcopy(dense).double()(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()})
+        )
+    allowed = 2 * (fp32 - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= allowed
+
+
+def snapshot(model):
+    return {name: (type(module), id(module)) for name, module in model.named_modules()}
+
+
+def test_bare_sequential_with_real_timing():
+    model, x = mlp(0.95), torch.randn(512, 128)
+    dense = copy.deepcopy(model)
+    report = pack_(model, x, budget_ms=60)
+    assert_same_function(model, dense, x)
+    for layer in report.layers:
+        times = layer.ms[512]
+        best = min(ms for label, ms in times.items() if label.startswith("dense/"))
+        assert {"dense/torch", "bitmask"} <= set(times)
+        assert layer.speedup >= 1 - 1e-9  # what was chosen is never slower than the strongest dense form
+        assert layer.packed == isinstance(model.get_submodule(layer.name), PackedLinear) or not layer.packed
+        if layer.packed:
+            assert best / layer.speedup <= (1 - 0.03) * best
+    times = report.end_to_end[0]
+    assert times.packed_ms <= (1 + packing.GUARD_NOISE) * min(times.original_ms, times.dense_ms)
+
+
+def timm_tiny():
+    return timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=7, img_size=64), (torch.randn(2, 3, 64, 64),)
+
+
+def torchvision_small():
+    model = VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=64, mlp_dim=128, num_classes=7
+    )
+    nn.init.normal_(model.heads.head.weight)  # torchvision zeroes the head, which would hide any error
+    return model, (torch.randn(2, 3, 32, 32),)
+
+
+def transformers_small():
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8
+    )
+    return ViTModel(config), (torch.randn(2, 3, 32, 32),)
+
+
+@pytest.mark.parametrize(
+    ("build", "fc1", "packed", "left"),
+    [
+        (timm_tiny, "blocks.1.mlp.fc1", 9, 0),
+        (torchvision_small, "encoder.layers.encoder_layer_1.mlp.0", 5, 2),
+        (transformers_small, "layers.1.mlp.fc1", 13, 0),
+    ],
+)
+def test_real_models_round_trip(build, fc1, packed, left):
+    torch.manual_seed(0)
+    model, x = build()
+    prune(model, 0.8)
+    with torch.no_grad():
+        model.get_submodule(fc1).weight[0, 0] = -0.0
+    model.get_submodule(fc1).weight.requires_grad_(False)
+    dense = copy.deepcopy(model)
+    before = snapshot(model)
+    report = pack_(model, x, timer=timer())
+    assert (report.packed_layers, len(report.layers) - report.packed_layers) == (packed, left)
+    assert report.packed_layers == sum(isinstance(module, PackedLinear) for module in model.modules())
+    assert {layer.name: layer.activation for layer in report.layers}[fc1] == "gelu"
+    assert sum(isinstance(module, AbsorbedActivation) for module in model.modules()) == 2
+    assert_same_function(model, dense, *x)
+
+    twin = copy.deepcopy(model)
+    for packed_model in (model, twin):
+        assert unpack_(packed_model) == packed
+        assert {name: type(m) for name, m in packed_model.named_modules()} == {n: t for n, (t, _) in before.items()}
+        state, wanted = packed_model.state_dict(), dense.state_dict()
+        assert set(state) == set(wanted)
+        for key, value in wanted.items():
+            assert torch.equal(state[key].view(torch.int32), (value + 0.0).view(torch.int32)), key
+        grads = {name: parameter.requires_grad for name, parameter in packed_model.named_parameters()}
+        assert grads == {name: parameter.requires_grad for name, parameter in dense.named_parameters()}
+        assert not grads[f"{fc1}.weight"] and grads[f"{fc1}.bias"]
+        assert unpack_(packed_model) == 0
+    model.train()(*x)  # an ordinary model again
+
+
+def test_multihead_attention_stays_dense_with_the_reason():
+    model, x = torchvision_small()
+    report = pack_(prune(model, 0.9), x, timer=timer())
+    reasons = {layer.name: layer.reason for layer in report.layers if not layer.packed}
+    assert set(reasons) == {f"encoder.layers.encoder_layer_{i}.self_attention.out_proj" for i in range(2)}
+    assert all("nn.MultiheadAttention reads this weight directly" in reason for reason in reasons.values())
+
+
+def test_keyword_and_several_examples():
+    model, (x,) = transformers_small()
+    prune(model, 0.8)
+    dense = copy.deepcopy(model)
+    report = pack_(model, [{"pixel_values": x}, {"pixel_values": x[:1]}], timer=timer())
+    assert len(report.end_to_end) == 2
+    assert {layer.tokens for layer in report.layers} == {(17, 34), (1, 2)}
+    assert_same_function(model, dense, pixel_values=x)
+
+
+def by_tokens(ms):
+    """A timer that reports ms[T][label]; T is the row count of the calls' inputs."""
+
+    def measure(calls, budget_ms):
+        if "original" in calls:
+            return dict.fromkeys(calls, 1.0)
+        t = next(iter(calls.values()))().shape[0]
+        return {label: ms[t].get(label, 9.0) for label in calls}
+
+    return measure
+
+
+def test_examples_that_disagree_keep_one_form_each():
+    model = prune(nn.Sequential(nn.Linear(128, 64)), 0.9)
+    dense = copy.deepcopy(model)
+    ms = {4: {"dense/torch": 1.0, "bitmask": 2.0}, 400: {"dense/torch": 5.0, "bitmask": 1.0}}
+    report = pack_(model, [torch.randn(400, 128), torch.randn(4, 128)], timer=by_tokens(ms))
+    (layer,) = report.layers
+    assert layer.form == "dense/torch | bitmask" and layer.packed and layer.speedup == 1.0
+    assert layer.nbytes_after == sum(form.nbytes for form in (model[0].weight, *model[0].others)) > layer.nbytes_before
+    assert [model[0].form(t).layout for t in (1, 4, 202, 203, 400)] == ["dense"] * 3 + ["bitmask"] * 2
+    for t in (4, 400, 30):
+        assert_same_function(model, dense, torch.randn(t, 128))
+    assert unpack_(model) == 1 and torch.equal(model[0].weight, dense[0].weight)
+
+
+def test_examples_that_nearly_agree_share_one_form():
+    model = prune(nn.Sequential(nn.Linear(128, 64)), 0.9)
+    ms = {4: {"dense/torch": 1.0, "bitmask": 0.98}, 400: {"dense/torch": 5.0, "bitmask": 1.0}}
+    (layer,) = pack_(model, [torch.randn(400, 128), torch.randn(4, 128)], timer=by_tokens(ms)).layers
+    assert layer.form == "bitmask" and len(model[0].tokens) == 1
+
+
+@pytest.mark.parametrize(("ms", "form"), [(0.96, "bitmask"), (0.98, "nn.Linear")])
+def test_sparse_must_win_by_the_margin(ms, form):
+    model = prune(nn.Sequential(nn.Linear(128, 64)), 0.9)
+    times = {4: {"dense/torch": 1.0, "bitmask": ms}}
+    (layer,) = pack_(model, torch.randn(4, 128), timer=by_tokens(times), margin=0.03).layers
+    assert layer.form == form
+    assert ("short of the margin (3 % less time)" in layer.reason) == (form != "bitmask")
+
+
+def test_the_strongest_dense_form_is_the_baseline():
+    model, x = mlp(0.9), torch.randn(8, 128)
+    dense = copy.deepcopy(model)
+    ms = {8: {"dense/torch": 2.0, "dense/onednn": 1.0, "bitmask": 1.5}}
+    report = pack_(model, x, timer=by_tokens(ms))
+    assert [layer.form for layer in report.layers] == ["dense/onednn"] * 2
+    assert report.packed_layers == 0 and report.packed_share == 0.0
+    assert isinstance(model[0], PackedLinear) and model[0].activation == "gelu"
+    assert "bitmask is 0.67x dense/onednn" in report.layers[0].reason
+    assert_same_function(model, dense, x)
+    assert unpack_(model) == 2 and isinstance(model[1], nn.GELU)
+
+
+def test_a_dense_weight_has_no_sparse_candidate():
+    model = mlp(0.0)
+    report = pack_(model, torch.randn(8, 128), timer=timer())
+    assert report.packed_layers == 0
+    assert "no sparse candidate at sparsity 0.000; bitmask would be larger" in report.layers[0].reason
+
+
+def test_nofm_is_found_and_layouts_can_be_named():
+    model = nn.Sequential(nn.Linear(64, 32)).eval()
+    model[0].weight.data = random_sparse(32, 64, 0, nofm=(2, 4))
+    twin = copy.deepcopy(model)
+    assert pack_(model, torch.randn(3, 64), timer=timer("nofm")).layers[0].form == "nofm(n=2,m=4)"
+    (layer,) = pack_(twin, torch.randn(3, 64), timer=timer("nofm"), layouts=["bitmask"]).layers
+    assert set(layer.ms[3]) == {"dense/torch", "dense/onednn", "dense/onednn_prepacked", "bitmask"}
+
+
+def test_similar_layers_share_a_measurement_taken_on_the_least_sparse():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).eval()
+    for module, sparsity in zip(model, (0.92, 0.91, 0.93, 0.5), strict=True):
+        weight = module.weight.data.view(-1)
+        weight[: round(sparsity * len(weight))] = 0.0
+    report = pack_(model, torch.randn(5, 64), timer=timer())
+    assert [layer.measured_on for layer in report.layers] == ["1", "1", "1", "3"]
+
+
+def test_guard_puts_slow_choices_back():
+    model, x = mlp(0.9), torch.randn(8, 128)
+    slow = timer(whole={"original": 4.0, "dense": 3.0, "packed": 5.0})
+    report = pack_(model, x, timer=slow)
+    assert report.packed_layers == 0
+    assert any("went back to the dense form" in note for note in report.notes)
+    times = report.end_to_end[0]
+    assert times.packed_ms == min(times.original_ms, times.dense_ms)
+    assert "put back to dense: the packed model was slower end to end" in report.layers[0].reason
+
+
+def test_guard_puts_everything_back_if_even_the_strongest_dense_model_is_slower():
+    model, x = mlp(0.9), torch.randn(8, 128)
+    before = snapshot(model)
+    measure = timer("dense/onednn", whole={"original": 1.0, "dense": 3.0, "packed": 5.0})
+    report = pack_(model, x, timer=measure)
+    assert snapshot(model) == before
+    assert any("slower than the original model: all were put back" in note for note in report.notes)
+    assert {layer.form for layer in report.layers} == {"nn.Linear"}
+
+
+def test_guard_undoes_only_what_is_slow():
+    model, x = mlp(0.9), torch.randn(8, 128)
+
+    def measure(calls, budget_ms):
+        if "original" in calls:
+            calls["packed"]()
+            both = sum(isinstance(m, PackedLinear) and m.weight.layout == "bitmask" for m in model.modules()) == 2
+            return {"original": 4.0, "dense": 3.0, "packed": 5.0 if both else 2.0}
+        first = next(iter(calls.values()))().shape[1] == 256
+        return {label: 2.0 if label.startswith("dense") else (1.0 if first else 1.5) for label in calls}
+
+    report = pack_(model, x, timer=measure)
+    assert [layer.packed for layer in report.layers] == [True, False]  # the smaller win went first
+
+
+class Shared(nn.Module):
+    """Cases that must stay dense, each with its reason."""
+
+    def __init__(self):
+        super().__init__()
+        self.tied = nn.Linear(32, 32)
+        self.tied_too = nn.Linear(32, 32)
+        self.tied_too.weight = self.tied.weight
+        self.twice = nn.Linear(32, 32)
+        self.also_twice = self.twice
+        self.hooked = nn.Linear(32, 32)
+        self.hooked.register_forward_hook(lambda module, args, output: output)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+        self.read = nn.Linear(32, 32)
+        self.peeked = nn.Linear(32, 32)
+        self.unused = nn.Linear(32, 32)
+        self.own = type("OwnLinear", (nn.Linear,), {})(32, 32)
+        self.wide = nn.Linear(32, 32)
+        self.low = nn.Linear(32, 32).bfloat16()
+        self.plain = nn.Linear(32, 32)
+
+    def forward(self, x):
+        x = self.twice(self.tied_too(self.tied(x)))
+        x = self.own(self.normed(self.hooked(self.also_twice(x))))
+        x = F.linear(x, self.read.weight)
+        x = self.peeked(x.to(self.peeked.weight.dtype))
+        x = x + self.low(x.bfloat16()).float()
+        return self.plain(self.wide(x))
+
+
+def test_reasons_to_stay_dense():
+    model, x = prune(Shared(), 0.9), torch.randn(4, 32)
+    dense = copy.deepcopy(model)
+    report = pack_(model, x, timer=timer())
+    reasons = {layer.name: layer.reason for layer in report.layers if not layer.packed}
+    for name, words in {
+        "tied": "its parameter is tied to tied_too.weight",
+        "tied_too": "its parameter is tied to tied.weight",
+        "twice": "shared under the names twice, also_twice",
+        "also_twice": "shared under the names twice, also_twice",
+        "hooked": "it has hooks or a replaced forward",
+        "normed": "it is a ParametrizedLinear, whose forward may differ",
+        "read": "other code reads its .weight besides its own forward",
+        "peeked": "other code reads its .weight besides its own forward",
+        "unused": "the model never calls it on the example",
+        "own": "it is a OwnLinear, whose forward may differ",
+        "low": r"dtype torch.bfloat16; the layouts hold torch.float32: call model.float()",
+    }.items():
+        assert words in reasons.pop(name)
+    assert reasons == {}
+    assert [layer.name for layer in report.layers if layer.packed] == ["wide", "plain"]
+    assert torch.allclose(model(x), dense(x), atol=1e-5)
+    assert all(type(module) is not type(dense) or module is model for module in model.modules())
+
+
+def test_the_fast_path_of_a_transformer_encoder_is_left_alone():
+    """In eval mode nn.TransformerEncoderLayer hands the raw weights of its linears to one fused op."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 2, 64, activation="gelu", batch_first=True), nn.Linear(32, 32))
+    prune(model, 0.9)
+    report = pack_(model, torch.randn(2, 5, 32), timer=timer())
+    reasons = {layer.name: layer.reason for layer in report.layers if not layer.packed}
+    assert set(reasons) == {"0.self_attn.out_proj", "0.linear1", "0.linear2"}
+    assert "other code reads its ." in reasons["0.linear1"] and "other code reads its ." in reasons["0.linear2"]
+    assert report.layers[-1].packed
+
+
+def test_models_that_no_kernel_can_run_keep_every_layer():
+    report = pack_(mlp(0.9).double(), torch.randn(3, 128).double(), timer=timer())
+    assert report.packed_layers == 0 and report.end_to_end == ()
+    assert all("dtype torch.float64" in layer.reason for layer in report.layers)
+    report = pack_(mlp(0.9).to("meta"), torch.randn(3, 128, device="meta"), timer=timer())
+    assert all("device meta; there are CPU kernels only: call model.cpu()" in layer.reason for layer in report.layers)
+
+
+class Gated(nn.Module):
+    def __init__(self, keep):
+        super().__init__()
+        self.fc, self.act, self.out, self.keep = nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), keep
+
+    def forward(self, x):
+        h = self.fc(x)
+        y = self.out(self.act(h))
+        return y + h if self.keep else y
+
+
+@pytest.mark.parametrize(("keep", "activation"), [(True, None), (False, None)])
+def test_an_activation_with_another_reader_is_not_absorbed(keep, activation):
+    """`h` is alive when `out` runs, so that it may be read again: whether it is cannot be seen, so it stays."""
+    model, x = prune(Gated(keep), 0.9), torch.randn(4, 64)
+    dense = copy.deepcopy(model)
+    report = pack_(model, x, timer=timer())
+    assert report.layers[0].activation is activation and report.packed_layers == 2
+    assert_same_function(model, dense, x)
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (nn.GELU(), "gelu"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (nn.ReLU(), "relu"),
+        (nn.SiLU(), "silu"),
+        (timm.layers.GELU(), "gelu"),
+        (nn.Tanh(), None),
+        (nn.Dropout(0.5), None),
+        (nn.PReLU(), None),
+        (nn.ReLU(inplace=True), None),
+    ],
+)
+def test_activations(act, name):
+    model, x = mlp(0.9, act), torch.randn(4, 128)
+    dense = copy.deepcopy(model)
+    report = pack_(model, x, timer=timer())
+    assert report.layers[0].activation == name and report.packed_layers == 2
+    assert isinstance(model[1], AbsorbedActivation) == (name is not None)
+    assert_same_function(model, dense, x)
+    unpack_(model)
+    assert model[1] is act
+
+
+def test_an_activation_that_serves_two_linears_is_not_absorbed():
+    act = nn.GELU()
+    model = prune(nn.Sequential(nn.Linear(64, 64), act, nn.Linear(64, 64), act), 0.9)
+    report = pack_(model, torch.randn(4, 64), timer=timer())
+    assert [layer.activation for layer in report.layers] == [None, None]
+
+
+def test_a_gated_unit_is_refused_rather_than_changed():
+    class Swish(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.act = nn.Linear(64, 64), nn.SiLU()
+
+        def forward(self, x):
+            x = self.fc(x)
+            x = self.act(x) * x
+            return x
+
+    model, x = prune(Swish(), 0.9), torch.randn(4, 64)
+    dense, before = copy.deepcopy(model), snapshot(model)
+    try:
+        pack_(model, x, timer=timer())
+    except PackedModelError as error:
+        assert "nothing was changed" in str(error)
+        assert snapshot(model) == before
+    assert_same_function(model, dense, x)
+
+
+def test_packed_model_runs_non_contiguous_input_and_compiles():
+    torch._dynamo.reset()
+    model = mlp(0.9)
+    dense = copy.deepcopy(model)
+    pack_(model, torch.randn(6, 128).t().contiguous().t(), timer=timer())
+    x = torch.randn(128, 9).t()
+    assert_same_function(model, dense, x)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+
+
+def test_a_packed_model_refuses_to_train():
+    model, x = mlp(0.9), torch.randn(4, 128)
+    pack_(model, x, timer=timer())
+    with pytest.raises(PackedModelError, match=r"has no backward pass"):
+        model(x).sum().backward()
+    with pytest.raises(PackedModelError, match=r"cannot train; call eval\(\)"):
+        model.train()(x)
+    with pytest.raises(PackedModelError, match=r"packed already; call rmtkern.unpack_\(model\) first"):
+        pack_(model, x)
+
+
+def test_bad_input():
+    x = torch.randn(4, 128)
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got list"):
+        pack_([], x)
+    with pytest.raises(ValueError, match=r"Sequential has no nn.Linear, so there is nothing to pack"):
+        pack_(nn.Sequential(nn.ReLU()).eval(), x)
+    with pytest.raises(ValueError, match=r"a lone nn.Linear cannot be swapped in place; wrap it in nn.Sequential"):
+        pack_(nn.Linear(128, 4).eval(), x)
+    with pytest.raises(PackedModelError, match=r"the model is in train mode; call model.eval\(\) first"):
+        pack_(mlp().train(), x)
+    partly = mlp()
+    partly[1].train()
+    with pytest.raises(PackedModelError, match=r"1 is in train mode; call model.eval\(\) first"):
+        pack_(partly, x)
+    with pytest.raises(TypeError, match=r"example: expected a tensor, a tuple of arguments, a dict .* got NoneType"):
+        pack_(mlp(), None)
+    with pytest.raises(ValueError, match=r"example: expected at least one example input, got an empty list"):
+        pack_(mlp(), [])
+    with pytest.raises(
+        ValueError, match=r"the model cannot run example 1: .*; pass what you would call the model with"
+    ):
+        pack_(mlp(), [x, torch.randn(4, 127)])
+    with pytest.raises(ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, nofm"):
+        pack_(mlp(), x, layouts=["csr"])
+    with pytest.raises(ValueError, match=r"margin: expected 0 <= margin < 1, got 1"):
+        pack_(mlp(), x, margin=1)
+    broken = mlp()
+    broken[2].weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=r"2.weight has NaN or Inf entries; repair the checkpoint"):
+        pack_(broken, x)
+    with pytest.raises(TypeError, match=r"unpack_|model: expected an nn.Module, got int"):
+        unpack_(3)
+    packed = mlp()
+    pack_(packed, x, timer=timer())
+    with pytest.raises(
+        ValueError, match=r"a lone PackedLinear cannot be swapped in place; use linear = packed.unpack\(\)"
+    ):
+        unpack_(packed[0])
+
+    class Mute(nn.Sequential):
+        def forward(self, x):
+            super().forward(x)
+            return "no tensor"
+
+    with pytest.raises(TypeError, match=r"the model's output on example 0 holds no tensor"):
+        pack_(Mute(nn.Linear(128, 4)).eval(), x)
+
+
+def test_an_empty_batch_packs_nothing():
+    report = pack_(mlp(), torch.randn(0, 128), timer=timer())
+    assert all("the example gives it no tokens" in layer.reason for layer in report.layers)
+
+
+@pytest.mark.parametrize("stage", ["timer", "guard", "verify", "pack"])
+def test_a_failure_halfway_leaves_the_model_as_it_was(stage, monkeypatch):
+    model, x = mlp(0.9), torch.randn(4, 128)
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    calls = []
+
+    def fails(times, budget_ms):
+        calls.append(times)
+        if (stage == "timer" and len(calls) == 2) or (stage == "guard" and "original" in times):
+            times["packed"]() if stage == "guard" else None
+            raise KeyboardInterrupt
+        return timer()(times, budget_ms)
+
+    if stage == "verify":
+        monkeypatch.setattr(packing, "OUTPUT_TOLERANCE", -1.0)
+    if stage == "pack":
+        monkeypatch.setattr(packing, "_pack_layer", lambda *args: 1 / 0)
+    expected = {"verify": PackedModelError, "pack": ZeroDivisionError}.get(stage, KeyboardInterrupt)
+    with pytest.raises(expected):
+        pack_(model, x, timer=fails)
+    assert snapshot(model) == before
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or "_rmtkern_inside" in vars(module) for module in model.modules())
+
+
+def test_watching_restores_classes_when_the_model_raises():
+    model = mlp()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"cannot run example 0"):
+        pack_(model, torch.randn(4, 5))
+    assert snapshot(model) == before
+
+
+def test_a_candidate_that_is_wrong_is_never_chosen(monkeypatch):
+    model, x = mlp(0.9), torch.randn(4, 128)
+    real = packing.linear
+
+    def wrong(x, w, bias=None, **options):
+        return real(x, w, bias, **options) + (1e-3 if w.layout == "bitmask" else 0.0)
+
+    monkeypatch.setattr(packing, "linear", wrong)
+    report = pack_(model, x, timer=timer())
+    assert report.packed_layers == 0
+    assert "bitmask misses the accuracy rule by a factor" in report.layers[0].reason
+
+
+def test_report_formats():
+    model, x = mlp(0.9), torch.randn(4, 128)
+    report = pack_(model, [x, x[:2]], timer=timer())
+    text = str(report)
+    assert "2 of 2 layers packed, 100.0 % of the linear weights" in text
+    assert "example 1: original 9 ms, strongest dense" in text and "packed 4 ms: 2.25x" in text
+    record = json.loads(report.to_json())
+    assert record["packed_layers"] == 2 and record["packed_share"] == 1.0
+    assert record["layers"][0]["ms"]["4"]["bitmask"] == 1.0
+    assert record["nbytes_before"] == 4 * (128 * 256 + 256 * 64) > record["nbytes_after"]
+    rows = list(csv.DictReader(io.StringIO(report.to_csv())))
+    assert [row["layer"] for row in rows] == ["0", "2"]
+    assert report.to_markdown().startswith("| layer | shape |")
+
+
+def test_interleaved_times_have_the_right_order():
+    a, b = torch.randn(300, 300), torch.randn(30, 30)
+    ms = interleaved_ms({"large": lambda: a @ a, "small": lambda: b @ b}, budget_ms=20)
+    assert ms["large"] > ms["small"] > 0
