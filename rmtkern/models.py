@@ -256,6 +256,8 @@ def _role(name: str, parameter: Tensor, kind: str, modules: Mapping[str, nn.Modu
     owner = modules[path]
     if isinstance(owner, nn.MultiheadAttention):
         return "qkv" if own == "in_proj_weight" else own[0]
+    if path and isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention):
+        return "attn_out"
     other = "conv" if kind == "conv" else "linear"
     if isinstance(owner, nn.Conv2d) and owner.groups > 1 and parameter.shape[1] == 1:
         return other  # depthwise: a local filter, whatever it is part of

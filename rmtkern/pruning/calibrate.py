@@ -3,6 +3,7 @@
 It watches the calls that use a weight rather than modules, so that weights used by functions count too.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,6 +124,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 _Rows = tuple[int, int]
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
 class _Watch(TorchFunctionMode):
@@ -148,6 +150,8 @@ class _Watch(TorchFunctionMode):
         elif func is F.conv2d:
             names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
             self._conv(*_named(names, args, kwargs))
+        elif func is F.multi_head_attention_forward:  # its products are not seen one by one
+            self._attention(_ATTENTION.bind(*args, **kwargs).arguments)
         return func(*args, **kwargs)
 
     def _find(self, tensor: Tensor) -> tuple[PrunableWeight, _Rows] | None:
@@ -168,6 +172,22 @@ class _Watch(TorchFunctionMode):
         if found is not None:
             flat = x.detach().reshape(-1, x.shape[-1])
             self._add(*found, flat.float().square().sum(0, dtype=torch.float64)[None], len(flat))
+
+    def _attention(self, call: dict[str, Any]) -> None:
+        inputs = [call[name] for name in ("query", "key", "value")]
+        fused, out = call["in_proj_weight"], call["out_proj_weight"]
+        if call.get("use_separate_proj_weight"):
+            parts = [call[f"{name}_proj_weight"] for name in "qkv"]
+        else:
+            parts = list(fused.chunk(3))
+        if fused is not None and inputs[0] is inputs[1] is inputs[2]:
+            inputs, parts = inputs[:1], [fused]
+        for x, part in zip(inputs, parts, strict=True):
+            self._linear(x, part)
+        if self._find(out) is not None:  # the input of out_proj is what comes out with an identity in its place
+            identity = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
+            plain = {**call, "out_proj_weight": identity, "out_proj_bias": None, "need_weights": False}
+            self._linear(F.multi_head_attention_forward(**plain)[0], out)
 
     def _conv(self, x: Any, kernel: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> None:
         found = self._find(kernel) if isinstance(kernel, Tensor) else None

@@ -1,0 +1,149 @@
+"""Budgets and the exact selection, against sorting in NumPy and the numbers of the papers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rmtkern.pruning.budget import BUDGETS, SPECTRAL, Layer, cycle_targets, edge_weights, take_smallest
+
+
+def layer(score, type="mlp", zeros=0, **signals):
+    score = torch.as_tensor(score, dtype=torch.float32)
+    return Layer(type, score, score >= 0, zeros, **signals)
+
+
+def signals(edges, types=None):
+    types = types or ["mlp"] * len(edges)
+    return [layer(torch.ones(1, 1), type, edge=edge) for edge, type in zip(edges, types, strict=True)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 6), st.booleans(), st.integers(0, 2**31))
+def test_take_smallest_equals_a_stable_sort(sizes, levels, wide, seed):
+    rng = np.random.default_rng(seed)
+    dtype = np.float64 if wide else np.float32
+    keys = [(rng.integers(0, levels, (1, size)) * 10.0 ** rng.integers(-30, 30)).astype(dtype) for size in sizes]
+    opens = [rng.random(key.shape) < 0.7 for key in keys]
+    flat, open_ = np.concatenate(keys, 1)[0], np.concatenate(opens, 1)[0]
+    count = int(rng.integers(0, open_.sum() + 1))
+    order = [i for i in np.argsort(flat, kind="stable") if open_[i]][:count]
+    expected = np.zeros(len(flat), bool)
+    expected[order] = True
+    taken = take_smallest([torch.from_numpy(key) for key in keys], [torch.from_numpy(o) for o in opens], count)
+    assert np.array_equal(torch.cat(taken, 1)[0].numpy(), expected)
+
+
+def test_take_smallest_leaves_infinite_keys_for_last():
+    taken = take_smallest([torch.tensor([[math.inf, 1.0, 0.0]])], [torch.ones(1, 3, dtype=torch.bool)], 2)
+    assert taken[0].tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize("count", [-1, 3])
+def test_take_smallest_refuses_other_counts(count):
+    with pytest.raises(ValueError, match=rf"count: expected 0 to 2 \(the entries that may go\), got {count}"):
+        take_smallest([torch.ones(1, 3)], [torch.tensor([[True, True, False]])], count)
+
+
+def zeros_of(budget, layers, sparsity):
+    keys = BUDGETS[budget](layers, sparsity)
+    count = round(sparsity * sum(one.score.numel() for one in layers))
+    return take_smallest(keys, [one.open for one in layers], count)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.9])
+def test_uniform_and_row_are_uniform_to_one_weight(sparsity):
+    layers = [layer(torch.rand(7, 11) * scale) for scale in (1.0, 50.0)] + [layer(torch.rand(3, 40))]
+    for one, mask in zip(layers, zeros_of("uniform", layers, sparsity), strict=True):
+        assert abs(int(mask.sum()) - sparsity * mask.numel()) <= 1
+        assert one.score[mask].max() <= one.score[~mask].min()
+    for one, mask in zip(layers, zeros_of("row", layers, sparsity), strict=True):
+        assert (mask.sum(1) - sparsity * mask.shape[1]).abs().max() <= 1
+        assert all(s[m].max() <= s[~m].min() for s, m in zip(one.score, mask, strict=True) if m.any())
+
+
+def test_global_has_one_threshold():
+    layers = [layer(torch.rand(4, 9)), layer(torch.rand(5, 5) * 10)]
+    masks = zeros_of("global", layers, 0.5)
+    gone = torch.cat([one.score[mask] for one, mask in zip(layers, masks, strict=True)])
+    kept = torch.cat([one.score[~mask] for one, mask in zip(layers, masks, strict=True)])
+    assert gone.max() <= kept.min()
+    assert masks[0].float().mean() > masks[1].float().mean()
+
+
+# z of (1, 2, 3, 6): mean 3, population deviation sqrt(3.5)
+Z = [(x - 3) / math.sqrt(3.5) for x in (1, 2, 3, 6)]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "type", "beta", "vanish"),
+    [
+        (0.30, "attn", 1.0, 0.5), (0.30, "other", 1.0, 0.5), (0.40, "mlp", 1.0, 0.5), (0.45, "mlp", 1.25, 0.7),
+        (0.55, "attn", 1.25, 0.7), (0.65, "attn", 1.0, 0.85), (0.65, "mlp", 2.0, 0.85), (0.65, "other", 1.5, 0.85),
+    ],
+)  # fmt: skip
+def test_edge_weights_follow_the_four_regimes(sparsity, type, beta, vanish):
+    expected = [max(0.1, 1 + beta * (1 - sparsity / vanish) * z) for z in Z]
+    assert edge_weights(signals([1, 2, 3, 6], [type] * 4), sparsity) == pytest.approx(expected, rel=1e-12)
+
+
+def test_edge_weights_are_floored():
+    assert min(edge_weights(signals([0, 100, 100, 100, 100, 100, 100, 100]), 0.56)) == 0.1
+
+
+def test_edge_weights_vanish_above_their_end_and_without_variation():
+    assert edge_weights(signals([1, 2, 3]), 0.85) == edge_weights(signals([1, 2, 3]), 0.95) == [1.0] * 3
+    assert edge_weights(signals([2, 2, 2]), 0.5) == [1.0] * 3
+    assert edge_weights(signals([2, None, None]), 0.5) == [1.0] * 3
+
+
+def test_layers_without_a_signal_are_neutral_and_not_counted():
+    weights = edge_weights(signals([1, None, 2, 3, 6]), 0.5)
+    assert weights[1] == 1.0
+    assert weights[:1] + weights[2:] == edge_weights(signals([1, 2, 3, 6]), 0.5)
+
+
+def test_lowest_regime_is_magnitude_unless_the_published_alpha_is_asked():
+    layers = [layer(torch.ones(1, 1), alpha=a, edge=5 - a) for a in (1, 2, 3, 6)]
+    assert edge_weights(layers, 0.2) == [1.0] * 4
+    expected = [max(0.1, 1 + 0.5 * (1 - 0.2 / 0.3) * z) for z in Z]
+    assert edge_weights(layers, 0.2, alpha_regime=True) == pytest.approx(expected, rel=1e-12)
+    assert edge_weights(layers, 0.3, alpha_regime=True) == edge_weights(layers, 0.3)
+
+
+@pytest.mark.parametrize("randomness, published", [
+    (1.0, {1: 0.061, 2: 0.120, 4: 0.229, 8: 0.419, 12: 0.573, 16: 0.694, 20: 0.787, 26: 0.883, 34: 0.954}),
+    (0.8 * 0.85, {1: 0.034, 2: 0.079, 4: 0.177, 8: 0.364, 12: 0.524, 16: 0.654, 20: 0.756, 26: 0.865, 34: 0.946}),
+    (0.26 * 0.73, {1: 0.005, 2: 0.023, 4: 0.083, 8: 0.241, 12: 0.403, 16: 0.548, 20: 0.670, 26: 0.808, 34: 0.918}),
+])  # fmt: skip
+def test_cycle_targets_add_up_to_the_published_sparsities(randomness, published):
+    """method.md 3.6, cumulative sparsity of one layer after i cycles; printed there to three digits."""
+    total, gone = 1_000_000, 0.0
+    for cycle in range(1, 35):
+        (target,) = cycle_targets(
+            [layer(torch.empty(1, 1).expand(1000, 1000), zeros=round(gone), randomness=randomness)], cycle
+        )
+        gone += target
+        if cycle in published:
+            assert gone / total == pytest.approx(published[cycle], abs=6e-4)
+
+
+def test_a_cycle_always_removes_something():
+    layers = [layer(torch.ones(10, 10), randomness=0.0) for _ in range(2)]
+    assert cycle_targets(layers, 3) == pytest.approx([6.367248] * 2)
+    assert cycle_targets([layer(torch.ones(2, 2)), layer(torch.ones(2, 2), randomness=0.0)], 3)[1] == 0.0
+
+
+def test_cycle_shares_by_target():
+    layers = [layer(torch.rand(100, 100), randomness=r) for r in (1.0, 0.25)]
+    targets = cycle_targets(layers, 1)
+    masks = take_smallest(BUDGETS["cycle"](layers, 0.5, cycle=1), [one.open for one in layers], round(sum(targets)))
+    assert [int(mask.sum()) for mask in masks] == pytest.approx(targets, abs=1)
+    assert targets[1] == pytest.approx(targets[0] / 8)  # 0.25^1.5
+
+
+def test_spectral_budgets_are_budgets():
+    assert set(SPECTRAL) <= set(BUDGETS)

@@ -1,0 +1,47 @@
+"""Patterns against a count in each group, and their names."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rmtkern.pruning.pattern import PATTERNS, parse_pattern
+
+
+def test_unstructured_lets_everything_go():
+    assert PATTERNS["unstructured"](torch.randn(3, 5), {}).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 7), st.integers(1, 8), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31))
+def test_n_of_m_takes_the_lowest_of_each_group_in_order(n, more, rows, groups, seed):
+    m = n + more
+    score = np.random.default_rng(seed).integers(0, 3, (rows, groups * m)).astype(np.float32)  # many ties
+    mask = PATTERNS["n:m"](torch.from_numpy(score), {"n": n, "m": m}).numpy()
+    for group, chosen in zip(score.reshape(-1, m), mask.reshape(-1, m), strict=True):
+        expected = sorted(range(m), key=lambda i: (group[i], i))[: m - n]
+        assert sorted(np.flatnonzero(chosen)) == sorted(expected)
+
+
+def test_parse():
+    assert parse_pattern("unstructured") == ("unstructured", {})
+    assert parse_pattern("2:4") == ("n:m", {"n": 2, "m": 4})
+    assert parse_pattern("12:16") == ("n:m", {"n": 12, "m": 16})
+
+
+@pytest.mark.parametrize("bad", ["2-4", "", "2:4x4", "-1:4"])
+def test_unknown_pattern(bad):
+    with pytest.raises(ValueError, match="unknown pattern .*; expected 'unstructured' or n:m such as '2:4'"):
+        parse_pattern(bad)
+
+
+@pytest.mark.parametrize("bad", ["4:4", "0:4", "5:4"])
+def test_n_out_of_range(bad):
+    with pytest.raises(ValueError, match="expected 1 <= n < m"):
+        parse_pattern(bad)
+
+
+def test_pattern_of_another_type():
+    with pytest.raises(TypeError, match="pattern: expected a string, got tuple"):
+        parse_pattern((2, 4))
