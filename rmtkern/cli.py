@@ -4,29 +4,35 @@ import argparse
 import copy
 import json
 import logging
-import platform
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rmtkern.api import analyze, prune_
-from rmtkern.errors import KernelUnavailable, PackedModelError
+from rmtkern.environment import environment, version
+from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import evaluate, folder_batches, preprocessing_of
 from rmtkern.loading import input_size_of, load_model, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
 from rmtkern.pruning.presets import PRESETS
+from rmtkern.tables import Table
 
 __all__ = ["main"]
+
+SLOWER = 0.97
+"""A packed model under this share of the dense speed counts as slower; closer than that is the noise of timing."""
 
 EXIT_CODES = """exit codes:
   0  done
   1  the work failed, or bench found the packed model slower than the strongest dense form
   2  bad usage or bad input (an unknown name, a damaged file, an impossible sparsity); nothing was written
+  130  interrupted
 """
 
 
@@ -74,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, default=Path("demo-output"), help="folder for the picture and the JSON"
     )
     demo.add_argument("--images", type=int, help="score only so many of the 10,000 test images")
+    demo.add_argument("--quick", action="store_true", help="a few images and short timings: a check, not a measurement")
 
     fit = verb("analyze", "fit the Marchenko-Pastur law to every weight matrix of a model")
     _model_arguments(fit)
@@ -108,10 +115,13 @@ def _print_json(value: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from rmtkern.demo.run import run_demo
+    from rmtkern.demo.run import FULL, QUICK, run_demo
 
+    effort = QUICK if args.quick else FULL
+    if args.images is not None:
+        effort = replace(effort, images=args.images)
     say = (lambda text: None) if args.json else (lambda text: print(text + "\n", flush=True))
-    results = run_demo(args.output, say, images=args.images)
+    results = run_demo(args.output, say, effort=effort)
     if args.json:
         _print_json(results)
     return 0
@@ -177,48 +187,50 @@ def _bench(args: argparse.Namespace) -> int:
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
     report = pack_(packed, examples)
-    print(report.to_json() if args.json else report)
-    if any(times.speedup < 0.97 for times in report.end_to_end):
-        print("rmtkern: the packed model is slower than the strongest dense form", file=sys.stderr)
+    if args.json:
+        _print_json({"environment": environment(), **json.loads(report.to_json())})
+    else:
+        print(f"{_environment_line()}\n\n{report}")
+    if any(times.speedup < SLOWER for times in report.end_to_end):
+        print("rmtkern bench: the packed model is slower than the strongest dense form", file=sys.stderr)
         return 1
     return 0
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def _environment_line() -> str:
+    return ", ".join(f"{name} {value}" for name, value in environment().items())
+
+
+PACKAGES = {
+    "rmtkern": "pip install .",
+    "torch": "pip install torch",
+    "numpy": "pip install numpy",
+    "safetensors": "pip install safetensors",
+    "timm": "pip install 'rmtkern[models]'",
+    "pillow": "pip install 'rmtkern[models]'",
+    "matplotlib": "pip install 'rmtkern[report]'",
+    "triton": "comes with torch on Linux with CUDA",
+    "cupy-cuda12x": "pip install 'rmtkern[gpu-cuda12]'",
+    "cupy-cuda13x": "pip install 'rmtkern[gpu-cuda13]'",
+}
+"""Distribution -> how to get it."""
 
 
 def _info(args: argparse.Namespace) -> int:
-    from importlib import metadata
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
-    names = ("rmtkern", "torch", "numpy", "safetensors", "triton", "cupy-cuda12x", "cupy-cuda13x", "timm", "matplotlib")
-    versions = {name: version(name) for name in names}
+    versions = {name: version(name) for name in PACKAGES}
     table = available()
     if args.json:
         _print_json(
             {
+                "environment": environment(),
                 "versions": versions,
-                "python": platform.python_version(),
-                "cpu": _cpu_model(),
-                "threads": torch.get_num_threads(),
+                "missing": {name: PACKAGES[name] for name, found in versions.items() if found is None},
                 "available": json.loads(table.to_json()),
             }
         )
         return 0
-    print(f"python {platform.python_version()} on {_cpu_model()}, {torch.get_num_threads()} thread(s)")
-    for name, found in versions.items():
-        print(f"{name:14} {found or 'not installed'}")
-    print(f"\n{table}")
+    rows = [[name, found, None if found else PACKAGES[name]] for name, found in versions.items()]
+    print(f"{_environment_line()}\n\n{Table(('package', 'version', 'how to get it'), rows).to_text()}\n\n{table}")
     return 0
 
 
@@ -226,7 +238,14 @@ VERBS = {"demo": _demo, "analyze": _analyze, "prune": _prune, "bench": _bench, "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (see --help)."""
+    """Run one command.
+
+    Args:
+        argv: the words after the program's name; default, those of this process.
+
+    Returns:
+        The exit code; see EXIT_CODES. Wrong usage raises SystemExit(2), as argparse does.
+    """
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="rmtkern: %(message)s")
     try:
@@ -237,9 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return VERBS[args.verb](args)
     except (ValueError, TypeError, ModuleNotFoundError, PackedModelError) as error:
         code, failure = 2, error
-    except (KernelUnavailable, OSError, RuntimeError) as error:
+    except KeyboardInterrupt:
+        print(f"rmtkern {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # a user's model function may raise anything
         code, failure = 1, error
     if args.debug:
         traceback.print_exception(failure)
-    print(f"rmtkern {args.verb}: {failure}", file=sys.stderr)
+    text = " ".join(str(failure).split())
+    print(f"rmtkern {args.verb}: {text or type(failure).__name__}", file=sys.stderr)
     return code

@@ -3,7 +3,6 @@
 Knows images and logits; not how the model was pruned or packed.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +55,11 @@ class Preprocessing:
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """What the model declares (timm `pretrained_cfg`, transformers `config.image_size`), else ImageNet's 224."""
+    """What the model declares, else ImageNet's 224 pixels, mean and deviation.
+
+    Read are timm's `pretrained_cfg` (size, mean, std, crop) and the image size of transformers and torchvision; these
+    two keep the mean and deviation elsewhere, so give `evaluate` a loader if a model was trained with others.
+    """
     declared = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(declared, dict) and declared.get("input_size"):
         size = getattr(getattr(model, "patch_embed", None), "img_size", None) or declared["input_size"][1:]
@@ -66,10 +69,15 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
             std=tuple(declared.get("std", IMAGENET_STD)),
             crop=float(declared.get("crop_pct") or 0.875),
         )
-    size = getattr(getattr(model, "config", None), "image_size", None) or getattr(model, "image_size", None)
-    if isinstance(size, int):
-        return Preprocessing(size=(size, size))
-    return Preprocessing()
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None) or getattr(model, "image_size", None)
+    size = (size, size) if isinstance(size, int) else size
+    grey = getattr(config, "num_channels", 3) == 1
+    return Preprocessing(
+        size=(int(size[0]), int(size[1])) if isinstance(size, tuple | list) and len(size) == 2 else (224, 224),
+        mean=(0.5,) if grey else IMAGENET_MEAN,
+        std=(0.5,) if grey else IMAGENET_STD,
+    )
 
 
 def _load_image(path: Path, how: Preprocessing) -> Tensor:
@@ -119,7 +127,8 @@ def folder_batches(
     missing = [name for name in names if not (root / name).is_dir()]
     if missing or not names:
         raise ValueError(
-            f"{root}: expected one sub-folder per class, {'missing ' + ', '.join(missing) or 'found none'}"
+            f"{root}: expected one sub-folder of images per class, "
+            f"{'missing ' + ', '.join(missing) if missing else 'found none'}"
         )
     files = [
         (path, label)
@@ -146,8 +155,8 @@ def _batches(model: nn.Module, images: Any, batch_size: int, classes: Sequence[s
     if isinstance(images, str | Path):
         return folder_batches(images, preprocessing_of(model), batch_size=batch_size, classes=classes, limit=limit)
     if isinstance(images, tuple) and len(images) == 2 and all(isinstance(part, Tensor) for part in images):
-        x, y = (part[:limit] for part in images)
-        if len(x) != len(y) or y.ndim != 1:
+        x, y = images
+        if y.ndim != 1 or x.ndim < 2 or len(x) != len(y):
             raise ValueError(f"expected images [B, ...] and labels [B], got {tuple(x.shape)} and {tuple(y.shape)}")
         return zip(x.split(batch_size), y.split(batch_size), strict=True)
     if isinstance(images, Iterable) and not isinstance(images, Tensor):
@@ -168,6 +177,30 @@ def _logits_of(output: Any) -> Tensor:
     return logits
 
 
+def _check_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """The (x, y) of one batch of a loader, or an error that says what came instead."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise TypeError(f"expected the loader to give pairs of tensors (x, y), got {type(batch).__name__}")
+    x, y = batch
+    if y.ndim != 1 or x.ndim < 2 or len(y) != len(x):
+        raise ValueError(f"expected images [B, ...] and labels [B], got {tuple(x.shape)} and {tuple(y.shape)}")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"labels: expected integer class numbers, got {y.dtype}")
+    return x, y
+
+
+def _check_logits(logits: Tensor, y: Tensor) -> None:
+    if len(logits) != len(y):
+        raise ValueError(f"expected logits [{len(y)}, classes], one row per image, got {tuple(logits.shape)}")
+    if int(y.min()) < 0 or int(y.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"labels must lie in 0..{logits.shape[1] - 1}, got {int(y.min())}..{int(y.max())}; number the classes as "
+            "the model does"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the model returned NaN or Inf logits; check its weights and its input's scale")
+
+
 def evaluate(
     model: nn.Module,
     images: Any,
@@ -185,44 +218,42 @@ def evaluate(
             sub-folder of images per class (needs Pillow; preprocessing as the model declares, see `preprocessing_of`).
         batch_size: for pairs and folders, >= 1.
         classes: for folders, the sub-folder names in the order of the model's classes; default, sorted by name.
-        limit: at most so many images of a pair or folder.
+        limit: at most so many images: of a folder, spread evenly over the classes; else the first ones.
         show_progress: True, False, or None for "only on a terminal".
 
     Returns:
         Evaluation.
 
     Raises:
-        TypeError: images is none of the three.
+        TypeError: images is none of the three, or labels are not integers.
         ValueError: no images, mismatched shapes, a label outside the classes, or logits that are not finite.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit must be at least 1, got {batch_size!r} and {limit!r}")
-    parameter = next(model.parameters(), torch.zeros(1))
+    batches = _batches(model, images, batch_size, classes, limit)
+    device = next(model.parameters(), torch.zeros(1)).device
     hits = hits5 = count = 0
     loss = 0.0
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.inference_mode():
-            for x, y in progress(_batches(model, images, batch_size, classes, limit), "evaluate", show=show_progress):
-                x, y = x.to(parameter.device), y.to(parameter.device)
-                logits = _logits_of(model(x)).float()
-                if y.ndim != 1 or len(y) != len(logits):
-                    raise ValueError(f"expected labels [{len(logits)}], got shape {tuple(y.shape)}")
-                if int(y.min()) < 0 or int(y.max()) >= logits.shape[1]:
-                    raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}, got {int(y.min())}..{int(y.max())}")
-                if not bool(torch.isfinite(logits).all()):
-                    raise ValueError("the model returned NaN or Inf logits; check its weights and its input's scale")
+            for batch in progress(batches, "evaluate", show=show_progress):
+                x, y = (part[: None if limit is None else limit - count].to(device) for part in _check_batch(batch))
+                if len(y) == 0:
+                    continue
+                logits, y = _logits_of(model(x)).float(), y.long()
+                _check_logits(logits, y)
                 best = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
                 hits += int(best[:, 0].sum())
                 hits5 += int(best.any(dim=1).sum())
                 loss += float(F.cross_entropy(logits, y, reduction="sum"))
                 count += len(y)
+                if count == limit:
+                    break
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     if count == 0:
         raise ValueError("no images to evaluate: the loader or tensor pair is empty")
-    result = Evaluation(hits / count, hits5 / count, loss / count, count)
-    if not math.isfinite(result.loss):
-        raise ValueError("the loss is not finite; check the labels and the logits' scale")
-    return result
+    return Evaluation(hits / count, hits5 / count, loss / count, count)

@@ -80,6 +80,26 @@ def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
+def _check_fit(what: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse a state dict with other keys or shapes than wanted, in one line that names the first few."""
+    problems = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "wrong shape": [
+            f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise ValueError(f"{what}: {'; '.join(found)}; give the model that the checkpoint was saved from")
+
+
 def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weights: bool = False) -> nn.Module:
     """Build a model and, if given, load a checkpoint strictly; the model is returned in eval mode.
 
@@ -104,10 +124,8 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weight
         model = _from_timm(spec, pretrained=not random_weights and checkpoint is None)
     if checkpoint is not None:
         state = _read_checkpoint(Path(checkpoint))
-        try:
-            model.load_state_dict(dict(state))
-        except RuntimeError as error:
-            raise ValueError(f"{checkpoint}: does not fit {spec}: {error}") from error
+        _check_fit(f"{checkpoint}: does not fit {spec}", state, model.state_dict())
+        model.load_state_dict(dict(state))
     return model.eval()
 
 
@@ -135,6 +153,9 @@ def save_dense(model: nn.Module, path: str | Path, plan_json: str | None = None)
     os.close(handle)
     try:
         save_file(state, temporary, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)  # as if written directly: mkstemp makes private files
         Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -21,15 +21,14 @@ __all__ = ["demo_figure", "draw_accuracy", "draw_spectrum"]
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 
 
-def _pyplot() -> Any:
+def _figure_class() -> Any:
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ModuleNotFoundError:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'rmtkern[report]'") from None
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    return pyplot
+    return Figure
 
 
 def draw_spectrum(axes: "Axes", singular_values: np.ndarray, fit: SpectralFit, name: str) -> None:
@@ -51,12 +50,14 @@ def draw_spectrum(axes: "Axes", singular_values: np.ndarray, fit: SpectralFit, n
     values = np.asarray(singular_values, dtype=np.float64) ** 2 / n / unit
     edge = fit.lambda_plus / unit
     reach = min(float(values.max()), 2.2 * edge) * 1.05
-    bins = np.linspace(0, reach, 60)
+    bins = np.linspace(0, reach, 45)
     shown = values[values <= reach]
     weights = np.full(len(shown), 1 / (p * (bins[1] - bins[0])))
     axes.hist(shown, bins=bins, weights=weights, color=BLUE, alpha=0.45, label="eigenvalues of $WW^T/n$")
+    bulk = float((values <= edge).mean())
     grid = np.linspace(1e-6, edge, 600)
-    axes.plot(grid, law.density(grid, p / n), color=ORANGE, lw=2, label="Marchenko-Pastur fit")
+    curve = bulk * law.density(grid, p / n)
+    axes.plot(grid, curve, color=ORANGE, lw=2, label=f"Marchenko-Pastur law, {bulk:.0%} of the values")
     axes.axvline(edge, color=RED, ls="--", lw=1.5, label=r"noise edge $\lambda_+$")
     spikes = values[values > edge]
     inside = spikes[spikes <= reach]
@@ -67,8 +68,7 @@ def draw_spectrum(axes: "Axes", singular_values: np.ndarray, fit: SpectralFit, n
     axes.set_xlabel(r"eigenvalue / $\sigma^2$")
     axes.set_ylabel("density")
     axes.set_xlim(0, reach)
-    top = float(np.histogram(shown, bins=bins, weights=weights)[0].max())
-    axes.set_ylim(0, 1.15 * top)
+    axes.set_ylim(0, 1.15 * float(np.histogram(shown, bins=bins, weights=weights)[0].max()))
     axes.legend(fontsize=8, frameon=False)
 
 
@@ -100,7 +100,8 @@ def demo_figure(
     images: int,
 ) -> "Figure":
     """The demo's picture: `draw_spectrum` beside `draw_accuracy`; arguments as theirs."""
-    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure = _figure_class()(figsize=(11, 4.2), layout="constrained")  # without pyplot: no window, no global state
+    left, right = figure.subplots(1, 2)
     draw_spectrum(left, singular_values, fit, name)
     draw_accuracy(right, curves, images)
     return figure

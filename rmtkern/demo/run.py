@@ -5,9 +5,8 @@ It only calls the public functions and reports what they return; every number is
 
 import copy
 import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,214 +17,252 @@ from torch import Tensor, nn
 
 from rmtkern.api import analyze, prune_
 from rmtkern.demo import load_demo_model, load_test_images
-from rmtkern.evaluation import evaluate
+from rmtkern.environment import environment
+from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.models import prunable_weights
-from rmtkern.packing import PackReport, pack_
+from rmtkern.packing import PackReport, interleaved_ms, pack_
+from rmtkern.pruning.plan import PrunePlan
 from rmtkern.spectrum.decompose import singular_values
+from rmtkern.spectrum.fit import SpectralFits
 from rmtkern.tables import Table
 
-__all__ = ["run_demo"]
+__all__ = ["FULL", "QUICK", "Effort", "run_demo"]
 
 SPARSITIES = (0.5, 0.7)
 CURVE = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-CURVE_IMAGES = 2_000
-BATCHES = (64, 1)
+METHODS = {"rmtkern, method auto": "auto", "uniform magnitude": "uniform"}
 SHOWN_LAYER = "blocks.1.mlp.fc1.weight"
+EVALUATION_BATCH = 64  # larger batches fall out of the cache: 250 images take 20 % longer each
+
+Curves = dict[str, list[tuple[float, float]]]
 
 
-def interleaved_ms(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Median wall time [ms] of each call, measured in turns so that a busy machine slows all alike.
+@dataclass(frozen=True)
+class Effort:
+    """How much the demo does.
 
     Args:
-        calls: what to time; each is called twice before.
-        seconds: roughly how long to measure in all; at least five rounds are made.
-
-    Returns:
-        One median per call [ms].
+        images: test images scored, 1..10,000.
+        curve_images: how many of them are behind each point of the accuracy-sparsity curve.
+        batches: batch sizes that are packed for and timed, largest first.
+        pack_ms: time that pack_ gives each distinct measurement [ms].
+        latency_ms: time of each final latency comparison [ms].
     """
-    for call in calls:
-        call()
-        call()
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for call, record in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            record.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(record) for record in times]
+
+    images: int = 10_000
+    curve_images: int = 1_000
+    batches: tuple[int, ...] = (64, 1)
+    pack_ms: float = 150.0
+    latency_ms: float = 4_000.0
 
 
-def _accuracy_curves(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, list[tuple[float, float]]]:
-    """Top-1 against sparsity of the default method and of uniform magnitude, on a subset of the images."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for label, method in (("rmtkern default", "auto"), ("uniform magnitude", "uniform")):
-        points = []
-        for sparsity in CURVE:
+FULL = Effort()
+QUICK = Effort(images=256, curve_images=64, batches=(8, 1), pack_ms=10.0, latency_ms=200.0)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One sparsity, measured."""
+
+    plan: PrunePlan
+    report: PackReport
+    score: Evaluation
+    latency: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "accuracy": self.score.to_dict(),
+            "packed_share": self.report.packed_share,
+            "latency": self.latency,
+            "plan": json.loads(self.plan.to_json()),
+            "pack_report": json.loads(self.report.to_json()),
+        }
+
+
+def _accuracy_curves(model: nn.Module, x: Tensor, y: Tensor) -> Curves:
+    """Top-1 against sparsity of each method, on a subset of the images."""
+    dense = evaluate(model, (x, y), batch_size=EVALUATION_BATCH, show_progress=False).top1
+    curves: Curves = {}
+    for label, method in METHODS.items():
+        curves[label] = [(0.0, dense)]
+        for sparsity in CURVE[1:]:
             pruned = copy.deepcopy(model)
-            if sparsity:
-                prune_(pruned, sparsity, method, show_progress=False)
-            points.append((sparsity, evaluate(pruned, (x, y), batch_size=250, show_progress=False).top1))
-        curves[label] = points
+            prune_(pruned, sparsity, method, show_progress=False)
+            score = evaluate(pruned, (x, y), batch_size=EVALUATION_BATCH, show_progress=False)
+            curves[label].append((sparsity, score.top1))
     return curves
 
 
 def _latency(
-    report: PackReport, dense: nn.Module, strongest: nn.Module, packed: nn.Module, x: Tensor
+    pruned: nn.Module, strongest: nn.Module, packed: nn.Module, x: Tensor, effort: Effort
 ) -> list[dict[str, Any]]:
-    """Dense against packed on each batch size, with the outputs compared first."""
+    """The pruned model as it is, the strongest dense form and the packed model, on each batch size."""
     rows = []
-    for batch in BATCHES:
+    for batch in effort.batches:
         images = x[:batch]
         with torch.inference_mode():
-            error = float((packed(images) - dense(images)).abs().max())
-            times = interleaved_ms([partial(m, images) for m in (dense, strongest, packed)], seconds=4.0)
+            expected = pruned(images)
+            error = float((packed(images) - expected).abs().max() / expected.abs().max())
+            calls = {"torch": pruned, "dense": strongest, "packed": packed}
+            ms = interleaved_ms({name: partial(m, images) for name, m in calls.items()}, effort.latency_ms)
         rows.append(
             {
                 "batch": batch,
-                "torch_ms": times[0],
-                "strongest_dense_ms": times[1],
-                "packed_ms": times[2],
-                "speedup_over_torch": times[0] / times[2],
-                "speedup_over_strongest_dense": min(times[:2]) / times[2],
-                "max_abs_difference": error,
-                "packed_share": report.packed_share,
+                "torch_ms": ms["torch"],
+                "strongest_dense_ms": ms["dense"],
+                "packed_ms": ms["packed"],
+                "speedup_over_torch": ms["torch"] / ms["packed"],
+                "speedup_over_strongest_dense": min(ms["torch"], ms["dense"]) / ms["packed"],
+                "relative_difference_of_logits": error,
             }
         )
     return rows
 
 
-def run_demo(
-    output: Path,
-    say: Callable[[str], None],
-    *,
-    images: int | None = None,
-    curve_images: int = CURVE_IMAGES,
-    seed: int = 0,
-) -> dict[str, Any]:
+def run_demo(output: Path, say: Callable[[str], None], *, effort: Effort = FULL, seed: int = 0) -> dict[str, Any]:
     """Run the whole demo.
 
     Args:
         output: folder for rmtkern-demo.png and rmtkern-demo.json; created if missing.
         say: receives each paragraph of the story.
-        images: how many of the 10,000 test images to score; default all.
-        curve_images: how many of them behind each point of the accuracy-sparsity curve.
+        effort: how much to measure.
         seed: of torch and NumPy.
 
     Returns:
         Every number that was measured, as in the JSON file.
+
+    Raises:
+        ValueError: a number of images outside 1..10,000.
     """
+    if not 1 <= effort.images <= FULL.images:
+        raise ValueError(f"images: expected 1 to {FULL.images} test images, got {effort.images}")
     torch.manual_seed(seed)
     np.random.seed(seed)
     output.mkdir(parents=True, exist_ok=True)
     model = load_demo_model()
-    x, y = load_test_images(images)
+    x, y = load_test_images(effort.images)
+    examples = [x[:batch] for batch in effort.batches]
     count = sum(p.numel() for p in model.parameters())
-    say(f"A Vision Transformer with {count:,} parameters and {len(y):,} real images (Fashion-MNIST, never trained on).")
+    say(
+        f"A Vision Transformer with {count:,} parameters and {len(y):,} real test images (Fashion-MNIST).\n"
+        + ", ".join(f"{name} {value}" for name, value in environment().items())
+    )
 
     say("1. Analyse: the Marchenko-Pastur law fitted to every weight matrix")
     fits = analyze(model, show_progress=False)
     say(str(fits))
     strongest = copy.deepcopy(model)
-    pack_(strongest, x[: BATCHES[0]], layouts=("dense",), show_progress=False)
-    dense = evaluate(strongest, (x, y), batch_size=250)
-    say(f"dense: {dense}")
+    pack_(strongest, examples, layouts=("dense",), budget_ms=effort.pack_ms, show_progress=False)
+    dense = evaluate(strongest, (x, y), batch_size=EVALUATION_BATCH)
+    say(f"Before pruning: {dense}")
 
-    results: dict[str, Any] = {"dense": dense.to_dict(), "parameters": count, "threads": torch.get_num_threads()}
-    rows = []
+    results: dict[float, _Result] = {}
     for step, sparsity in enumerate(SPARSITIES, start=2):
         pruned = copy.deepcopy(model)
         plan = prune_(pruned, sparsity, show_progress=False)
+        config = plan.config
+        say(
+            f"{step}. Prune to {sparsity:.0%} and pack (method {config.method}: budget {config.budget}, score "
+            f"{config.score}; no data, no fine-tuning)"
+        )
         packed = copy.deepcopy(pruned)
-        report = pack_(packed, [x[:batch] for batch in BATCHES], show_progress=False)
-        score = evaluate(packed, (x, y), batch_size=250)
-        say(f"{step}. Prune to {sparsity:.0%} (method {plan.config.method}, no data, no fine-tuning) and pack")
-        say(str(report))
-        say(f"{sparsity:.0%} pruned and packed: {score}")
-        latency = _latency(report, pruned, strongest, packed, x)
-        results[f"sparsity_{sparsity:g}"] = {
-            "accuracy": score.to_dict(),
-            "latency": latency,
-            "plan": json.loads(plan.to_json()),
-            "packed_share": report.packed_share,
-        }
-        rows += [
-            [
-                f"{sparsity:.0%}",
-                row["batch"],
-                round(100 * score.top1, 2),
-                round(100 * (score.top1 - dense.top1), 2),
-                f"{report.packed_share:.0%}",
-                row["torch_ms"],
-                row["strongest_dense_ms"],
-                row["packed_ms"],
-                row["speedup_over_torch"],
-                row["speedup_over_strongest_dense"],
-            ]
-            for row in latency
-        ]
-    columns = [
-        "sparsity",
-        "batch",
-        "top-1 %",
-        "change pp",
-        "packed",
-        "torch ms",
-        "dense ms",
-        "packed ms",
-        "x torch",
-        "x dense",
-    ]
+        report = pack_(packed, examples, budget_ms=effort.pack_ms, show_progress=False)
+        say(_pack_table(report))
+        score = evaluate(packed, (x, y), batch_size=EVALUATION_BATCH)
+        say(f"Pruned to {sparsity:.0%} and packed: {score}")
+        latency = _latency(pruned, strongest, packed, x, effort)
+        results[sparsity] = _Result(plan, report, score, latency)
+
+    say(f"{len(SPARSITIES) + 2}. Accuracy and latency, before and after")
+    say(_summary(dense, results))
+    shown = min(effort.curve_images, len(y))
+    curves = _accuracy_curves(model, x[:shown], y[:shown])
+    say(_curve_table(curves, shown))
+    say(_picture(output, model, fits, curves, shown))
+    record = {
+        "environment": environment(),
+        "seed": seed,
+        "parameters": count,
+        "fits": json.loads(fits.to_json()),
+        "dense": dense.to_dict(),
+        **{f"sparsity_{sparsity:g}": result.to_dict() for sparsity, result in results.items()},
+        "curves": curves,
+        "curve_images": shown,
+    }
+    (output / "rmtkern-demo.json").write_text(json.dumps(record, indent=1) + "\n")
+    say(f"All numbers: {output / 'rmtkern-demo.json'}")
+    say(_verdict(dense, results))
+    return record
+
+
+def _pack_table(report: PackReport) -> str:
+    """The report's table without its last column, the reasons, which are too long for a terminal (the JSON has them)."""
+    table = report.table()
+    return Table(table.columns[:-1], [row[:-1] for row in table.rows], table.notes).to_text()
+
+
+def _summary(dense: Evaluation, results: dict[float, _Result]) -> str:
+    columns = ("sparsity", "top-1 %", "change pp", "packed", "batch", "nn.Linear ms", "strongest dense ms", "packed ms",
+               "x nn.Linear", "x strongest")  # fmt: skip
+    rows: list[list[Any]] = [["0%", round(100 * dense.top1, 2), None, None, None, None, None, None, None, None]]
+    for sparsity, result in results.items():
+        for row in result.latency:
+            rows.append(
+                [
+                    f"{sparsity:.0%}",
+                    round(100 * result.score.top1, 2),
+                    round(100 * (result.score.top1 - dense.top1), 2),
+                    f"{result.report.packed_share:.0%}",
+                    row["batch"],
+                    row["torch_ms"],
+                    row["strongest_dense_ms"],
+                    row["packed_ms"],
+                    round(row["speedup_over_torch"], 2),
+                    round(row["speedup_over_strongest_dense"], 2),
+                ]
+            )
     notes = (
-        "torch: nn.Linear in float32. dense: every linear in its fastest dense form (nn.Linear or oneDNN), the one",
-        f"to beat. Medians of interleaved runs on {results['threads']} thread(s); all three give the same outputs.",
+        "nn.Linear: the pruned model as PyTorch runs it. Strongest dense, the one to beat: each linear in its fastest",
+        "dense float32 form (nn.Linear, oneDNN, or oneDNN with a reordered weight). packed: share of the linear weights",
+        f"that a sparse kernel runs. Medians of interleaved runs, float32, {torch.get_num_threads()} thread(s).",
     )
-    say(Table(columns, rows, notes).to_text())
-
-    say(f"{len(SPARSITIES) + 2}. Accuracy against sparsity on {min(curve_images, len(y)):,} images")
-    curves = _accuracy_curves(model, x[:curve_images], y[:curve_images])
-    results["curves"] = curves
-    say(
-        Table(
-            ["method", *(f"{s:.0%}" for s in CURVE)],
-            [[k, *(round(100 * t, 2) for _, t in v)] for k, v in curves.items()],
-        ).to_text()
-    )
-    say(_picture(output, model, fits, curves, min(curve_images, len(y))))
-    (output / "rmtkern-demo.json").write_text(json.dumps(results, indent=1))
-    say(_verdict(results))
-    return results
+    return Table(columns, rows, notes).to_text()
 
 
-def _picture(
-    output: Path, model: nn.Module, fits: Any, curves: dict[str, list[tuple[float, float]]], images: int
-) -> str:
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        return "No picture: matplotlib is not installed (pip install 'rmtkern[report]')."
+def _curve_table(curves: Curves, images: int) -> str:
+    columns = [f"top-1 % on {images:,} images", *(f"{sparsity:.0%}" for sparsity in CURVE)]
+    rows = [[label, *(round(100 * top1, 1) for _, top1 in points)] for label, points in curves.items()]
+    return Table(columns, rows).to_text()
+
+
+def _picture(output: Path, model: nn.Module, fits: SpectralFits, curves: Curves, images: int) -> str:
     from rmtkern.plots import demo_figure
 
     weight = next(weight for weight in prunable_weights(model, "all") if weight.name == SHOWN_LAYER)
     values = singular_values(weight.as_matrix()[None])[0]
     path = output / "rmtkern-demo.png"
-    demo_figure(values, fits[SHOWN_LAYER], SHOWN_LAYER.removesuffix(".weight"), curves, images).savefig(path, dpi=130)
+    try:
+        figure = demo_figure(values, fits[SHOWN_LAYER], SHOWN_LAYER.removesuffix(".weight"), curves, images)
+    except ModuleNotFoundError as error:
+        return f"No picture: {error}"
+    figure.savefig(path, dpi=130)
     return f"Picture: {path}"
 
 
-def _verdict(results: dict[str, Any]) -> str:
+def _verdict(dense: Evaluation, results: dict[float, _Result]) -> str:
     """What the numbers say, in words: also when they say no."""
     lines = []
-    for sparsity in SPARSITIES:
-        found = results[f"sparsity_{sparsity:g}"]
-        row = found["latency"][0]
-        change = 100 * (found["accuracy"]["top1"] - results["dense"]["top1"])
-        gain = row["speedup_over_strongest_dense"]
-        speed = (
-            f"{gain:.2f}x as fast as the strongest dense form" if gain > 1 else f"not faster than dense ({gain:.2f}x)"
-        )
+    for sparsity, result in results.items():
+        share = result.report.packed_share
         lines.append(
-            f"At {sparsity:.0%}: {change:+.2f} pp top-1, {found['packed_share']:.0%} of the linear weights packed, "
-            f"{speed} at batch {row['batch']} ({row['speedup_over_torch']:.2f}x torch's nn.Linear)."
+            f"At {sparsity:.0%}: top-1 {100 * (result.score.top1 - dense.top1):+.2f} points; {share:.0%} of the linear "
+            f"weights are packed ({'at least' if share >= 0.5 else 'less than'} half)."
         )
+        for row in result.latency:
+            gain = row["speedup_over_strongest_dense"]
+            word = "faster than" if gain > 1.01 else "slower than" if gain < 0.99 else "as fast as"
+            lines.append(
+                f"  Batch {row['batch']}: {word} the strongest dense form ({gain:.2f}x), "
+                f"{row['speedup_over_torch']:.2f}x PyTorch's nn.Linear."
+            )
     return "\n".join(lines)

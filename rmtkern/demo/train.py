@@ -29,9 +29,9 @@ def parse_idx(raw: bytes, name: str) -> np.ndarray:
     if raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(f"{name}: expected an idx file of unsigned bytes, got magic {raw[:4]!r}")
     dims = raw[3]
-    shape = np.frombuffer(raw, dtype=">u4", count=dims, offset=4).astype(np.int64)
-    if len(raw) != 4 + 4 * dims + int(np.prod(shape)):
-        raise ValueError(f"{name}: an idx file of shape {tuple(shape)} has other than {len(raw)} bytes; copy it again")
+    shape = tuple(np.frombuffer(raw, dtype=">u4", count=dims, offset=4).tolist())
+    if len(raw) != 4 + 4 * dims + math.prod(shape):
+        raise ValueError(f"{name}: an idx file of shape {shape} has other than {len(raw)} bytes; copy it again")
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 

@@ -1,0 +1,323 @@
+"""Every command of the command line: its output, its JSON, its exit codes, and errors of one line."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rmtkern import cli
+from rmtkern.cli import main
+from rmtkern.pruning.plan import PrunePlan
+
+TOYS = """
+import torch
+from torch import nn
+
+
+class Toy(nn.Module):
+    pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 32, 4, 4)
+        self.fc1, self.act, self.fc2 = nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.fc2(self.act(self.fc1(x)))).mean(1))
+
+
+def toy():
+    torch.manual_seed(3)
+    return Toy()
+
+
+def broken():
+    raise KeyError("no\\nsuch key")
+"""
+FC = ["--targets", "*fc1*", "*fc2*"]
+
+
+def strict_json(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The current folder with clitoys.py and an image folder of three classes."""
+    (tmp_path / "clitoys.py").write_text(TOYS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("clitoys", None)
+
+
+@pytest.fixture
+def images(work):
+    pil = pytest.importorskip("PIL.Image")
+    for name, colour in (("a", (255, 0, 0)), ("b", (0, 255, 0)), ("c", (0, 0, 255))):
+        (work / "images" / name).mkdir(parents=True)
+        for index in range(2):
+            pil.new("RGB", (10, 10), colour).save(work / "images" / name / f"{index}.png")
+    return work / "images"
+
+
+def fails(capsys, argv, code, message):
+    """Run, expect a code and one line on stderr that holds the message; nothing on stdout."""
+    assert main(argv) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "Traceback" not in err
+    assert err.startswith(f"rmtkern {argv[0]}: ") and message in err, err
+
+
+def test_analyze_text(work, capsys):
+    assert main(["analyze", "clitoys:toy"]) == 0
+    out = capsys.readouterr().out
+    for name in ("patch_embed.weight", "fc1.weight", "fc2.weight", "head.weight", "sigma_plus"):
+        assert name in out
+
+
+def test_analyze_formats(work, capsys):
+    assert main(["analyze", "clitoys:toy", "--json"]) == 0
+    fits = strict_json(capsys.readouterr().out)
+    assert list(fits) == ["patch_embed.weight", "fc1.weight", "fc2.weight", "head.weight"]
+    assert main(["analyze", "clitoys:toy", "--format", "csv", *FC]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["name"] for row in rows] == ["fc1.weight", "fc2.weight"]
+    assert float(rows[0]["sigma_plus"]) == pytest.approx(fits["fc1.weight"]["sigma_plus"])
+    assert main(["analyze", "clitoys:toy", "--format", "markdown"]) == 0
+    assert capsys.readouterr().out.startswith("| name |")
+
+
+def test_analyze_to_a_file(work, capsys):
+    assert main(["analyze", "clitoys:toy", "--json", "-o", "fits.json"]) == 0
+    assert capsys.readouterr().out == ""
+    assert "fc1.weight" in strict_json((work / "fits.json").read_text())
+
+
+def test_analyze_legacy_differs(work, capsys):
+    values = []
+    for extra in ([], ["--legacy"]):
+        assert main(["analyze", "clitoys:toy", "--json", *extra]) == 0
+        values.append(strict_json(capsys.readouterr().out)["fc1.weight"]["sigma2"])
+    assert values[0] != values[1]
+
+
+def test_prune_writes_dense_weights_under_their_own_keys(work, capsys):
+    assert main(["prune", "clitoys:toy", "--sparsity", "0.7", *FC, "-o", "pruned.safetensors"]) == 0
+    assert "wrote pruned.safetensors" in capsys.readouterr().out
+    state = load_file(work / "pruned.safetensors")
+    import clitoys
+
+    fresh = clitoys.toy()
+    fresh.load_state_dict(state, strict=True)
+    assert torch.equal(fresh.head.weight, clitoys.toy().head.weight)
+    zeros = sum(int((state[f"{name}.weight"] == 0).sum()) for name in ("fc1", "fc2"))
+    assert zeros == round(0.7 * 2 * 32 * 96)
+
+
+def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
+    argv = [
+        "prune",
+        "clitoys:toy",
+        "--method",
+        "magnitude",
+        "--evaluate",
+        "images",
+        "-o",
+        "p.safetensors",
+        "--json",
+        *FC,
+    ]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    found = strict_json(out)
+    assert found["output"] == "p.safetensors"
+    assert found["before"]["count"] == found["after"]["count"] == 6
+    from rmtkern.loading import load_model, read_metadata
+
+    stored = PrunePlan.from_json(read_metadata("p.safetensors")["rmtkern"])
+    assert json.loads(stored.to_json()) == found["plan"]
+    model = load_model("clitoys:toy", checkpoint="p.safetensors")
+    stored.verify(model)
+    assert main(["analyze", "clitoys:toy", "--checkpoint", "p.safetensors", "--json"]) == 0
+
+
+def test_prune_with_calibration(work, images, capsys):
+    argv = ["prune", "clitoys:toy", "--calibration", "images", "--calibration-images", "4", "-o", "p.safetensors", *FC]
+    assert main([*argv, "--json"]) == 0
+    plan = strict_json(capsys.readouterr().out)["plan"]
+    assert plan["config"]["method"] == "wanda" and plan["calibration_images"] == 4
+
+
+def test_prune_n_of_m(work, capsys):
+    assert main(["prune", "clitoys:toy", "--pattern", "2:4", "-o", "p.safetensors", *FC]) == 0
+    weight = load_file("p.safetensors")["fc1.weight"]
+    assert ((weight.view(96, -1, 4) != 0).sum(-1) == 2).all()
+
+
+def test_bench_prunes_and_reports(work, capsys):
+    code = main(["bench", "clitoys:toy", "--sparsity", "0.9", "--batch", "2", "1", "--json", *FC])
+    out, err = capsys.readouterr()
+    found = strict_json(out)
+    assert [layer["name"] for layer in found["layers"]] == ["fc1", "fc2", "head"]
+    assert found["layers"][0]["sparsity"] == pytest.approx(0.9, abs=0.2)
+    assert len(found["end_to_end"]) == 2 and found["environment"]["cpu"]
+    slower = [min(t["original_ms"], t["dense_ms"]) / t["packed_ms"] < 0.97 for t in found["end_to_end"]]
+    assert code == int(any(slower)) and ("slower" in err) == any(slower)
+
+
+def test_bench_takes_the_zeros_of_a_checkpoint(work, capsys):
+    assert main(["prune", "clitoys:toy", "--sparsity", "0.75", "-o", "p.safetensors", *FC]) == 0
+    capsys.readouterr()
+    main(["bench", "clitoys:toy", "--checkpoint", "p.safetensors", "--keep-zeros", "--batch", "1"])
+    out = capsys.readouterr().out
+    assert "strongest dense" in out and "cpu " in out
+    main(["bench", "clitoys:toy", "--keep-zeros", "--batch", "1", "--json"])
+    assert all(layer["sparsity"] < 0.01 for layer in strict_json(capsys.readouterr().out)["layers"])
+
+
+def test_bench_fails_if_the_packed_model_is_slower(work, capsys, monkeypatch):
+    report = SimpleNamespace(
+        end_to_end=[SimpleNamespace(speedup=1.3), SimpleNamespace(speedup=0.9)], to_json=lambda: "{}"
+    )
+    monkeypatch.setattr(cli, "pack_", lambda model, examples: report)
+    assert main(["bench", "clitoys:toy", "--json", *FC]) == 1
+    out, err = capsys.readouterr()
+    assert strict_json(out) and err == "rmtkern bench: the packed model is slower than the strongest dense form\n"
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "bitmask", "nofm", "reference", "cpu ", "how to get it"):
+        assert word in out
+    assert main(["info", "--json"]) == 0
+    found = strict_json(capsys.readouterr().out)
+    assert found["versions"]["torch"] and found["environment"]["cpu"]
+    assert {row["layout"] for row in found["available"]} >= {"bitmask", "nofm", "dense"}
+    for name, version in found["versions"].items():
+        assert (name in found["missing"]) == (version is None)
+
+
+def test_demo_passes_its_options_on(tmp_path, capsys, monkeypatch):
+    from rmtkern.demo import run
+
+    asked = []
+
+    def fake(output, say, *, effort):
+        asked.append((output, effort))
+        say("words")
+        return {"ok": 1}
+
+    monkeypatch.setattr(run, "run_demo", fake)
+    assert main(["demo", "--json", "-o", str(tmp_path), "--images", "12", "--quick"]) == 0
+    assert strict_json(capsys.readouterr().out) == {"ok": 1}
+    assert asked[0][0] == tmp_path and asked[0][1].images == 12 and asked[0][1].pack_ms == run.QUICK.pack_ms
+    assert main(["demo"]) == 0
+    assert "words" in capsys.readouterr().out and asked[1][1] == run.FULL
+
+
+def test_threads(work, capsys):
+    before = torch.get_num_threads()
+    try:
+        assert main(["info", "--threads", "2", "--json"]) == 0
+        assert strict_json(capsys.readouterr().out)["environment"]["threads"] == 2
+        fails(capsys, ["info", "--threads", "0"], 2, "--threads must be at least 1, got 0")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["analyze", "no_such_net"], 2, "no timm model of that name"),
+        (["analyze", "clitoys:nothing"], 2, "expected an importable module:function"),
+        (["analyze", "clitoys:broken"], 1, "no\\nsuch key"),
+        (["analyze", "clitoys:toy", "--checkpoint", "gone.safetensors"], 2, "no such checkpoint file"),
+        (["analyze", "clitoys:toy", "--targets", "zzz"], 2, "zzz"),
+        (
+            ["prune", "clitoys:toy", "--sparsity", "1.0", "-o", "x"],
+            2,
+            "sparsity: expected a fraction in [0, 1), got 1.0",
+        ),
+        (["prune", "clitoys:toy", "--method", "magic", "-o", "x"], 2, "unknown method 'magic'"),
+        (["prune", "clitoys:toy", "--pattern", "3:1", "-o", "x"], 2, "3:1"),
+        (["prune", "clitoys:toy", "-o", "no/such/x"], 2, "no such folder to write x into; create it first"),
+        (
+            ["prune", "clitoys:toy", "--evaluate", "none", "-o", "x"],
+            2,
+            "none: no such folder; expected one with a sub-",
+        ),
+        (["prune", "clitoys:toy", "--calibration", "none", "-o", "x"], 2, "none: no such folder"),
+        (["bench", "clitoys:toy", "--batch", "0"], 2, "--batch must be at least 1, got [0]"),
+        (["demo", "--images", "0", "-o", "out"], 2, "images: expected 1 to 10000 test images, got 0"),
+    ],
+)
+def test_errors(work, capsys, argv, code, message):
+    fails(capsys, argv, code, message)
+    assert not (work / "x").exists() and not (work / "out").exists()
+
+
+def test_a_checkpoint_of_another_model(work, capsys):
+    save_file({"weight": torch.zeros(2)}, "other.safetensors")
+    argv = ["analyze", "clitoys:toy", "--checkpoint", "other.safetensors"]
+    fails(capsys, argv, 2, "does not fit clitoys:toy: 8 missing (patch_embed.weight, ")
+
+
+def test_debug_shows_the_traceback(work, capsys):
+    assert main(["analyze", "clitoys:broken", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupted(work, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_model", interrupt)
+    fails(capsys, ["analyze", "clitoys:toy"], 130, "interrupted")
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["destroy"], ["prune", "demo"], ["analyze"], ["prune", "demo", "--sparsity", "half"]]
+)
+def test_usage_errors(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2 and "usage: rmtkern" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [[], ["demo"], ["analyze"], ["prune"], ["bench"], ["info"]])
+def test_help_tells_the_exit_codes(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*verb, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "exit codes:" in out and "  2  bad usage or bad input" in out
+
+
+def test_as_a_module_in_a_process_of_its_own(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).resolve().parents[1])}
+
+    def run(*words):
+        argv = [sys.executable, "-m", "rmtkern", *words]
+        return subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    good = run("analyze", "demo", "--json")
+    assert good.returncode == 0, good.stderr
+    assert "blocks.0.mlp.fc1.weight" in strict_json(good.stdout)
+    bad = run("prune", "demo", "--sparsity", "2", "-o", "x")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "rmtkern prune: sparsity: expected a fraction in [0, 1), got 2.0\n"

@@ -1,0 +1,73 @@
+"""The figures: what they draw, that they can be drawn, and that matplotlib stays optional."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from rmtkern.plots import demo_figure, draw_accuracy, draw_spectrum
+from rmtkern.spectrum.fit import fit_spectrum
+
+figure_module = pytest.importorskip("matplotlib.figure")
+
+
+@pytest.fixture
+def axes():
+    return figure_module.Figure().subplots()
+
+
+@pytest.fixture
+def spiked(rng):
+    """A 120 x 200 noise matrix with two strong directions."""
+    matrix = rng.standard_normal((120, 200))
+    for strength in (60.0, 40.0):
+        left, right = rng.standard_normal(120), rng.standard_normal(200)
+        matrix += strength * np.outer(left / np.linalg.norm(left), right / np.linalg.norm(right))
+    return np.linalg.svd(matrix, compute_uv=False), fit_spectrum(matrix)
+
+
+def test_spectrum(axes, spiked):
+    values, fit = spiked
+    draw_spectrum(axes, values, fit, "layer")
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert any("Marchenko-Pastur" in label for label in labels) and any("edge" in label for label in labels)
+    assert axes.get_xlabel() and axes.get_ylabel()
+    edge = next(line for line in axes.lines if "edge" in line.get_label() and line.get_linestyle() == "--")
+    assert edge.get_xdata()[0] == pytest.approx(fit.lambda_plus / fit.sigma2)
+    assert f"{fit.n_spikes} spikes" in axes.get_title()
+    # all values under the histogram or named as beyond the axis
+    beyond = int((values**2 / 200 / fit.sigma2 > axes.get_xlim()[1]).sum())
+    assert (f"{beyond} beyond the axis" in axes.get_title()) == (beyond > 0) and beyond > 0
+    area = sum(patch.get_height() * patch.get_width() for patch in axes.patches)
+    assert area == pytest.approx(1 - beyond / 120)
+    # the law's curve has the share of the bulk as its area (trapezoids of 600 points under a square root: 1 %)
+    law = next(line for line in axes.lines if "Marchenko" in line.get_label())
+    bulk = float((values**2 / 200 <= fit.lambda_plus).mean())
+    assert np.trapezoid(law.get_ydata(), law.get_xdata()) == pytest.approx(bulk, rel=0.01)
+
+
+def test_spectrum_without_a_bulk(axes):
+    fit = fit_spectrum(np.zeros((30, 40)))
+    with pytest.raises(ValueError, match=r"layer: the fit has no bulk \(.+\); nothing to draw"):
+        draw_spectrum(axes, np.zeros(30), fit, "layer")
+
+
+def test_accuracy(axes):
+    draw_accuracy(axes, {"one": [(0.0, 0.9), (0.5, 0.8)], "two": [(0.0, 0.9), (0.5, 0.7)]}, 2_000)
+    assert [line.get_label() for line in axes.lines] == ["one", "two"]
+    assert axes.lines[1].get_xdata() == pytest.approx([0, 50]) and axes.lines[1].get_ydata() == pytest.approx([90, 70])
+    assert "%" in axes.get_xlabel() and "2,000" in axes.get_ylabel()
+
+
+def test_demo_figure_is_written(tmp_path, spiked):
+    values, fit = spiked
+    figure = demo_figure(values, fit, "layer", {"one": [(0.0, 0.9), (0.5, 0.8)]}, 100)
+    figure.savefig(tmp_path / "figure.png")
+    assert len(figure.axes) == 2
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(spiked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"plots need matplotlib: pip install 'rmtkern\[report\]'"):
+        demo_figure(*spiked, "layer", {}, 1)
