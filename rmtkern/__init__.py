@@ -1,1 +1,35 @@
-"""Prune Vision Transformers with random matrix theory and run the pruned model fast."""
+"""Prune Vision Transformers with random matrix theory and run the pruned model fast.
+
+plan = rmtkern.prune_(model, sparsity=0.7)      # in place; still an ordinary, trainable module
+report = rmtkern.pack_(model, example)          # in place; each linear in the form measured fastest here
+"""
+
+from rmtkern.api import analyze, prune_
+from rmtkern.errors import KernelUnavailable, PackedModelError
+from rmtkern.evaluation import Evaluation, evaluate
+from rmtkern.ops import available
+from rmtkern.packing import pack_, unpack_
+from rmtkern.packing_report import PackReport
+from rmtkern.pruning.plan import PruneConfig, PrunePlan
+from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Evaluation",
+    "KernelUnavailable",
+    "PackReport",
+    "PackedModelError",
+    "PruneConfig",
+    "PrunePlan",
+    "SpectralFit",
+    "SpectralFits",
+    "analyze",
+    "available",
+    "evaluate",
+    "fit_spectra",
+    "fit_spectrum",
+    "pack_",
+    "prune_",
+    "unpack_",
+]

@@ -32,8 +32,8 @@ Slots = dict[str, nn.Module]  # module name -> what stands there
 PLAIN = "dense/torch"  # the candidate that leaves the nn.Linear alone
 OUTPUT_TOLERANCE = 1e-4
 """Largest change of the model's output, relative to its largest magnitude. Two dense fp32 libraries differ by 1e-6 to
-1e-5 after 12 blocks; a wrong activation or a lost weight shows at 1e-2 and above. Every layer is held to the accuracy
-rule by itself before."""
+1e-5 after 12 blocks; a wrong activation or a lost weight shows at 1e-2 and above. Every sparse layer is held to the
+accuracy rule by itself before; the dense forms are PyTorch's own ops, which the rule takes as its yardstick."""
 GUARD_NOISE = 0.01
 """How much slower than the faster dense model the packed model may time before the guard calls it slower."""
 SPARSITY_STEP = 0.05
@@ -86,6 +86,7 @@ class _Layer:
     choice: dict[int, str] = field(default_factory=dict)  # token count -> label
     dense: dict[int, str] = field(default_factory=dict)  # the same, dense forms only
     group: "_Group | None" = None
+    note: str | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -254,7 +255,7 @@ def _measure(group: _Group, budget_ms: float, timer: Timer) -> None:
             except KernelUnavailable as error:
                 group.notes.append(str(error))
                 continue
-            excess = accuracy_excess(y, x[:32], weight, bias, name)
+            excess = 0.0 if label.startswith("dense/") else accuracy_excess(y, x[:32], weight, bias, name)
             if excess > 1:
                 group.notes.append(f"{label} misses the accuracy rule by a factor {excess:.2g}")
                 continue
@@ -267,7 +268,7 @@ def _measure(group: _Group, budget_ms: float, timer: Timer) -> None:
 
 
 def _pack_layer(layer: _Layer, choice: Mapping[int, str]) -> PackedLinear | None:
-    """The module for this choice, checked against float64; None if the nn.Linear stays."""
+    """The module for this choice; None if the nn.Linear stays. An inaccurate sparse form gives the dense one."""
     labels = list(dict.fromkeys(choice.values()))
     if labels == [PLAIN] or layer.group is None:
         return None
@@ -277,13 +278,13 @@ def _pack_layer(layer: _Layer, choice: Mapping[int, str]) -> PackedLinear | None
     for label in labels:
         layout, params = layer.group.recipes[label]
         forms[label] = LAYOUTS[layout].pack(weight, **params)
-        x = torch.randn(8, module.in_features, generator=torch.Generator().manual_seed(1))
-        y = linear(x, forms[label], bias, activation=layer.seen.activation)
-        if (excess := accuracy_excess(y, x, weight, bias, layer.seen.activation)) > 1:
-            raise PackedModelError(
-                f"{layer.name}: {label} misses the accuracy rule by a factor {excess:.2g}; nothing was changed;"
-                f" report it and leave the layout out with layouts=[...]"
-            )
+        if layout != "dense":
+            x = torch.randn(32, module.in_features, generator=torch.Generator().manual_seed(1))
+            y = linear(x, forms[label], bias, activation=layer.seen.activation)
+            if (excess := accuracy_excess(y, x, weight, bias, layer.seen.activation)) > 1:
+                layer.note = f"{label} misses the accuracy rule by a factor {excess:.2g}"
+                layer.choice = dict(layer.dense)
+                return _pack_layer(layer, layer.choice)
     (tokens, first), *others = choice.items()
     requires_grad = (module.weight.requires_grad, module.bias is not None and module.bias.requires_grad)
     return PackedLinear(
@@ -307,7 +308,7 @@ class _Swaps:
                 self.original[layer.seen.follower] = model.get_submodule(layer.seen.follower)
         self.dense: Slots = dict(self.original)
         self.packed: Slots = dict(self.original)
-        self.now: Slots = self.original
+        self.now: Slots | None = self.original
 
     def put(self, slots: Slots, layer: _Layer, module: PackedLinear | None) -> None:
         """Set a layer, and the activation that it absorbs, in one of the states."""
@@ -322,6 +323,7 @@ class _Swaps:
         for name in (layer.name, layer.seen.follower):
             if name is not None:
                 slots[name] = source[name]
+        self.now = None  # the state that stands may be the one that changed
 
     def run(self, slots: Slots, example: Example) -> list[Tensor]:
         """The model's output in one of the states."""
@@ -378,7 +380,7 @@ def _guard(
         if not groups:
             for layer in layers:
                 layer.choice = dict.fromkeys(layer.tokens, PLAIN)
-            swaps.packed = dict(swaps.original)
+            swaps.packed = dict(swaps.original)  # a new state, so it is placed before it runs
             notes.append("end to end the swapped linears were slower than the original model: all were put back")
         else:
             worst = min(groups, key=lambda group: group.speedup(group.first.choice))
@@ -401,7 +403,7 @@ def _why(layer: _Layer, margin: float) -> str:
         return "not measured"
     if not any(_best(times, dense=False)[0] for times in group.ms.values()):
         return "; ".join([f"no sparse candidate at sparsity {layer.sparsity:.3f}", *dict.fromkeys(group.notes)])
-    parts = []
+    parts = [] if layer.note is None else [layer.note]
     for tokens, times in group.ms.items():
         (dense, dense_ms), (sparse, sparse_ms) = _best(times, dense=True), _best(times, dense=False)
         at = f" at T={tokens}" if len(group.ms) > 1 else ""
@@ -455,8 +457,8 @@ def pack_(
     give the layer, on `torch.get_num_threads()` threads; a sparse one must beat the strongest dense one by `margin`.
     Examples that disagree by more than the margin make the layer hold one form for each count (a call then takes the
     nearest), so that no measured shape is slower. A GELU, ReLU or SiLU module that provably sees nothing but a linear's
-    output is absorbed into its kernel. At the end the whole model is timed against the original and against every linear
-    in its strongest dense form; choices that made it slower are put back.
+    output is absorbed into its kernel. At the end the whole model is timed against the original and against every
+    linear in its strongest dense form; choices that made it slower are put back.
 
     Args:
         model: in eval mode, on the CPU, float32 linears; changed in place, but not at all if anything fails.
@@ -515,9 +517,9 @@ def pack_(
                 swaps.copy(swaps.packed, layer, swaps.dense)
             else:
                 swaps.put(swaps.packed, layer, _pack_layer(layer, layer.choice))
-        _verify(swaps, examples, expected, swaps.dense)
-        _verify(swaps, examples, expected, swaps.packed)
         if movable:
+            _verify(swaps, examples, expected, swaps.dense)
+            _verify(swaps, examples, expected, swaps.packed)
             end_to_end, notes = _guard(swaps, movable, examples, 5 * budget_ms, time_calls)
         report = PackReport(
             tuple(_layer_report(layer, swaps.packed.get(layer.name, layer.module), margin) for layer in layers),

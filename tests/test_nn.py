@@ -32,7 +32,7 @@ def test_forward_under_grad_and_without():
 @pytest.mark.parametrize("x_grad", [False, True])
 def test_backward_is_refused(x_grad):
     x = torch.randn(3, 64, requires_grad=x_grad)
-    with pytest.raises(PackedModelError, match="has no backward pass; call rmtkern.unpack_"):
+    with pytest.raises(PackedModelError, match=r"has no backward pass; call rmtkern.unpack_"):
         packed()(x).sum().backward()
     assert x.grad is None
 
@@ -40,7 +40,7 @@ def test_backward_is_refused(x_grad):
 def test_backward_is_refused_in_the_middle_of_a_model():
     model = nn.Sequential(nn.Linear(64, 64), packed(), nn.Linear(48, 2)).eval()
     y = model(torch.randn(3, 64))
-    with pytest.raises(PackedModelError, match="has no backward pass"):
+    with pytest.raises(PackedModelError, match=r"has no backward pass"):
         y.sum().backward()
 
 
@@ -48,7 +48,7 @@ def test_backward_is_refused_in_the_middle_of_a_model():
 def test_backward_is_refused_when_compiled(backend):
     torch._dynamo.reset()
     y = torch.compile(packed(), fullgraph=True, backend=backend)(torch.randn(3, 64))
-    with pytest.raises(PackedModelError, match="has no backward pass"):
+    with pytest.raises(PackedModelError, match=r"has no backward pass"):
         y.sum().backward()
 
 
@@ -65,7 +65,7 @@ def test_train_mode_is_refused():
 
 
 def test_a_cast_model_says_what_to_do():
-    with pytest.raises(KernelUnavailable, match="x is torch.float64; cast to float32"):
+    with pytest.raises(KernelUnavailable, match=r"x is torch.float64; cast to float32"):
         packed().to(torch.float64)(torch.randn(3, 64).double())
 
 
@@ -113,11 +113,11 @@ def test_unpack_restores_the_linear():
 
 def test_bad_arguments():
     weight = LAYOUTS["bitmask"].pack(W)
-    with pytest.raises(TypeError, match="weight: expected a PackedWeight, got Tensor"):
+    with pytest.raises(TypeError, match=r"weight: expected a PackedWeight, got Tensor"):
         PackedLinear(W)
     with pytest.raises(ValueError, match=r"bias: expected \[48\], got \[3\]"):
         PackedLinear(weight, torch.ones(3))
-    with pytest.raises(ValueError, match="unknown activation 'tanh'; valid: None, gelu"):
+    with pytest.raises(ValueError, match=r"unknown activation 'tanh'; valid: None, gelu"):
         PackedLinear(weight, activation="tanh")
     with pytest.raises(ValueError, match=r"others: expected shape \(48, 64\), got \(8, 64\)"):
         PackedLinear(weight, others={7: LAYOUTS["bitmask"].pack(torch.ones(8, 64))})

@@ -18,15 +18,15 @@ def packed():
 
 def test_bad_calls(packed):
     x = torch.randn(3, 64)
-    with pytest.raises(TypeError, match="expected a Tensor and a PackedWeight, got list and BitmaskWeight"):
+    with pytest.raises(TypeError, match=r"expected a Tensor and a PackedWeight, got list and BitmaskWeight"):
         ops.linear([1.0], packed)
-    with pytest.raises(TypeError, match="got Tensor and Tensor"):
+    with pytest.raises(TypeError, match=r"got Tensor and Tensor"):
         ops.linear(x, torch.randn(16, 64))
     with pytest.raises(ValueError, match=r"x has shape \(3, 63\) but the packed weight expects \[..., 64\]"):
         ops.linear(torch.randn(3, 63), packed)
     with pytest.raises(ValueError, match=r"x has shape \(\) but"):
         ops.linear(torch.tensor(1.0), packed)
-    with pytest.raises(ValueError, match="unknown activation 'swish'; valid: None, gelu, gelu_tanh, relu, silu"):
+    with pytest.raises(ValueError, match=r"unknown activation 'swish'; valid: None, gelu, gelu_tanh, relu, silu"):
         ops.linear(x, packed, activation="swish")
     with pytest.raises(ValueError, match=r"bias: expected \[16\] torch.float32, got \[15\] torch.float32"):
         ops.linear(x, packed, torch.ones(15))
@@ -38,14 +38,14 @@ def test_bad_calls(packed):
 
 def test_no_kernel_gives_each_reason(packed):
     with pytest.raises(
-        KernelUnavailable, match="no kernel runs layout 'bitmask' on cpu: cpu: x is torch.float64; cast"
+        KernelUnavailable, match=r"no kernel runs layout 'bitmask' on cpu: cpu: x is torch.float64; cast"
     ):
         ops.linear(torch.randn(3, 64).double(), packed)
     with pytest.raises(
-        KernelUnavailable, match="on meta: no backend is written for this device; move the model to cpu"
+        KernelUnavailable, match=r"on meta: no backend is written for this device; move the model to cpu"
     ):
         ops.linear(torch.randn(3, 64, device="meta"), packed)
-    with pytest.raises(KernelUnavailable, match="triton: layout bitmask has no triton kernel yet"):
+    with pytest.raises(KernelUnavailable, match=r"triton: layout bitmask has no triton kernel yet"):
         ops.linear(torch.randn(3, 64), packed, backend="triton")
     dense = LAYOUTS["dense"].pack(torch.randn(4, 8)).double()
     with pytest.raises(KernelUnavailable, match=r"the weight is torch.float64; cast the model back to float32"):
@@ -80,10 +80,10 @@ def test_the_reference_runs_only_when_named(packed, monkeypatch):
 
 
 def test_unknown_backend(packed, monkeypatch):
-    with pytest.raises(ValueError, match="backend is 'gpu'; valid: cpu, cuda, triton, reference"):
+    with pytest.raises(ValueError, match=r"backend is 'gpu'; valid: cpu, cuda, triton, reference"):
         ops.linear(torch.randn(3, 64), packed, backend="gpu")
     monkeypatch.setenv("RMTKERN_BACKEND", "fast")
-    with pytest.raises(ValueError, match="RMTKERN_BACKEND is 'fast'; valid: cpu, cuda, triton, reference"):
+    with pytest.raises(ValueError, match=r"RMTKERN_BACKEND is 'fast'; valid: cpu, cuda, triton, reference"):
         ops.linear(torch.randn(3, 64), packed)
 
 
@@ -96,7 +96,7 @@ def test_first_use_is_logged_once(packed, caplog):
 
 
 def test_unknown_layout():
-    with pytest.raises(ValueError, match="unknown layout 'csr'; valid: dense, bitmask, nofm"):
+    with pytest.raises(ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, nofm"):
         ops.load_kernels("csr")
 
 
@@ -139,7 +139,7 @@ def test_the_accuracy_rule_can_fail():
     assert_as_accurate_as_dense(exact, x, w, b)
     wrong = exact.clone()
     wrong[2, 3] += 1e-4
-    with pytest.raises(AssertionError, match="times what the accuracy rule allows"):
+    with pytest.raises(AssertionError, match=r"times what the accuracy rule allows"):
         assert_as_accurate_as_dense(wrong, x, w, b)
     wrong[2, 3] = float("nan")
     assert accuracy_excess(wrong, x, w, b) == float("inf")
@@ -153,7 +153,7 @@ def test_random_sparse():
     # 4096 draws at 0.7: a standard deviation of 0.0072, so 5 of them
     assert abs(1 - random_sparse(64, 64, 0.7).count_nonzero() / 4096 - 0.7) < 0.036
     assert bool(((random_sparse(8, 64, 0, nofm=(2, 4)) != 0).view(8, 16, 4).sum(-1) == 2).all())
-    with pytest.raises(ValueError, match="sparsity: expected 0 to 1, got 2"):
+    with pytest.raises(ValueError, match=r"sparsity: expected 0 to 1, got 2"):
         random_sparse(8, 8, 2)
-    with pytest.raises(ValueError, match="k: expected a multiple of m = 4, got 6"):
+    with pytest.raises(ValueError, match=r"k: expected a multiple of m = 4, got 6"):
         random_sparse(8, 6, 0, nofm=(2, 4))

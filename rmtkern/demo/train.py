@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,7 +59,9 @@ def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
     return hits / len(labels)
 
 
-def train(data: Path, out: Path, epochs: int, batch: int, peak_lr: float, seed: int, minutes: float) -> None:
+def train(
+    data: Path, out: Path, epochs: int, batch: int, peak_lr: float, seed: int, minutes: float, init: Path | None = None
+) -> None:
     """Train with Muon (hidden matrices) and AdamW (the rest), cosine schedule, bf16 autocast.
 
     The schedule ends after `epochs` or `minutes`, whichever is first.
@@ -70,6 +72,8 @@ def train(data: Path, out: Path, epochs: int, batch: int, peak_lr: float, seed: 
     labels = torch.from_numpy(read_idx(data / "train-labels-idx1-ubyte.gz").astype(np.int64))
     fit_x, fit_y, held_x, held_y = images[:-HELD_OUT], labels[:-HELD_OUT], images[-HELD_OUT:], labels[-HELD_OUT:]
     model = DemoViT()
+    if init is not None:
+        model.load_state_dict({name: tensor.float() for name, tensor in load_file(init).items()})
     hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is q for q in hidden)]
     optimizers: list[torch.optim.Optimizer] = [
@@ -116,9 +120,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--peak-lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="go on from these weights, with a schedule of its own")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop here even if epochs are left")
     args = parser.parse_args()
-    train(args.data, args.out, args.epochs, args.batch, args.peak_lr, args.seed, args.minutes)
+    train(args.data, args.out, args.epochs, args.batch, args.peak_lr, args.seed, args.minutes, args.init)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,13 @@ class NofMWeight(PackedWeight):
 
     @classmethod
     def variants(cls, dense: Tensor) -> Iterable[dict[str, int]]:
-        """The tightest n:m with m = 4, 8 or 16 that holds this weight, if it has at least one zero per group."""
+        """The tightest n:m with m = 4, 8 or 16 that holds this weight, if at most a fifth of its places are padding."""
         found = []
         for m in (4, 8, 16):
             if dense.shape[1] % m == 0:
-                n = max(1, int((dense.detach() != 0).view(dense.shape[0], -1, m).sum(-1).max()))
-                if n < m:
+                counts = (dense.detach() != 0).view(dense.shape[0], -1, m).sum(-1)
+                n = max(1, int(counts.max()))
+                if n < m and int(counts.sum()) >= 0.8 * n * counts.numel():
                     found.append({"n": n, "m": m})
         return [min(found, key=lambda params: params["n"] / params["m"])] if found else []
 
