@@ -10,7 +10,6 @@ uniform+activation. Choose on --split train (held-out from calibration), report 
 import argparse
 import copy
 import importlib
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,12 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.record import stamped, write_rows
 from rmtkern.api import prune_
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.tables import Table
-
-COLUMNS = ("method", "budget", "score", "pattern", "sparsity", "sparsity_prunable", "sparsity_all", "top1", "dense_top1",
-           "images", "split", "calibration_images", "prune_cpu_s", "model", "cpu", "threads", "torch", "date")  # fmt: skip
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -34,13 +31,6 @@ def load(name: str) -> Callable[..., Any]:
     if not function:
         raise SystemExit(f"expected module:function, got {name!r}")
     return getattr(importlib.import_module(module), function)
-
-
-def cpu_model() -> str:
-    """The CPU's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 @torch.inference_mode()
@@ -82,8 +72,7 @@ def main() -> None:
     images, labels = (part[skip:] for part in load_images(args.split, args.limit + skip))
     dense_top1 = top1(dense, images, labels)
     print(f"dense: {dense_top1:.4f} on {len(labels)} {args.split} images", flush=True)
-    environment = (args.name, cpu_model(), torch.get_num_threads(), torch.__version__, time.strftime("%Y-%m-%d"))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method in args.methods:
         for sparsity in args.sparsities:
             asked = config(method, sparsity, args.pattern)
@@ -95,14 +84,15 @@ def main() -> None:
             plan.verify(model)
             accuracy = top1(model, images, labels)
             done = plan.config
-            rows.append((method, done.budget, done.score, done.pattern, plan.sparsity, plan.prunable.sparsity,
-                         plan.parameters.sparsity, accuracy, dense_top1, len(labels), args.split,
-                         plan.calibration_images, round(seconds, 2), *environment))  # fmt: skip
+            row = {"model": args.name, "split": args.split, "images": len(labels), "method": method}
+            row |= {"budget": done.budget, "score": done.score, "pattern": done.pattern, "sparsity": plan.sparsity}
+            row |= {"sparsity_prunable": plan.prunable.sparsity, "sparsity_all": plan.parameters.sparsity}
+            row |= {"top1": accuracy, "dense_top1": dense_top1, "calibration_images": plan.calibration_images}
+            rows.append({**row, "prune_cpu_s": round(seconds, 2)})
             print(f"{method:24} {sparsity:.2f}  top-1 {accuracy:.4f}  pruned in {seconds:.1f} s", flush=True)
-    table = Table(COLUMNS, rows)
-    print(Table(COLUMNS[:13], [row[:13] for row in rows]).to_text())
+    print(Table(list(rows[0]), [list(row.values()) for row in rows]).to_text())
     if args.out:
-        args.out.write_text(table.to_csv())
+        write_rows(args.out, [stamped(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ the thread's CPU time, so that a busy machine does not count; on several it is w
 """
 
 import argparse
-import re
 import shutil
 import subprocess
 import tempfile
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.record import results_file, stamped, write_rows
+from rmtkern.environment import cpu_model
 from rmtkern.layouts import cpu
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.bitmask import BitmaskWeight
 from rmtkern.layouts.nofm import NofMWeight
 from rmtkern.tables import Table
-
-RESULTS = Path(__file__).parent / "results"
 
 LAYERS = {
     "vit_b.qkv": (2304, 768),
@@ -215,12 +214,6 @@ def fma_peak(isa: str) -> float | None:
     return float(done.stdout)
 
 
-def cpu_model() -> str:
-    """Name, family and model of the CPU, such as "AMD EPYC family 25 model 17"."""
-    info = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M))
-    return f"{info['model name']} family {info['cpu family']} model {info['model']}"
-
-
 def main() -> None:
     """Run the cases, print what matters, write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -239,13 +232,9 @@ def main() -> None:
         print(Table(shown, [[row[name] for name in shown] for row in done]).to_text(), flush=True)
         rows += done
     if not options.quick:
-        date = time.strftime("%Y-%m-%d")
-        environment = {"isa": isa, "peak_gflops": peak, "cpu": model, "torch": torch.__version__, "date": date}
-        rows = [row | environment for row in rows]
-        path = RESULTS / f"kernels-{re.sub(r'[^a-z0-9]+', '-', model.lower())}.csv"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(Table(list(rows[0]), [list(row.values()) for row in rows]).to_csv())
-        print(f"\nwrote {path.relative_to(Path.cwd())}")
+        path = results_file("kernels")
+        write_rows(path, [stamped(row, isa=isa, peak_gflops=peak) for row in rows])
+        print(f"\nwrote {path.name}")
 
 
 if __name__ == "__main__":

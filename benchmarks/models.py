@@ -7,50 +7,20 @@ form, and packed. The outputs are checked equal first. Rows go to benchmarks/res
 """
 
 import argparse
-import csv
-import datetime
 import gc
-import platform
-import re
-import subprocess
 import time
-from pathlib import Path
 
 import timm
 import torch
 
+from benchmarks.record import results_file, stamped, write_rows
 from rmtkern.layouts.cpu import isas
 from rmtkern.packing import pack_
 from rmtkern.packing_report import PackReport
 from rmtkern.tables import Table
 
-RESULTS = Path(__file__).parent / "results"
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 NOT_PRUNED = ("patch_embed", "head")
-
-
-def cpu_name() -> str:
-    """Vendor, family and model of the CPU, which name its core type even where a cloud hides the product name."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = {key: re.search(rf"^{key}\s*:\s*(.+)$", text, re.M) for key in ("model name", "cpu family", "model")}
-    if not all(found.values()):
-        return platform.processor() or platform.machine()
-    name, family, model = (match[1] for match in found.values() if match is not None)
-    return f"{name} family {family} model {model}"
-
-
-def environment() -> dict[str, str]:
-    """What a row needs to be read later: CPU, instruction set, versions, commit, date."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": cpu_name(),
-        "isa": isas()[0] if isas() else "none",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def prune_by_magnitude(model: torch.nn.Module, sparsity: float) -> None:
@@ -109,9 +79,6 @@ def main() -> None:
     parser.add_argument("--no-csv", action="store_true", help="do not write the rows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    env = environment()
-    slug = re.sub(r"[^a-z0-9]+", "-", env["cpu"].lower()).strip("-")
-    path = RESULTS / f"models-{slug}.csv"
     rows = []
     for batch in args.batches:
         for sparsity in args.sparsities:
@@ -121,24 +88,15 @@ def main() -> None:
             if args.layers:
                 print(report)
             if not args.no_csv:
-                _append(path, {**row, **env})
+                done = stamped(row, isa=(isas() or ["none"])[0], timm=timm.__version__)
+                write_rows(results_file("models"), [done], keys=("model", "batch", "threads", "sparsity"))
             gc.collect()
     shown = [key for key in rows[0] if key != "guard"]
-    print(Table(shown, [[row[key] for key in shown] for row in rows], [str(env)]).to_text())
+    print(Table(shown, [[row[key] for key in shown] for row in rows]).to_text())
 
 
 def _last(row: dict[str, object]) -> str:
     return Table(list(row), [list(row.values())]).to_text().splitlines()[-1]
-
-
-def _append(path: Path, row: dict[str, object]) -> None:
-    new = not path.exists()
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

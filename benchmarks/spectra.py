@@ -7,7 +7,6 @@ The SVD baseline is timed on one matrix of each shape and multiplied by their co
 """
 
 import argparse
-import csv
 import importlib.metadata
 import importlib.util
 import itertools
@@ -23,7 +22,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks.environment import environment, results_file  # noqa: E402
+from benchmarks.record import results_file, stamped, write_rows  # noqa: E402
 from rmtkern.spectrum import decompose  # noqa: E402
 from rmtkern.spectrum.fit import fit_singular_values, fit_spectra  # noqa: E402
 
@@ -101,7 +100,7 @@ def watcher(matrices: dict[str, np.ndarray]) -> Callable[[], object] | None:
 
 
 def versions() -> dict[str, str]:
-    """Columns beside `environment()`: what else the numbers depend on."""
+    """Columns beside the environment: what else the numbers depend on."""
     found = {}
     for package in ("scipy", "weightwatcher"):
         try:
@@ -154,15 +153,10 @@ def main() -> int:
         row |= {"baseline_ms": round(base * 1e3), "eigensolver": solver, "fit_spectra_ms": round(own * 1e3)}
         row |= {"fit_spectra_runs": len(own_times), "fit_spectra_min_ms": round(min(own_times) * 1e3)}
         row |= {"ratio": round(base / own, 1), "target": target, "max_edge_error": f"{error:.1e}"}
-        rows.append({**row, **environment(), **versions()})
+        rows.append(stamped(row, **versions()))
         print(f"{baseline} {base:.2f} s, fit_spectra ({solver}) {own:.2f} s: {base / own:.1f}x, target {target:g}x")
     print(f"edges within {error:.1e} of float64")
-    out = results_file("spectra")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(results_file("spectra"), rows)
     return int(any(row["ratio"] < row["target"] for row in rows))
 
 
