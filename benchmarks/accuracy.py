@@ -10,22 +10,22 @@ uniform+activation. Choose on --split train (held-out from calibration), report 
 import argparse
 import copy
 import importlib
-import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.environment import environment
 from rmtkern.api import prune_
+from rmtkern.evaluation import evaluate
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.tables import Table
 
-COLUMNS = ("method", "budget", "score", "pattern", "sparsity", "sparsity_prunable", "sparsity_all", "top1", "dense_top1",
-           "images", "split", "calibration_images", "prune_cpu_s", "model", "cpu", "threads", "torch", "date")  # fmt: skip
+COLUMNS = ("method", "budget", "score", "pattern", "sparsity", "sparsity_prunable", "sparsity_all", "top1",
+           "dense_top1", "images", "split", "calibration_images", "prune_cpu_s", "model")  # fmt: skip
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -34,20 +34,6 @@ def load(name: str) -> Callable[..., Any]:
     if not function:
         raise SystemExit(f"expected module:function, got {name!r}")
     return getattr(importlib.import_module(module), function)
-
-
-def cpu_model() -> str:
-    """The CPU's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-@torch.inference_mode()
-def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit is the label's, [0, 1]."""
-    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(50), labels.split(50), strict=True))
-    return hits / len(labels)
 
 
 def config(method: str, sparsity: float, pattern: str) -> PruneConfig:
@@ -80,9 +66,13 @@ def main() -> None:
     calibration = load_images("train", args.calibration)[0]
     skip = args.calibration if args.split == "train" else 0  # never evaluate on what was calibrated on
     images, labels = (part[skip:] for part in load_images(args.split, args.limit + skip))
-    dense_top1 = top1(dense, images, labels)
+
+    def top1(model: nn.Module) -> float:
+        return evaluate(model, (images, labels), batch_size=50, show_progress=False).top1
+
+    dense_top1 = top1(dense)
     print(f"dense: {dense_top1:.4f} on {len(labels)} {args.split} images", flush=True)
-    environment = (args.name, cpu_model(), torch.get_num_threads(), torch.__version__, time.strftime("%Y-%m-%d"))
+    where = environment()
     rows = []
     for method in args.methods:
         for sparsity in args.sparsities:
@@ -93,16 +83,15 @@ def main() -> None:
             plan = prune_(model, asked, calibration=calibration if needs else None)
             seconds = time.process_time() - start
             plan.verify(model)
-            accuracy = top1(model, images, labels)
+            accuracy = top1(model)
             done = plan.config
             rows.append((method, done.budget, done.score, done.pattern, plan.sparsity, plan.prunable.sparsity,
                          plan.parameters.sparsity, accuracy, dense_top1, len(labels), args.split,
-                         plan.calibration_images, round(seconds, 2), *environment))  # fmt: skip
+                         plan.calibration_images, round(seconds, 2), args.name, *where.values()))  # fmt: skip
             print(f"{method:24} {sparsity:.2f}  top-1 {accuracy:.4f}  pruned in {seconds:.1f} s", flush=True)
-    table = Table(COLUMNS, rows)
-    print(Table(COLUMNS[:13], [row[:13] for row in rows]).to_text())
+    print(Table(COLUMNS, [row[: len(COLUMNS)] for row in rows]).to_text())
     if args.out:
-        args.out.write_text(table.to_csv())
+        args.out.write_text(Table((*COLUMNS, *where), rows).to_csv())
 
 
 if __name__ == "__main__":
