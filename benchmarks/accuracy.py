@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.record import stamped, write_rows
 from rmtkern.api import prune_
+from rmtkern.evaluation import evaluate
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.tables import Table
 
@@ -31,13 +31,6 @@ def load(name: str) -> Callable[..., Any]:
     if not function:
         raise SystemExit(f"expected module:function, got {name!r}")
     return getattr(importlib.import_module(module), function)
-
-
-@torch.inference_mode()
-def top1(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit is the label's, [0, 1]."""
-    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(50), labels.split(50), strict=True))
-    return hits / len(labels)
 
 
 def config(method: str, sparsity: float, pattern: str) -> PruneConfig:
@@ -70,7 +63,11 @@ def main() -> None:
     calibration = load_images("train", args.calibration)[0]
     skip = args.calibration if args.split == "train" else 0  # never evaluate on what was calibrated on
     images, labels = (part[skip:] for part in load_images(args.split, args.limit + skip))
-    dense_top1 = top1(dense, images, labels)
+
+    def top1(model: nn.Module) -> float:
+        return evaluate(model, (images, labels), batch_size=50, show_progress=False).top1
+
+    dense_top1 = top1(dense)
     print(f"dense: {dense_top1:.4f} on {len(labels)} {args.split} images", flush=True)
     rows: list[dict[str, Any]] = []
     for method in args.methods:
@@ -82,7 +79,7 @@ def main() -> None:
             plan = prune_(model, asked, calibration=calibration if needs else None)
             seconds = time.process_time() - start
             plan.verify(model)
-            accuracy = top1(model, images, labels)
+            accuracy = top1(model)
             done = plan.config
             row = {"model": args.name, "split": args.split, "images": len(labels), "method": method}
             row |= {"budget": done.budget, "score": done.score, "pattern": done.pattern, "sparsity": plan.sparsity}

@@ -59,7 +59,7 @@ def analyze(
         ValueError: nothing to analyse, a target that matches nothing, weights with NaN or Inf, or on the meta device.
         PackedModelError: the model is packed.
 
-    Source: method.md 1 and 2.
+    Source: docs/math.md (1)-(15).
     """
     weights = prunable_weights(model, targets, ignore)
     _refuse_nothing(weights, "analyse")
@@ -102,7 +102,7 @@ def prune_(
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
-        method: "auto", "magnitude", "uniform", "seb", "rmt", "wanda" or "random"; see PruneConfig and PRESETS.
+        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda" or "random"; see PruneConfig and PRESETS.
         pattern: "unstructured", or n:m such as "2:4".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
@@ -176,7 +176,7 @@ _DEFAULTS = asdict(PruneConfig())
 def _refuse_nothing(weights: Sequence[PrunableWeight], verb: str) -> None:
     if not weights:
         raise ValueError(
-            f"nothing to {verb}: targets= and ignore= leave no Linear, Conv2d or MultiheadAttention weight of the model; "
+            f"nothing to {verb}: targets= and ignore= leave no Linear, Conv2d or attention weight of the model; "
             "pass a model with such layers, or wider targets"
         )
 

@@ -100,7 +100,9 @@ def test_the_sparsity_is_met_to_the_single_weight(sparsity, method, seed):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.floats(0, 0.99), min_size=2, max_size=4), st.lists(st.sampled_from(DATA_FREE), min_size=4, max_size=4))
+@given(
+    st.lists(st.floats(0, 0.99), min_size=2, max_size=4), st.lists(st.sampled_from(DATA_FREE), min_size=4, max_size=4)
+)
 def test_masks_only_grow_over_cumulative_cycles(sparsities, methods):
     model = vit()
     masks = [weight.as_matrix() == 0 for weight in prunable_weights(model)]
@@ -136,7 +138,10 @@ def test_zeros_stay_zero_under_training_with_their_gradient_masked():
     model = vit()
     plan = prune_(model, 0.5, "magnitude")
     masks = {layer.name: model.get_parameter(layer.name) == 0 for layer in plan.layers}
-    for optimizer in (torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), torch.optim.AdamW(model.parameters(), 0.01)):
+    for optimizer in (
+        torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+        torch.optim.AdamW(model.parameters(), 0.01),
+    ):
         for _ in range(3):
             optimizer.zero_grad()
             sum(parameter.square().sum() + parameter.sum() for parameter in model.parameters()).backward()
@@ -202,7 +207,9 @@ def test_only_the_asked_weights_change_and_stay_the_same_parameters():
 
 
 def test_channels_last_convolutions_and_transposed_linears():
-    model = nn.Sequential(nn.Conv2d(8, 16, 3), transformers.pytorch_utils.Conv1D(12, 8)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), transformers.pytorch_utils.Conv1D(12, 8)).to(
+        memory_format=torch.channels_last
+    )
     before = state(model)
     plan = prune_(model, 0.5, "uniform", targets="all", pattern="2:4")
     plan.verify(model)
@@ -319,7 +326,7 @@ def test_too_many_zeros_already():
     model = vit()
     prune_(model, 0.5)
     before = state(model)
-    with pytest.raises(ValueError, match="asks for .* are zero already and stay so; ask for at least 0.5"):
+    with pytest.raises(ValueError, match=r"asks for .* are zero already and stay so; ask for at least 0.5"):
         prune_(model, 0.25)
     assert unchanged(model, before)
 
@@ -328,7 +335,9 @@ class Injected(BaseException):
     """Not an Exception, like an interrupt from the keyboard: it must be survived too."""
 
 
-@pytest.mark.parametrize("stage", ["prunable_weights", "check_values", "calibrate", "fit_spectra", "make_masks", "mask_hash"])
+@pytest.mark.parametrize(
+    "stage", ["prunable_weights", "check_values", "calibrate", "fit_spectra", "make_masks", "mask_hash"]
+)
 def test_a_failure_at_any_stage_changes_nothing(monkeypatch, stage):
     model = MODELS["timm vit"]().train()
     before = state(model)
@@ -388,7 +397,10 @@ def test_analyze_fits_every_matrix():
     assert fits["patch_embed.weight"].shape == (24, 192)
     assert unchanged(model, before)
     assert list(analyze(model, targets=None)) == [weight.name for weight in prunable_weights(model)]
-    assert list(analyze(model, targets="mlp", ignore="blocks.0.*")) == ["blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc2.weight"]
+    assert list(analyze(model, targets="mlp", ignore="blocks.0.*")) == [
+        "blocks.1.mlp.fc1.weight",
+        "blocks.1.mlp.fc2.weight",
+    ]
 
 
 def test_analyze_splits_what_is_fused():
@@ -398,8 +410,10 @@ def test_analyze_splits_what_is_fused():
     fits = analyze(model, split_qkv=True)
     assert list(fits) == names
     model["attn"].in_proj_weight.data[:32] *= 10
-    assert analyze(model, split_qkv=True)[names[0]].sigma_plus == pytest.approx(10 * fits[names[0]].sigma_plus, rel=1e-5)
-    assert list(analyze(model))[0] == "attn.in_proj_weight"
+    assert analyze(model, split_qkv=True)[names[0]].sigma_plus == pytest.approx(
+        10 * fits[names[0]].sigma_plus, rel=1e-5
+    )
+    assert next(iter(analyze(model))) == "attn.in_proj_weight"
 
 
 def test_analyze_passes_its_options_on():
@@ -417,7 +431,7 @@ def test_analyze_passes_its_options_on():
 def test_analyze_refusals():
     with pytest.raises(ValueError, match="nothing to analyse"):
         analyze(nn.ReLU())
-    with pytest.raises(ValueError, match="blocks.1.mlp.fc1.weight has NaN or Inf entries"):
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.weight has NaN or Inf entries"):
         analyze(broken(vit(), float("nan")))
     with pytest.raises(ValueError, match="is a meta tensor"):
         analyze(meta())

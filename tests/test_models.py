@@ -51,7 +51,8 @@ MODELS = {
     "timm dinov2": (timm_model("vit_small_patch14_dinov2", depth=2), FUSED, {"embed": 1}),
     "timm beit": (timm_model("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=2), FUSED,
                   {"embed": 1, "head": 1}),
-    "timm eva02 swiglu": (timm_model("eva02_base_patch14_224", depth=2, embed_dim=48, num_heads=2), GATED, {"embed": 1}),
+    "timm eva02 swiglu": (timm_model("eva02_base_patch14_224", depth=2, embed_dim=48, num_heads=2), GATED,
+                          {"embed": 1}),
     "timm eva02 packed swiglu": (timm_model("eva02_tiny_patch14_224", depth=2), FUSED, {"embed": 1}),
     "timm swin": (timm_model("swin_tiny_patch4_window7_224", **SWIN), FUSED, {"embed": 1, "linear": 1, "head": 1}),
     "timm swinv2": (timm_model("swinv2_tiny_window8_256", depths=(1, 1), embed_dim=16, num_heads=(1, 2), img_size=64),
@@ -115,7 +116,9 @@ def test_names_of_transformers_before_version_5():
 
 
 def test_attention_pooling_and_squeeze_excitation_are_told_apart():
-    block = nn.ModuleDict({"se": nn.ModuleDict({"fc1": nn.Conv2d(8, 2, 1)}), "attn": nn.ModuleDict({"q": nn.Linear(8, 8)})})
+    block = nn.ModuleDict(
+        {"se": nn.ModuleDict({"fc1": nn.Conv2d(8, 2, 1)}), "attn": nn.ModuleDict({"q": nn.Linear(8, 8)})}
+    )
     model = nn.ModuleDict({"attn_pool": nn.ModuleDict({"kv": nn.Linear(8, 16), "proj": nn.Linear(8, 8)}), "b": block})
     assert roles(model) == {
         "attn_pool.kv.weight": "qkv",
@@ -140,14 +143,21 @@ def test_square_mlp_layers_go_by_order():
 
 def test_multihead_attention_with_separate_projections():
     model = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
-    assert roles(model) == {"q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v", "out_proj.weight": "attn_out"}
+    assert roles(model) == {
+        "q_proj_weight": "q",
+        "k_proj_weight": "k",
+        "v_proj_weight": "v",
+        "out_proj.weight": "attn_out",
+    }
     fused = {weight.name: weight for weight in prunable_weights(nn.MultiheadAttention(8, 2))}
     assert list(fused) == ["in_proj_weight", "out_proj.weight"]
     assert fused["in_proj_weight"].shape == (24, 8)
 
 
 def test_fused_projections_split_by_rows():
-    model = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(8, 24), "kv": nn.Linear(8, 16), "q": nn.Linear(8, 8)})})
+    model = nn.ModuleDict(
+        {"attn": nn.ModuleDict({"qkv": nn.Linear(8, 24), "kv": nn.Linear(8, 16), "q": nn.Linear(8, 8)})}
+    )
     qkv, kv, q = prunable_weights(model)
     assert qkv.split() == {f"{qkv.name}[{part}]": slice(8 * i, 8 * i + 8) for i, part in enumerate("qkv")}
     assert list(kv.split()) == [f"{kv.name}[k]", f"{kv.name}[v]"]
@@ -203,13 +213,15 @@ def test_groups_hold_every_role_once():
 
 def test_refusals():
     model = timm.create_model("vit_tiny_patch16_224", depth=1)
-    with pytest.raises(ValueError, match=r"target 'blocks\.9\.\*' matches no weight; this model has the roles embed, qkv"):
+    with pytest.raises(
+        ValueError, match=r"target 'blocks\.9\.\*' matches no weight; this model has the roles embed, qkv"
+    ):
         prunable_weights(model, "blocks.9.*")
     with pytest.raises(ValueError, match="target 'mlp_gate' matches no weight"):
         prunable_weights(model, ("mlp", "mlp_gate"))
     with pytest.raises(ValueError, match="ignore='hed' matches no weight"):
         prunable_weights(model, None, "hed")
-    with pytest.raises(TypeError, match="expected a torch.nn.Module, got Tensor"):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got Tensor"):
         prunable_weights(torch.zeros(2, 2))
     assert prunable_weights(nn.Sequential(nn.ReLU())) == []
 
@@ -222,7 +234,7 @@ def test_packed_models_are_refused():
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
 def test_parametrised_weights_are_refused(wrap):
-    with pytest.raises(ValueError, match="0.weight is not a plain parameter"):
+    with pytest.raises(ValueError, match=r"0.weight is not a plain parameter"):
         prunable_weights(nn.Sequential(wrap(nn.Linear(4, 4))))
 
 
@@ -231,11 +243,11 @@ def test_values_are_checked_by_name():
         return prunable_weights(nn.Sequential(nn.Linear(4, 4, **options)), "all")
 
     check_values(linear())
-    with pytest.raises(ValueError, match="0.weight is a meta tensor"):
+    with pytest.raises(ValueError, match=r"0.weight is a meta tensor"):
         check_values(linear(device="meta"))
     broken = linear()
     broken[0].parameter.data[1, 2] = float("nan")
-    with pytest.raises(ValueError, match="0.weight has NaN or Inf entries"):
+    with pytest.raises(ValueError, match=r"0.weight has NaN or Inf entries"):
         check_values(broken)
     with pytest.raises(ValueError, match=r"0.weight has dtype torch.complex64; expected float32"):
         check_values(linear(dtype=torch.complex64))

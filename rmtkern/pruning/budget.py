@@ -46,7 +46,11 @@ class Budget(Protocol):
 
 
 def global_(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
-    """One threshold for all layers: the score itself."""
+    """One threshold for all layers: the score itself.
+
+    Only for scores that are comparable across layers, as |W| is. Score "activation" is not: whole layers go and the
+    model breaks; use "row" or "uniform" with it.
+    """
     return [layer.score for layer in layers]
 
 
@@ -67,7 +71,7 @@ def row(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False,
 def edge(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
     """Spectral Edge Budgeting in its four regimes: the score over a weight from each layer's spectral edge.
 
-    Source: method.md 4.1 and 4.2.
+    Source: arXiv 2503.01922 and 2606.02608; docs/math.md (22).
     """
     weights = edge_weights(layers, sparsity, alpha_regime=alpha_regime)
     return [layer.score / weight for layer, weight in zip(layers, weights, strict=True)]
@@ -76,7 +80,7 @@ def edge(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False
 def cycle(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
     """The targets of one cycle of the original algorithm: the rank among what is left, over the layer's target.
 
-    Source: method.md 3.6, step 4.
+    Source: arXiv 2503.01922; docs/math.md (23).
     """
     return [((_ranks(layer.score.flatten()) - layer.zeros + 0.5) / target).reshape(layer.score.shape)
             for layer, target in zip(layers, cycle_targets(layers, cycle), strict=True)]  # fmt: skip
@@ -110,7 +114,7 @@ def edge_weights(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool
     Returns:
         One weight per layer, >= 0.1; 1 for a layer without a signal, and for all when the signals do not vary.
 
-    Source: method.md 4.1, 4.2; ambiguities 7 to 9 of its section 10 (population deviation, missing signals left out).
+    Source: docs/math.md (22); population deviation over the layers that have a signal, layers not weighted by size.
     """
     _, signal, beta, vanish = next(regime for regime in _REGIMES if sparsity <= regime[0])
     strength = max(0.0, 1.0 - sparsity / vanish)
@@ -138,7 +142,7 @@ def cycle_targets(layers: Sequence[Layer], cycle: int) -> list[float]:
     Returns:
         One number per layer, >= 0, at most the entries left.
 
-    Source: method.md 3.6 (the exponent makes early cycles discriminate); biases are not counted.
+    Source: docs/math.md (23); the exponent makes early cycles discriminate between layers. Biases are not counted.
     """
     rate = min(1.0, 0.06 * 1.02**cycle)
     factors = [layer.randomness ** (1.5 / cycle) for layer in layers]

@@ -166,7 +166,7 @@ def _by_block(
 
 
 def _haar(weight: PrunableWeight, value: Tensor, fits: Fits, z: float) -> Tensor:
-    """The Haar step of method.md 3.2, scaled by the layer's Hill exponent over the mean of all layers."""
+    """The Haar step of docs/math.md (17), scaled by the layer's Hill exponent over the mean of all layers."""
     mean = _mean([fit.hill_alpha for fit in fits.values()])
 
     def step(block: Tensor, edge: float, alpha: float | None) -> Tensor:
@@ -179,7 +179,7 @@ _CYCLE_Z = 0.5
 
 
 def _sparsify(weight: PrunableWeight, value: Tensor, fits: Fits, theta: str, cycle: int) -> Tensor:
-    """The singular-vector step of an even cycle of method.md 3.6: thresholds grow by 1.02 with each cycle.
+    """The singular-vector step of an even cycle, docs/math.md (16) and (23): thresholds grow by 1.02 with each cycle.
 
     "legacy" takes the published theta; "haar" takes 0.5 * 1.02^i standard deviations of a random unit vector's
     coordinate on either side, whatever the shape.

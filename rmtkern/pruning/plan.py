@@ -50,7 +50,7 @@ class PruneConfig:
         pattern: "unstructured", or n:m such as "2:4", which takes only sparsity 1 - n / m.
         targets: roles, groups or globs (see models.prunable_weights); None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
-        haar: z of the singular-vector step before pruning (method.md 3.2), in Haar deviations; 0: no such step.
+        haar: z of the singular-vector step before pruning (docs/math.md (17)), in Haar deviations; 0: no such step.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents as published, instead of plain magnitude.
         theta: unit of the thresholds on singular vectors in budget "cycle": "haar" (scale-free) or "legacy"
             (theta grows with N K, as published).

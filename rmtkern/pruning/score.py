@@ -11,7 +11,7 @@ __all__ = ["CALIBRATED", "SCORES"]
 def magnitude(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -> Tensor:
     """|W|, [N, K] float32.
 
-    Source: method.md 3.5 and 4.1 (element-wise sparsification).
+    Source: arXiv 2503.01922, element-wise sparsification.
     """
     return matrix.abs().float()
 

@@ -120,7 +120,7 @@ def test_lowest_regime_is_magnitude_unless_the_published_alpha_is_asked():
     (0.26 * 0.73, {1: 0.005, 2: 0.023, 4: 0.083, 8: 0.241, 12: 0.403, 16: 0.548, 20: 0.670, 26: 0.808, 34: 0.918}),
 ])  # fmt: skip
 def test_cycle_targets_add_up_to_the_published_sparsities(randomness, published):
-    """method.md 3.6, cumulative sparsity of one layer after i cycles; printed there to three digits."""
+    """arXiv 2503.01922, cumulative sparsity of one layer after i cycles; printed there to three digits."""
     total, gone = 1_000_000, 0.0
     for cycle in range(1, 35):
         (target,) = cycle_targets(

@@ -46,6 +46,7 @@ def test_linear_layers():
         {"kernel_size": 3, "groups": 4},
     ],
 )
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own remark on speed
 def test_convolutions(options):
     conv = nn.Conv2d(4, 8, **options)
     x = torch.randn(5, 4, 12, 11)
@@ -186,7 +187,7 @@ def test_refusals():
         moments(model, 3)
     with pytest.raises(TypeError, match="expected a tensor or an iterable of batches, got str"):
         moments(model, "images/")
-    with pytest.raises(TypeError, match="expected batches that are tensors of images.*got ndarray"):
+    with pytest.raises(TypeError, match=r"expected batches that are tensors of images.*got ndarray"):
         moments(model, [np.zeros((2, 4))])
     with pytest.raises(ValueError, match=r"the inputs of used.weight have NaN or Inf"):
         moments(model, torch.full((2, 4), torch.nan), "used")

@@ -1,4 +1,4 @@
-"""The pruning loop against plain NumPy written from method.md, in float64 so that no rounding can flip an order."""
+"""The pruning loop against plain NumPy written from docs/math.md, in float64 so that no rounding can flip an order."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_seb_against_its_formula(sparsity, beta, vanish):
 
 
 def numpy_cycles(arrays, sparsity, z=0.5):
-    """method.md 3.6 steps 1 to 4, trimmed to the exact count, with thresholds in Haar units."""
+    """docs/math.md (16) and (23), trimmed to the exact count, with thresholds in Haar units."""
     arrays = [array.copy() for array in arrays]
     masks = [np.zeros(array.shape, bool) for array in arrays]
     goal, cycle = round(sparsity * sum(array.size for array in arrays)), 0
@@ -172,7 +172,7 @@ def test_n_of_m_keeps_the_zeros_it_finds():
 def test_more_zeros_than_asked_are_refused():
     net = model((20, 40))
     prunable_weights(net, "all")[0].parameter.data[:10] = 0
-    with pytest.raises(ValueError, match="sparsity 0.3 asks for 240 zeros, but 400 of 800 selected weights are zero"):
+    with pytest.raises(ValueError, match=r"sparsity 0.3 asks for 240 zeros, but 400 of 800 selected weights are zero"):
         run(net, method="magnitude", sparsity=0.3)
     ((mask, _),) = run(net, method="magnitude", sparsity=0.5)
     assert mask[:10].all() and not mask[10:].any()

@@ -32,7 +32,7 @@ def test_parse():
 
 @pytest.mark.parametrize("bad", ["2-4", "", "2:4x4", "-1:4"])
 def test_unknown_pattern(bad):
-    with pytest.raises(ValueError, match="unknown pattern .*; expected 'unstructured' or n:m such as '2:4'"):
+    with pytest.raises(ValueError, match=r"unknown pattern .*; expected 'unstructured' or n:m such as '2:4'"):
         parse_pattern(bad)
 
 

@@ -28,7 +28,9 @@ def test_activation_uses_the_moments_of_each_block_of_rows():
 
 
 def test_activation_needs_moments():
-    with pytest.raises(ValueError, match="score 'activation' needs the second moments of the inputs; pass calibration="):
+    with pytest.raises(
+        ValueError, match="score 'activation' needs the second moments of the inputs; pass calibration="
+    ):
         SCORES["activation"](torch.ones(2, 2), None, generator())
 
 
