@@ -4,7 +4,7 @@ Knows matrices and their names only. Symbols and formulas are in docs/math.md.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, Self
@@ -14,10 +14,18 @@ import numpy as np
 from rmtkern.arrays import Array, as_computable, check_finite, namespace
 from rmtkern.progress import progress
 from rmtkern.spectrum import law
-from rmtkern.spectrum.decompose import singular_values
+from rmtkern.spectrum.decompose import randomized_svd, singular_values
 from rmtkern.tables import Table
 
-__all__ = ["FitOptions", "SpectralFit", "SpectralFits", "fit_singular_values", "fit_spectra", "fit_spectrum"]
+__all__ = [
+    "FitOptions",
+    "SpectralFit",
+    "SpectralFits",
+    "fit_singular_values",
+    "fit_spectra",
+    "fit_spectrum",
+    "spike_vectors",
+]
 
 SPIKE_BETA = 0.1  # level of the Tracy-Widom edge that counts spikes (Ke, Ma & Lin 2021)
 MIN_CENTRAL = 8  # fewest central eigenvalues that are fitted
@@ -264,6 +272,78 @@ def fit_spectrum(
     ]
 
 
+def _batches(weights: Mapping[str, Array], max_bytes: int | None) -> list[list[str]]:
+    """Names of matrices of one shape, kind and device, as many together as `max_bytes` of working memory allow."""
+    bound = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
+    if bound <= 0:
+        raise ValueError(f"max_bytes must be positive, got {max_bytes!r}")
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, weight in weights.items():
+        namespace(weight)
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise ValueError(f"{name}: expected a matrix [N, K] with N, K >= 1, got shape {tuple(weight.shape)}")
+        kind = (tuple(weight.shape), str(weight.dtype), type(weight), str(getattr(weight, "device", "cpu")))
+        groups.setdefault(kind, []).append(name)
+    batches = []
+    for (shape, *_), names in groups.items():
+        p, n = min(shape), max(shape)
+        per_matrix = 8 * (2 * p * n + 3 * p * p)  # a scaled copy and the Gram matrix, float64 at worst
+        size = max(1, bound // per_matrix)
+        batches += [names[i : i + size] for i in range(0, len(names), size)]
+    return batches
+
+
+def _finite_arrays(weights: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+    """The named matrices where they are fastest to compute on; NaN and Inf are refused by name."""
+    arrays = [as_computable(weights[name]) for name in names]
+    for name, array in zip(names, arrays, strict=True):
+        check_finite(array, name)
+    return arrays
+
+
+def spike_vectors(
+    weights: Mapping[str, Array],
+    fits: Mapping[str, SpectralFit],
+    *,
+    max_bytes: int | None = None,
+    show_progress: bool | None = None,
+) -> dict[str, tuple[Array, Array, Array]]:
+    """Singular triples of the spikes of many matrices: what stands out of the noise, as factors U diag(s) Vh.
+
+    Matrices of one shape share one batched randomised decomposition. Triples well above the edge are exact to about
+    1e-3; one that barely clears the edge mixes with the top of the bulk, as it does in the matrix itself.
+
+    Args:
+        weights: name -> [N, K] floating point; NumPy, torch or CuPy.
+        fits: name -> fit of the same matrix; `n_spikes` triples are returned.
+        max_bytes: as for `fit_spectra`.
+        show_progress: as for `fit_spectra`.
+
+    Returns:
+        name -> (U [N, R], s [R] descending [weight], Vh [R, K]), R = n_spikes (0 where the fit has none); NumPy for
+        what lives on the CPU.
+
+    Raises:
+        ValueError: a matrix has no fit, another shape than its fit, or NaN or Inf entries.
+
+    Source: Halko, Martinsson & Tropp (2011); docs/math.md (8).
+    """
+    for name, weight in weights.items():
+        if name not in fits or fits[name].shape != tuple(weight.shape):
+            raise ValueError(
+                f"{name}: expected the fit of a matrix of shape {tuple(weight.shape)}, got {fits.get(name)}"
+            )
+    found: dict[str, tuple[Array, Array, Array]] = {}
+    for names in progress(_batches(weights, max_bytes), "spikes", show=show_progress):
+        arrays = _finite_arrays(weights, names)
+        ranks = [fits[name].n_spikes or 0 for name in names]
+        batch = namespace(*arrays).stack(arrays)
+        u, s, vh = randomized_svd(batch, max(1, *ranks), n_iter=6)
+        for index, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+            found[name] = (u[index, :, :rank], s[index, :rank], vh[index, :rank, :])
+    return {name: found[name] for name in weights}
+
+
 def fit_spectra(
     weights: Mapping[str, Array],
     *,
@@ -295,27 +375,9 @@ def fit_spectra(
         ValueError: a value is not a matrix or has NaN or Inf, named by its key; an option is out of range.
     """
     options = FitOptions(alpha, edge, (0.8 if legacy else 0.1) if beta is None else beta, k_hill, legacy)
-    bound = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
-    if bound <= 0:
-        raise ValueError(f"max_bytes must be positive, got {max_bytes!r}")
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, weight in weights.items():
-        namespace(weight)
-        if weight.ndim != 2 or 0 in weight.shape:
-            raise ValueError(f"{name}: expected a matrix [N, K] with N, K >= 1, got shape {tuple(weight.shape)}")
-        kind = (tuple(weight.shape), str(weight.dtype), type(weight), str(getattr(weight, "device", "cpu")))
-        groups.setdefault(kind, []).append(name)
-    batches = []
-    for (shape, *_), names in groups.items():
-        p, n = min(shape), max(shape)
-        per_matrix = 8 * (2 * p * n + 3 * p * p)  # a scaled copy and the Gram matrix, float64 at worst
-        size = max(1, bound // per_matrix)
-        batches += [names[i : i + size] for i in range(0, len(names), size)]
     found: dict[str, SpectralFit] = {}
-    for names in progress(batches, "spectra", show=show_progress):
-        arrays = [as_computable(weights[name]) for name in names]
-        for name, array in zip(names, arrays, strict=True):
-            check_finite(array, name)
+    for names in progress(_batches(weights, max_bytes), "spectra", show=show_progress):
+        arrays = _finite_arrays(weights, names)
         values = singular_values(arrays)
         shape = tuple(int(side) for side in arrays[0].shape)
         for name, s in zip(names, values, strict=True):

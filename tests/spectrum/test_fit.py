@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
+from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum, spike_vectors
 from tests.spectrum.test_decompose import spiked
 
 
@@ -188,3 +188,25 @@ def test_table_and_json(rng):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_spike_vectors_of_a_whole_model(rng):
+    weights = {
+        "a": spiked(rng, (80, 120), [60.0, 45.0]),
+        "b": spiked(rng, (80, 120), [70.0]),
+        "c": torch.from_numpy(rng.standard_normal((64, 64))),
+        "d": spiked(rng, (50, 40), [40.0, 30.0, 25.0], np.float64),
+    }
+    fits = fit_spectra(weights)
+    assert [fits[name].n_spikes for name in "abcd"] == [2, 1, 0, 3]
+    found = spike_vectors(weights, fits)
+    assert list(found) == list(weights) and found["c"][0].shape == (64, 0)
+    for name in "abd":
+        u, s, vh = found[name]
+        left, values, right = np.linalg.svd(weights[name], full_matrices=False)
+        rank = fits[name].n_spikes
+        np.testing.assert_allclose(s, values[:rank], rtol=1e-4)  # converged: spikes are 1.5x the edge and more
+        assert np.all(np.abs(np.sum(u * left[:, :rank], axis=0)) > 0.999)
+        assert np.all(np.abs(np.sum(vh * right[:rank], axis=1)) > 0.999)
+    with pytest.raises(ValueError, match="a: expected the fit of a matrix"):
+        spike_vectors(weights, {"b": fits["b"]})
