@@ -2,8 +2,9 @@
 
     python -m rmtkern.demo.train --data /usr/share/datasets/fashion-mnist --out demo_vit.safetensors
 
-The four idx files are Debian's package dataset-fashion-mnist (MIT). Every choice was made on the last 5,000 training
-images; the 10,000 test images are never read here.
+The shipped weights took two calls on two cores: one of 40 minutes, then `--init` of its result, `--peak-lr 1e-3`,
+`--seed 1 --epochs 9 --minutes 15`; held-out top-1 91.4 %. The four idx files are Debian's dataset-fashion-mnist (MIT).
+Every choice was made on the last 5,000 training images; the 10,000 test images are never read here.
 """
 
 import argparse
