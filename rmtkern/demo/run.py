@@ -30,7 +30,7 @@ __all__ = ["FULL", "QUICK", "Effort", "run_demo"]
 
 SPARSITIES = (0.5, 0.7)
 CURVE = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-METHODS = {"rmtkern, method auto": "auto", "uniform magnitude": "uniform"}
+METHODS = {"method auto": "auto", "spectral edge budget (seb)": "seb", "uniform magnitude": "uniform"}
 SHOWN_LAYER = "blocks.1.mlp.fc1.weight"
 EVALUATION_BATCH = 64  # larger batches fall out of the cache: 250 images take 20 % longer each
 
