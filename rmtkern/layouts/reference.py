@@ -1,21 +1,29 @@
-"""The epilogue of the NumPy float64 references, from its definition. It knows no layout and no kernel."""
+"""What the NumPy float64 references share: the call and the epilogue, from its definition. It knows no layout."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["finish"]
+from rmtkern.layouts.base import PackedWeight
+
+__all__ = ["finish", "reference_linear", "supports"]
+
+Float = NDArray[np.float64]
+Linear = Callable[[Tensor, PackedWeight, Tensor | None, str | None, Tensor | None], Tensor]
 
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
 
 def finish(
-    y: NDArray[np.float64],
-    bias: NDArray[np.float64] | None,
+    y: Float,
+    bias: Float | None,
     activation: str | None,
-    residual: NDArray[np.float64] | None,
-) -> NDArray[np.float64]:
+    residual: Float | None,
+) -> Float:
     """activation(y + bias) + residual.
 
     Args:
@@ -44,3 +52,32 @@ def finish(
         elif activation is not None:
             raise ValueError(f"unknown activation {activation!r}; valid: None, gelu, gelu_tanh, relu, silu")
         return y if residual is None else y + residual
+
+
+def supports(w: PackedWeight, x: Tensor) -> str | None:
+    """Why a reference cannot compute this, or None if it can: it needs tensors on the CPU."""
+    return None if x.device.type == "cpu" else f"device {x.device}; the reference runs on the cpu"
+
+
+def reference_linear(product: Callable[[Float, PackedWeight], Float]) -> Linear:
+    """The `linear` of a reference from its product x Wᵀ.
+
+    Args:
+        product: (x [T, K], w) -> x Wᵀ [T, N], float64; an entry that is not stored multiplies nothing, not even Inf.
+
+    Returns:
+        linear(x [T, K] of any float dtype, w, bias [N] or None, activation, residual [T, N] or None) -> [T, N] in the
+        dtype of x, rounded once.
+    """
+
+    def wide(tensor: Tensor | None) -> Float | None:
+        return None if tensor is None else tensor.detach().double().numpy()
+
+    def linear(
+        x: Tensor, w: PackedWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None
+    ) -> Tensor:
+        with np.errstate(invalid="ignore"):
+            y = product(x.detach().double().numpy(), w)
+        return torch.from_numpy(finish(y, wide(bias), activation, wide(residual))).to(x.dtype)
+
+    return linear

@@ -1,45 +1,22 @@
 """nofm in NumPy float64, written from the format in weight.py and sharing no code with it."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight
-from rmtkern.layouts.reference import finish
+from rmtkern.layouts.reference import Float, reference_linear, supports
 
 __all__ = ["linear", "supports"]
 
 
-def supports(w: PackedWeight, x: Tensor) -> str | None:
-    """Why the reference cannot compute this, or None if it can: it needs tensors on the CPU."""
-    return None if x.device.type == "cpu" else f"device {x.device}; the reference runs on the cpu"
-
-
-def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
-    """activation(x Wᵀ + bias) + residual in float64; an entry that is not kept multiplies nothing, not even Inf.
-
-    Args:
-        x: [T, K], any float dtype.
-        w: packed [N, K].
-        bias: [N] or None.
-        activation: see layouts/reference.py.
-        residual: [T, N] or None.
-
-    Returns:
-        [T, N] in the dtype of x, rounded once.
-    """
+def product(tokens: Float, w: PackedWeight) -> Float:
+    """X Wᵀ [T, N] of tokens [T, K]."""
     n_rows, n_cols = w.shape
     values, masks = (part.numpy() for part in w.tensors())
-    tokens = x.detach().double().numpy()
     y = np.zeros((len(tokens), n_rows))
-    with np.errstate(invalid="ignore"):
-        for row in range(n_rows):
-            cols = [col for col in range(n_cols) if int(masks[row, col // 64]) >> (col % 64) & 1]
-            y[:, row] = tokens[:, cols] @ values[row].astype(np.float64)
-    out = finish(
-        y,
-        None if bias is None else bias.detach().double().numpy(),
-        activation,
-        None if residual is None else residual.detach().double().numpy(),
-    )
-    return torch.from_numpy(out).to(x.dtype)
+    for row in range(n_rows):
+        cols = [col for col in range(n_cols) if int(masks[row, col // 64]) >> (col % 64) & 1]
+        y[:, row] = tokens[:, cols] @ values[row].astype(np.float64)
+    return y
+
+
+linear = reference_linear(product)
