@@ -11,7 +11,6 @@ from rmtkern.layouts.bitmask import BitmaskWeight
 from rmtkern.layouts.block import BlockWeight, reference
 from tests.layouts.test_bitmask import assert_as_accurate_as_dense, epilogues, isa  # noqa: F401
 
-
 SHAPES = [(131, 67, 2), (128, 128, 4), (1, 130, 8), (259, 61, 8), (37, 64, 4)]
 
 
@@ -24,9 +23,7 @@ def block_weight(n_rows, n_cols, r, sparsity, seed=0):
 
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.97, 1])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 197])
-@pytest.mark.parametrize(
-    ("n_rows", "n_cols", "r"), [(131, 67, 2), (128, 128, 4), (1, 130, 8), (259, 61, 8), (37, 64, 4)]
-)
+@pytest.mark.parametrize(("n_rows", "n_cols", "r"), SHAPES)
 def test_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, r, sparsity):  # noqa: F811
     torch.manual_seed(tokens)
     weight = block_weight(n_rows, n_cols, r, sparsity)
