@@ -24,6 +24,7 @@ from rmtkern.environment import cpu_model
 from rmtkern.layouts import cpu
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.bitmask import BitmaskWeight
+from rmtkern.layouts.block import BlockWeight
 from rmtkern.layouts.nofm import NofMWeight
 from rmtkern.tables import Table
 
@@ -56,33 +57,42 @@ class Case:
 
 def cases(quick: bool) -> Iterator[Case]:
     """What is timed; quick: the target's shape only."""
-    many = (*Case.contenders, ("bitmask", 0.0), ("bitmask", 0.8), ("bitmask", 0.95), ("nofm", 0.5))
+    blocks = tuple((f"block {r}x1", sparsity) for r in (2, 4, 8) for sparsity in (0.5, 0.7, 0.9))
+    many = (*Case.contenders, ("bitmask", 0.0), ("bitmask", 0.8), ("bitmask", 0.95), ("nofm", 0.5), *blocks)
     yield Case("vit_b.fc1", 1576, many)
     if quick:
         return
     yield Case("vit_b.fc1", 1576, activation="gelu")
     for tokens in (1, 16, 197):
-        yield Case("vit_b.fc1", tokens, (*Case.contenders, ("nofm", 0.5)))
+        yield Case("vit_b.fc1", tokens, (*Case.contenders, ("nofm", 0.5), *blocks))
     for layer in ("vit_b.fc2", "vit_b.qkv", "vit_b.proj", "vit_s.fc1", "vit_s.fc2"):
         yield Case(layer, 197)
         yield Case(layer, 1576)
     yield Case("demo.fc1", 3136)
     yield Case("demo.fc2", 3136)
     for tokens in (197, 1576):
-        yield Case("vit_b.fc1", tokens, threads=2)
+        yield Case("vit_b.fc1", tokens, (*Case.contenders, *blocks), threads=2)
 
 
 def random_weight(n_rows: int, n_cols: int, layout: str, sparsity: float) -> Tensor:
-    """Normal entries; a Bernoulli mask, or for nofm exactly 2 of 4."""
+    """Normal entries; a Bernoulli mask of entries or mini-blocks, or for nofm exactly 2 of 4."""
     weight = torch.randn(n_rows, n_cols)
-    if layout == "bitmask":
-        return weight * (torch.rand(n_rows, n_cols) >= sparsity)
+    if layout != "nofm":
+        r = block_rows(layout)
+        return weight * (torch.rand(n_rows // r, n_cols) >= sparsity).repeat_interleave(r, 0)
     dropped = torch.rand(n_rows, n_cols // 4, 4).argsort(-1)[..., 2:]
     return weight.view(n_rows, -1, 4).scatter(-1, dropped, 0.0).view(n_rows, n_cols)
 
 
+def block_rows(layout: str) -> int:
+    """Rows of a mini-block: 4 of "block 4x1", 1 of "bitmask"."""
+    return int(layout.removeprefix("block ").removesuffix("x1")) if layout.startswith("block") else 1
+
+
 def pack(layout: str, weight: Tensor) -> PackedWeight:
-    """The weight in a layout."""
+    """The weight in a layout: "bitmask", "block 4x1" or "nofm" (2:4)."""
+    if layout.startswith("block"):
+        return BlockWeight.pack(weight, r=block_rows(layout))
     return BitmaskWeight.pack(weight) if layout == "bitmask" else NofMWeight.pack(weight, n=2, m=4)
 
 

@@ -8,6 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is 
 
 import argparse
 import csv
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -50,17 +51,19 @@ def spectra() -> Table:
 
 
 def kernels() -> Table:
-    """`bitmask` against the strongest dense linear, one thread."""
+    """The sparse layouts against the strongest dense linear, one thread."""
     found = [row for row in rows(f"kernels-{CPU}.csv") if row["threads"] == "1" and not row["activation"]]
     order = list(dict.fromkeys((row["layer"], row["T"], row["N"], row["K"]) for row in found))
     by_case = {(row["layer"], row["T"], row["form"]): row for row in found}
     cells = []
-    for layer, tokens, n, k in order:
-        chosen = [by_case.get((layer, tokens, f"bitmask {s}")) for s in ("0.5", "0.7", "0.9")]
+    layouts = ("bitmask", "block 2x1", "block 4x1", "block 8x1", "nofm")
+    for (layer, tokens, n, k), layout in itertools.product(order, layouts):
+        chosen = [by_case.get((layer, tokens, f"{layout} {s}")) for s in ("0.5", "0.7", "0.9")]
         pairs = [f"{_ratio(r['vs_onednn'])} / {_ratio(r['vs_strongest'])}" if r else None for r in chosen]
-        cells.append([layer, f"{k} -> {n}", tokens, *pairs])
+        if any(pairs):
+            cells.append([layer, f"{k} -> {n}", tokens, layout.replace("nofm", "nofm 2:4"), *pairs])
     notes = [f"Ratio to oneDNN / to the strongest dense form (prepacked oneDNN included). 1 thread. {_where(found[0])}"]
-    return Table(["layer", "shape", "tokens", "50 %", "70 %", "90 %"], cells, notes)
+    return Table(["layer", "shape", "tokens", "layout", "50 %", "70 %", "90 %"], cells, notes)
 
 
 def models() -> Table:

@@ -1,10 +1,12 @@
 // The list of layouts: the names always, the bodies where an instruction set asks for them (RK_BODIES).
-#define RK_LAYOUTS(X) X(bitmask) X(nofm)
+#define RK_LAYOUTS(X) X(bitmask) X(block) X(nofm)
 #ifdef RK_BODIES
 #include "linear/vector.inl"
 #include "linear/epilogue.inl"
 #include "linear/panel.inl"
+#include "linear/strips.inl"
 #include "linear/bitmask.inl"
+#include "linear/block.inl"
 #include "linear/nofm.inl"
 #define RK_FIELD(name) name##_linear,
 #endif

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.pruning.calibrate import Moments, calibrate
 from rmtkern.pruning.cycles import Pruned, make_masks, matrices
-from rmtkern.pruning.pattern import parse_pattern
+from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 
@@ -103,7 +103,7 @@ def prune_(
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
         method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda" or "random"; see PruneConfig and PRESETS.
-        pattern: "unstructured", or n:m such as "2:4".
+        pattern: "unstructured", n:m such as "2:4", or mini-blocks of outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader.
@@ -183,8 +183,14 @@ def _refuse_nothing(weights: Sequence[PrunableWeight], verb: str) -> None:
 
 def _check_divisible(weights: Sequence[PrunableWeight], pattern: str) -> None:
     _, params = parse_pattern(pattern)
+    r, c = unit_of(params)
     for weight in weights:
-        if weight.shape[1] % params["m"]:
+        if weight.shape[0] % r or weight.shape[1] % c:
+            raise ValueError(
+                f"{weight.name} is {weight.shape[0]}x{weight.shape[1]} (out x in features), which pattern {pattern!r} "
+                "does not divide; add it to ignore="
+            )
+        if "m" in params and weight.shape[1] % params["m"]:
             raise ValueError(
                 f"{weight.name} has {weight.shape[1]} in features, not divisible by {params['m']} as pattern "
                 f"{pattern!r} needs; add it to ignore="

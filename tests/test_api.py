@@ -439,3 +439,41 @@ def test_analyze_refusals():
         analyze(packed())
     with pytest.raises(ValueError, match="target 'xyz' matches no weight"):
         analyze(vit(), targets="xyz")
+
+
+@pytest.mark.parametrize("pattern", ["2x1", "4x1", "8x1", "1x2", "4x2"])
+@pytest.mark.parametrize("method", ["magnitude", "uniform", "row", "seb", "rmt"])
+def test_mini_blocks_go_whole_and_to_the_single_block(pattern, method):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+    before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    plan = prune_(model, 0.6, method, pattern, targets="all")
+    r, c = map(int, pattern.split("x"))
+    blocks = zeros = 0
+    for old, module in zip(before, (model[0], model[2]), strict=True):
+        units = (module.weight.detach() == 0).view(module.out_features // r, r, -1, c)
+        assert torch.equal(units.any(3).any(1), units.all(3).all(1))  # no block is cut
+        blocks, zeros = blocks + units[:, 0, :, 0].numel(), zeros + int(units[:, 0, :, 0].sum())
+        if method != "rmt":
+            assert torch.equal(module.weight[module.weight != 0], old[module.weight != 0])
+    assert zeros == round(0.6 * blocks)
+    assert plan.selected.zeros == zeros * r * c
+    plan.verify(model)
+
+
+def test_the_weakest_mini_blocks_go():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    strength = torch.rand(2, 8).repeat_interleave(4, 0)
+    model[0].weight.data.copy_(strength * torch.randn(8, 8).sign())
+    prune_(model, 0.5, "magnitude", "4x1", targets="all")
+    threshold = strength.unique().sort().values[7]
+    assert torch.equal(model[0].weight == 0, strength <= threshold)
+
+
+def test_a_shape_that_mini_blocks_do_not_divide_is_named():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"0\.weight is 6x8 \(out x in features\), which pattern '4x1' does not divide"
+    ):
+        prune_(model, 0.5, pattern="4x1", targets="all")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

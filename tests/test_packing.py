@@ -244,7 +244,7 @@ def test_similar_layers_share_a_measurement_taken_on_the_least_sparse():
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).eval()
     for module, sparsity in zip(model, (0.92, 0.91, 0.93, 0.5), strict=True):
         weight = module.weight.data.view(-1)
-        weight[: round(sparsity * len(weight))] = 0.0
+        weight[torch.randperm(len(weight))[: round(sparsity * len(weight))]] = 0.0
     report = pack_(model, torch.randn(5, 64), timer=timer())
     assert [layer.measured_on for layer in report.layers] == ["1", "1", "1", "3"]
 
@@ -477,7 +477,7 @@ def test_bad_input():
         ValueError, match=r"the model cannot run example 1: .*; pass what you would call the model with"
     ):
         pack_(mlp(), [x, torch.randn(4, 127)])
-    with pytest.raises(ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, nofm"):
+    with pytest.raises(ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, block, nofm"):
         pack_(mlp(), x, layouts=["csr"])
     with pytest.raises(ValueError, match=r"margin: expected 0 <= margin < 1, got 1"):
         pack_(mlp(), x, margin=1)
@@ -573,3 +573,13 @@ def test_interleaved_times_have_the_right_order():
     a, b = torch.randn(300, 300), torch.randn(30, 30)
     ms = interleaved_ms({"large": lambda: a @ a, "small": lambda: b @ b}, budget_ms=20)
     assert ms["large"] > ms["small"] > 0
+
+
+def test_a_mini_block_pattern_is_recognised_from_the_weight():
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    with torch.no_grad():
+        model[0].weight *= (torch.rand(32, 64) > 0.7).repeat_interleave(4, 0)
+    report = pack_(model, torch.randn(40, 64), timer=timer("block(r=4)"))
+    assert report.layers[0].form == "block(r=4)"
+    assert {"bitmask", "block(r=2)", "block(r=4)"} <= set(report.layers[0].ms[40])
+    assert not any(label.startswith("block") for label in report.layers[1].ms[40])

@@ -7,6 +7,7 @@ namespace rk::avx2 {
 namespace {
 constexpr int W = 8;        // floats in a vector
 constexpr int max_V = 12;   // vectors of tokens in a panel: accumulators that fit 16 registers with one to spare
+constexpr int max_sums = 12;  // accumulators of a kernel that feeds several rows from one load
 constexpr int lanes_from_V = max_V + 1;  // never: weights are broadcast from memory
 #define RK_BODIES
 #include "../kernels.inl"

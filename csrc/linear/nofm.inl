@@ -1,6 +1,7 @@
 // nofm: n kept entries in every group of m columns. Row-major values [N, K / m * n]; one bit per column in the masks.
 
 struct NofM {
+    static constexpr int most_V = max_V;
     const float* values;
     const uint64_t* masks;
     int64_t N, K, col_blocks, n, m;

@@ -1,9 +1,9 @@
 // The driver that all sparse layouts share. Lanes are tokens: x is packed into panels P [K][V * W], a weight is
 // broadcast, and C [rows][V * W] collects sums over blocks of 64 columns, whose slice of the panel sits in L1.
-// A layout is a type `Source` with group<V>(rb, kb, P, C): add the weights of row block rb (block_rows rows) and
-// column block kb (64 columns) to C.
+// A layout is a type `Source` with most_V, the widest panel it takes, and group<V>(rb, kb, P, C): add the weights of row
+// block rb (block_rows rows) and column block kb (64 columns) to C.
 
-constexpr int64_t block_rows = 128;          // rows of a row block (part of the bitmask format)
+constexpr int64_t block_rows = 128;          // rows of a row block (part of the formats)
 constexpr int64_t c_bytes = 384 * 1024;      // C of one pass over the columns: leaves room in a 1-MiB L2
 
 // Adds weight w times its column of the panel, the lowest of `mask`, which then leaves the mask.
@@ -87,8 +87,8 @@ void run_panel(const Panels<Source>& job, int64_t t0, int64_t rb0, int64_t rb1, 
     for (int64_t first = rb0; first < rb1; first += most) {
         const int64_t last = first + most < rb1 ? first + most : rb1;
         const int64_t f0 = first * block_rows, f1 = last * block_rows < a.N ? last * block_rows : a.N;
-        for (int64_t f = f0; f < f1; ++f) {
-            const F b = broadcast(a.bias ? a.bias[f] : 0.0f);
+        for (int64_t f = f0; f < (f1 + 7) / 8 * 8; ++f) {  // a strip of up to 8 rows may end past the last row
+            const F b = broadcast(a.bias && f < f1 ? a.bias[f] : 0.0f);
 #pragma GCC unroll 16
             for (int v = 0; v < V; ++v) store(C + (f - f0) * stride + v * W, b);
         }
@@ -122,7 +122,7 @@ void panels_thread(const void* arg, int i, int n) {
     for (int64_t p = p0; p < p1; ++p) {
         const int64_t v0 = job.vectors * p / job.panels, v1 = job.vectors * (p + 1) / job.panels;
         pack_panel(job.a, v0 * W, int(v1 - v0), P);
-        run_panel_of<max_V>(int(v1 - v0), job, v0 * W, rb0, rb1, P, P + p_floats);
+        run_panel_of<Source::most_V>(int(v1 - v0), job, v0 * W, rb0, rb1, P, P + p_floats);
     }
 }
 
@@ -130,7 +130,7 @@ void panels_thread(const void* arg, int i, int n) {
 template <class Source>
 void run_panels(const LinearArgs& a, const Source& source) {
     Panels<Source> job{a, source, (a.K + 63) / 64, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0, 1};
-    job.panels = (job.vectors + max_V - 1) / max_V;
+    job.panels = (job.vectors + Source::most_V - 1) / Source::most_V;
     int threads = a.threads;
     if (threads > job.panels * job.row_blocks) threads = int(job.panels * job.row_blocks);
     int64_t least = INT64_MAX;

@@ -2,6 +2,7 @@
 
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.bitmask.weight import BitmaskWeight
+from rmtkern.layouts.block.weight import BlockWeight
 from rmtkern.layouts.dense.weight import DenseWeight
 from rmtkern.layouts.nofm.weight import NofMWeight
 
@@ -10,5 +11,6 @@ __all__ = ["LAYOUTS"]
 LAYOUTS: dict[str, type[PackedWeight]] = {
     "dense": DenseWeight,
     "bitmask": BitmaskWeight,
+    "block": BlockWeight,
     "nofm": NofMWeight,
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from rmtkern.models import PrunableWeight, layer_type
 from rmtkern.progress import progress
 from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, take_smallest
-from rmtkern.pruning.pattern import PATTERNS, parse_pattern
+from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_of, unit_scores, whole_units
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.score import SCORES
 from rmtkern.spectrum.denoise import legacy_theta, sparsify_haar, sparsify_singular_vectors
@@ -52,13 +52,13 @@ def make_masks(
     *,
     show_progress: bool | None = None,
 ) -> list[Pruned]:
-    """Decide which entries go, to the single weight.
+    """Decide which entries go, to the single weight, or to the single mini-block of an rxc pattern.
 
     Entries that are zero already stay zero and count; with an n:m pattern a group that has more zeros than the
     pattern asks keeps them.
 
     Args:
-        weights: the selected weights; with an n:m pattern K must be divisible by m.
+        weights: the selected weights; with an n:m pattern K must be divisible by m, with rxc N by r and K by c.
         config: resolved.
         fits: of `matrices(weights)`; may be empty if the config needs none.
         moments: weight name -> [G, K] second moments; may be empty if the score needs none.
@@ -66,7 +66,7 @@ def make_masks(
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
-        One pair for each weight; the masks have round(sparsity * total) true entries in all.
+        One pair for each weight; the masks have round(sparsity * total) true entries (mini-blocks) in all.
 
     Raises:
         ValueError: more weights are zero already than the sparsity asks for.
@@ -74,10 +74,11 @@ def make_masks(
     kind, params = parse_pattern(config.pattern)
     values = [weight.as_matrix() for weight in weights]
     masks = [value == 0 for value in values]
-    total = sum(mask.numel() for mask in masks)
+    unit = unit_of(params)
+    total = sum(mask.numel() for mask in masks) // (unit[0] * unit[1])
     goal = round(config.sparsity * total)
-    zeros = sum(int(mask.sum()) for mask in masks)
-    if zeros > goal and not params:
+    zeros = sum(int(whole_units(mask, unit).sum()) for mask in masks)
+    if zeros > goal and kind != "n:m":
         raise ValueError(
             f"sparsity {config.sparsity:g} asks for {goal} zeros, but {zeros} of {total} selected weights are zero "
             f"already and stay so; ask for at least {zeros / total:.6g}"
@@ -93,13 +94,15 @@ def make_masks(
             values = [_keep_zeros(value, mask, _sparsify(weight, value, fits, config.theta, cycle))
                       for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
         layers = _layers(weights, values, masks, fits, moments, config, kind, params)
-        left = sum(int(layer.open.sum()) for layer in layers) if params else goal - sum(layer.zeros for layer in layers)
+        left = goal - sum(layer.zeros for layer in layers)
+        if kind == "n:m":
+            left = sum(int(layer.open.sum()) for layer in layers)
         take = left
         if config.budget == "cycle":  # the last cycle is trimmed, so that the count is exact
             take = min(left, max(1, round(sum(cycle_targets(layers, cycle)))))
         keys = BUDGETS[config.budget or ""](layers, config.sparsity, alpha_regime=config.alpha_regime, cycle=cycle)
         taken = take_smallest(keys, [layer.open for layer in layers], take)
-        masks = [mask | more for mask, more in zip(masks, taken, strict=True)]
+        masks = [mask | unit_entries(more, unit) for mask, more in zip(masks, taken, strict=True)]
         values = [value.masked_fill(mask, 0) for value, mask in zip(values, masks, strict=True)]
         if take == left:
             break
@@ -116,18 +119,20 @@ def _layers(
     kind: str,
     params: dict[str, int],
 ) -> list[Layer]:
-    layers = []
+    layers, unit = [], unit_of(params)
     for index, (weight, value, mask) in enumerate(zip(weights, values, masks, strict=True)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        score = SCORES[config.score or ""](value, moments.get(weight.name), generator).masked_fill(mask, -1.0)
+        score = SCORES[config.score or ""](value, moments.get(weight.name), generator).masked_fill(mask, 0.0)
+        gone = whole_units(mask, unit)
+        score = unit_scores(score, unit).masked_fill(gone, -1.0)
         allowed = PATTERNS[kind](score, params)
         found = [fits[label] for label in weight.blocks() if label in fits]
         layers.append(
             Layer(
                 layer_type(weight.role),
-                score.masked_fill(~(allowed | mask), torch.inf),
-                allowed & ~mask,
-                int(mask.sum()),
+                score.masked_fill(~(allowed | gone), torch.inf),
+                allowed & ~gone,
+                int(gone.sum()),
                 edge=_mean([one.sigma_plus for one in found]),
                 alpha=_mean([one.hill_alpha for one in found]),
                 randomness=_randomness(found),

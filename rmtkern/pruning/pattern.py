@@ -1,4 +1,4 @@
-"""In what shape entries go: which of them a pattern lets go, given their scores. Knows no budget."""
+"""In what shape entries go: which of them a pattern lets go, alone or in mini-blocks. Knows no budget."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["PATTERNS", "parse_pattern"]
+__all__ = ["PATTERNS", "parse_pattern", "unit_entries", "unit_of", "unit_scores", "whole_units"]
 
 
 def unstructured(score: Tensor, params: dict[str, int]) -> Tensor:
@@ -31,27 +31,64 @@ def n_of_m(score: Tensor, params: dict[str, int]) -> Tensor:
     return may_go.reshape(score.shape)
 
 
-PATTERNS: dict[str, Callable[[Tensor, dict[str, int]], Tensor]] = {"unstructured": unstructured, "n:m": n_of_m}
-"""Name -> function(score [N, K], params) -> the entries that may go, bool [N, K]."""
+PATTERNS: dict[str, Callable[[Tensor, dict[str, int]], Tensor]] = {
+    "unstructured": unstructured,
+    "n:m": n_of_m,
+    "rxc": unstructured,
+}
+"""Name -> function(score of the units, params) -> the units that may go, bool. A unit is an entry, or a mini-block."""
+
+
+def unit_of(params: dict[str, int]) -> tuple[int, int]:
+    """(outputs, inputs) that go or stay together: (r, c) of a mini-block pattern, else (1, 1)."""
+    return params.get("r", 1), params.get("c", 1)
+
+
+def unit_scores(score: Tensor, unit: tuple[int, int]) -> Tensor:
+    """Scores of the units [N / r, K / c]: the mean over each unit's entries."""
+    return score if unit == (1, 1) else _units(score, unit).mean((1, 3))
+
+
+def whole_units(mask: Tensor, unit: tuple[int, int]) -> Tensor:
+    """Which units are true in all their entries, bool [N / r, K / c]."""
+    return mask if unit == (1, 1) else _units(mask, unit).all(3).all(1)
+
+
+def unit_entries(mask: Tensor, unit: tuple[int, int]) -> Tensor:
+    """A mask of units [N / r, K / c] as a mask of entries [N, K]."""
+    return mask if unit == (1, 1) else mask.repeat_interleave(unit[0], 0).repeat_interleave(unit[1], 1)
+
+
+def _units(matrix: Tensor, unit: tuple[int, int]) -> Tensor:
+    (n, k), (r, c) = matrix.shape, unit
+    return matrix.reshape(n // r, r, k // c, c)
 
 
 def parse_pattern(pattern: str) -> tuple[str, dict[str, int]]:
     """The key of PATTERNS and the parameters that a pattern's name stands for.
 
     Args:
-        pattern: "unstructured", or n:m such as "2:4" (at most 2 of 4 consecutive inputs stay).
+        pattern: "unstructured"; n:m such as "2:4" (at most 2 of 4 consecutive inputs stay); or rxc such as "4x1"
+            (mini-blocks of 4 outputs x 1 input go or stay whole).
 
     Raises:
         TypeError: not a string.
-        ValueError: unknown pattern, or n not in [1, m).
+        ValueError: unknown pattern, n not in [1, m), or a mini-block of fewer than 2 or more than 64 entries.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern: expected a string, got {type(pattern).__name__}")
     if pattern == "unstructured":
         return pattern, {}
+    if match := re.fullmatch(r"(\d+)x(\d+)", pattern):
+        r, c = int(match[1]), int(match[2])
+        if not 2 <= r * c <= 64:
+            raise ValueError(f"pattern {pattern!r}: expected mini-blocks of 2 to 64 entries, such as '4x1'")
+        return "rxc", {"r": r, "c": c}
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if match is None:
-        raise ValueError(f"unknown pattern {pattern!r}; expected 'unstructured' or n:m such as '2:4'")
+        raise ValueError(
+            f"unknown pattern {pattern!r}; expected 'unstructured', n:m such as '2:4' or rxc such as '4x1'"
+        )
     n, m = int(match[1]), int(match[2])
     if not 1 <= n < m:
         raise ValueError(f"pattern {pattern!r}: expected 1 <= n < m, such as '2:4'")

@@ -47,7 +47,8 @@ class PruneConfig:
         method: a preset (a key of PRESETS), or "auto": the best preset for what is at hand.
         budget: key of BUDGETS, how the sparsity is shared over layers; None: the method's.
         score: key of SCORES, which entries matter; None: the method's.
-        pattern: "unstructured", or n:m such as "2:4", which takes only sparsity 1 - n / m.
+        pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; or rxc such as "4x1":
+            mini-blocks of 4 outputs x 1 input that go or stay whole (the sparsity is then met to one mini-block).
         targets: roles, groups or globs (see models.prunable_weights); None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         haar: z of the singular-vector step before pruning (docs/math.md (17)), in Haar deviations; 0: no such step.
@@ -83,7 +84,7 @@ class PruneConfig:
         if self.score is not None:
             _one_of("score", self.score, SCORES)
         _, params = parse_pattern(self.pattern)
-        if params and not math.isclose(self.sparsity, 1 - params["n"] / params["m"], abs_tol=1e-12):
+        if "n" in params and not math.isclose(self.sparsity, 1 - params["n"] / params["m"], abs_tol=1e-12):
             raise ValueError(
                 f"pattern {self.pattern!r} takes only sparsity {1 - params['n'] / params['m']:g}, got {self.sparsity:g}"
             )
@@ -119,7 +120,7 @@ class PruneConfig:
         """
         method = self.method
         if method == "auto":
-            method = AUTO_CALIBRATED if calibrated else AUTO if self.pattern == "unstructured" else AUTO_NM
+            method = AUTO_CALIBRATED if calibrated else AUTO_NM if ":" in self.pattern else AUTO
         preset = PRESETS[method]
         resolved = replace(self, method=method, budget=self.budget or preset.budget, score=self.score or preset.score)
         if resolved.needs_calibration and not calibrated:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmtkern.pruning.pattern import PATTERNS, parse_pattern
+from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_scores, whole_units
 
 
 def test_unstructured_lets_everything_go():
@@ -28,11 +28,33 @@ def test_parse():
     assert parse_pattern("unstructured") == ("unstructured", {})
     assert parse_pattern("2:4") == ("n:m", {"n": 2, "m": 4})
     assert parse_pattern("12:16") == ("n:m", {"n": 12, "m": 16})
+    assert parse_pattern("4x1") == ("rxc", {"r": 4, "c": 1})
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**31))
+def test_units(r, c, rows, cols, seed):
+    score = torch.from_numpy(np.random.default_rng(seed).random((rows * r, cols * c)))
+    means = unit_scores(score, (r, c))
+    whole = whole_units(score > 0.2, (r, c))
+    assert means.shape == whole.shape == (rows, cols)
+    for i in range(rows):
+        for j in range(cols):
+            unit = score[i * r : (i + 1) * r, j * c : (j + 1) * c]
+            assert float(means[i, j]) == pytest.approx(float(unit.mean()))
+            assert bool(whole[i, j]) == bool((unit > 0.2).all())
+    assert torch.equal(whole_units(unit_entries(whole, (r, c)), (r, c)), whole)
+
+
+@pytest.mark.parametrize("bad", ["1x1", "0x4", "16x8"])
+def test_size_of_a_mini_block(bad):
+    with pytest.raises(ValueError, match="expected mini-blocks of 2 to 64 entries"):
+        parse_pattern(bad)
 
 
 @pytest.mark.parametrize("bad", ["2-4", "", "2:4x4", "-1:4"])
 def test_unknown_pattern(bad):
-    with pytest.raises(ValueError, match=r"unknown pattern .*; expected 'unstructured' or n:m such as '2:4'"):
+    with pytest.raises(ValueError, match=r"unknown pattern .*; expected 'unstructured', n:m such as '2:4' or rxc"):
         parse_pattern(bad)
 
 

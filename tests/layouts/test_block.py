@@ -1,0 +1,124 @@
+"""block: the law, the format, and its kernel on every instruction set against the float64 reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rmtkern.layouts import cpu
+from rmtkern.layouts.bitmask import BitmaskWeight
+from rmtkern.layouts.block import BlockWeight, reference
+from tests.layouts.test_bitmask import assert_as_accurate_as_dense, epilogues, isa  # noqa: F401
+
+SHAPES = [(131, 67, 2), (128, 128, 4), (1, 130, 8), (259, 61, 8), (37, 64, 4)]
+
+
+def block_weight(n_rows, n_cols, r, sparsity, seed=0):
+    """Random mini-blocks of r rows and one column; the last strip may be shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = (torch.rand(-(-n_rows // r), n_cols, generator=generator) >= sparsity).repeat_interleave(r, 0)[:n_rows]
+    return torch.randn(n_rows, n_cols, generator=generator) * kept
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97, 1])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 197])
+@pytest.mark.parametrize(("n_rows", "n_cols", "r"), SHAPES)
+def test_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, r, sparsity):  # noqa: F811
+    torch.manual_seed(tokens)
+    weight = block_weight(n_rows, n_cols, r, sparsity)
+    packed = BlockWeight.pack(weight, r=r)
+    x = torch.randn(tokens, n_cols)
+    for bias, activation, residual in epilogues(tokens, n_rows):
+        exact = reference.linear(x.double(), packed, bias, activation, residual)
+        got = cpu.linear(x, packed, bias, activation, residual)
+        assert_as_accurate_as_dense(got, x, weight, bias, activation, residual, exact)
+
+
+@pytest.mark.parametrize("r", [2, 4, 8])
+def test_reference_is_the_definition(r):
+    weight = block_weight(150, 70, r, 0.6)
+    x = torch.randn(5, 70)
+    got = reference.linear(x.double(), BlockWeight.pack(weight, r=r), None, None, None)
+    np.testing.assert_allclose(got, x.double().numpy() @ weight.double().numpy().T, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 300), st.integers(1, 140), st.sampled_from([2, 4, 8]), st.floats(0, 1), st.integers(0, 2**31))
+def test_unpack_returns_what_was_packed(n_rows, n_cols, r, sparsity, seed):
+    generator = torch.Generator().manual_seed(seed)  # entries, not mini-blocks: zeros inside a stored one are kept too
+    weight = torch.randn(n_rows, n_cols, generator=generator)
+    weight *= torch.rand(n_rows, n_cols, generator=generator) >= sparsity
+    packed = BlockWeight.pack(weight, r=r)
+    assert torch.equal(packed.unpack().view(torch.int32), (weight + 0.0).view(torch.int32))
+
+
+def test_inf_at_a_column_that_is_not_stored_goes_nowhere(isa):  # noqa: F811
+    weight = torch.zeros(8, 70)
+    weight[:4, 3] = 1.0
+    x = torch.full((3, 70), torch.inf)
+    x[:, 3] = 2.0
+    got = cpu.linear(x, BlockWeight.pack(weight, r=4), None, None, None)
+    assert torch.equal(got[:, :4], torch.full((3, 4), 2.0)) and torch.equal(got[:, 4:], torch.zeros(3, 4))
+    x[:, 3] = torch.inf
+    assert torch.isinf(cpu.linear(x, BlockWeight.pack(weight, r=4), None, None, None)[:, :4]).all()
+
+
+def test_bytes_are_fewer_than_those_of_bitmask():
+    weight = block_weight(768, 768, 4, 0.5)
+    packed = BlockWeight.pack(weight, r=4)
+    assert packed.values.shape == (int((weight != 0).sum()) // 4, 4)
+    assert packed.nbytes < BitmaskWeight.pack(weight).nbytes
+
+
+def test_variants_recognise_the_pattern_from_the_weight():
+    def found(weight):
+        return [params["r"] for params in BlockWeight.variants(weight)]
+
+    assert found(block_weight(64, 96, 8, 0.7)) == [2, 4, 8]
+    assert found(block_weight(64, 96, 4, 0.7)) == [2, 4]
+    assert found(block_weight(64, 96, 2, 0.7)) == [2]
+    assert found(block_weight(64, 96, 1, 0.7)) == []
+    assert found(torch.zeros(8, 8)) == [] and found(torch.randn(8, 8)) == []
+    weight = block_weight(64, 96, 4, 0.7)
+    weight[5, weight[5].nonzero()[0]] = 0.0  # a stray zero, as training leaves now and then
+    assert found(weight) == [2, 4]
+
+
+def test_refusals_name_what_is_wrong():
+    for params in ({}, {"r": 3}, {"r": 2, "c": 1}):
+        with pytest.raises(ValueError, match="block: params must be r = 2, 4 or 8"):
+            BlockWeight.pack(torch.zeros(4, 4), **params)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        BlockWeight.pack(torch.full((4, 4), torch.nan), r=2)
+    with pytest.raises(ValueError, match="expected dtype"):
+        BlockWeight.pack(torch.zeros(4, 4).double(), r=2)
+    packed = BlockWeight.pack(torch.ones(4, 4), r=2)
+    packed.params = {"r": 16}
+    with pytest.raises(ValueError, match=r"block: params must be \(r\), 2, 4 or 8"):
+        cpu.linear(torch.ones(1, 4), packed, None, None, None)
+
+
+@pytest.mark.parametrize("damage", ["more_bits", "fewer_bits", "row", "outside", "starts", "end", "negative", "values"])
+def test_damaged_parts_are_refused_before_anything_is_read(isa, damage):  # noqa: F811
+    weight = block_weight(150, 70, 4, 0.5)
+    weight[:, 63] = 0  # so that no mask is negative
+    packed = BlockWeight.pack(weight, r=4)
+    if damage == "more_bits":
+        packed.masks[0] = -1
+    elif damage == "fewer_bits":
+        packed.masks[0] = 0
+    elif damage == "row":
+        packed.rows[-1] = 6  # the last row block has strips 0 to 5
+    elif damage == "outside":
+        packed.masks[-1] = 1 << 6  # the last column block has columns 0 to 5
+    elif damage == "starts":
+        packed.starts[1] += 1
+    elif damage == "end":
+        packed.starts[-1] += 1
+    elif damage == "negative":
+        packed.starts[0] = -8
+    elif damage == "values":
+        packed.values = packed.values[:-1].clone()
+    with pytest.raises(ValueError, match="block: masks, rows, starts and values disagree; pack the weight again"):
+        cpu.linear(torch.randn(3, 70), packed, None, None, None)
