@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench wheel clean
+.PHONY: help demo test test-all sanitize lint bench wheel clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,15 @@ test: $(VENV)/.installed-dev  ## the default test suite
 
 test-all: $(VENV)/.installed-dev  ## the default suite and the slow checks
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/.installed-dev  ## the kernels' tests under AddressSanitizer and UBSan, in a copy of the tree
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	git ls-files -z | xargs -0 cp --parents -t build/sanitize
+	cd build/sanitize && CFLAGS="$(SANITIZE) -O1" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest tests/layouts tests/test_extension.py \
+		-k "not extension_is_missing"
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
