@@ -14,23 +14,13 @@ import timm
 import torch
 
 from benchmarks.record import results_file, stamped, write_rows
+from rmtkern.api import prune_
 from rmtkern.layouts.cpu import isas
 from rmtkern.packing import pack_
 from rmtkern.packing_report import PackReport
 from rmtkern.tables import Table
 
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
-NOT_PRUNED = ("patch_embed", "head")
-
-
-def prune_by_magnitude(model: torch.nn.Module, sparsity: float) -> None:
-    """Zero the smallest entries of each linear weight of the blocks, the same fraction in every layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not any(part in name for part in NOT_PRUNED):
-            weight = module.weight.data
-            count = round(sparsity * weight.numel())
-            if count:
-                weight.view(-1)[weight.abs().view(-1).argsort()[:count]] = 0.0
 
 
 def mlp_share(report: PackReport) -> float:
@@ -43,7 +33,7 @@ def measure(name: str, sparsity: float, batch: int) -> tuple[dict[str, object], 
     """One row: prune a fresh model, pack it, and take the guard's interleaved times."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    prune_by_magnitude(model, sparsity)
+    prune_(model, sparsity, "uniform")
     images = torch.randn(batch, 3, 224, 224)
     start = time.perf_counter()
     report = pack_(model, images)

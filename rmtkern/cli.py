@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rmtkern.api import analyze, prune_
-from rmtkern.environment import environment, version
+from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import evaluate, folder_batches, preprocessing_of
 from rmtkern.loading import input_size_of, load_model, save_dense
@@ -192,15 +192,11 @@ def _bench(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"environment": environment(), **json.loads(report.to_json())})
     else:
-        print(f"{_environment_line()}\n\n{report}")
+        print(f"{environment_line()}\n\n{report}")
     if any(times.speedup < SLOWER for times in report.end_to_end):
         print("rmtkern bench: the packed model is slower than the strongest dense form", file=sys.stderr)
         return 1
     return 0
-
-
-def _environment_line() -> str:
-    return ", ".join(f"{name} {value}" for name, value in environment().items())
 
 
 PACKAGES = {
@@ -232,7 +228,7 @@ def _info(args: argparse.Namespace) -> int:
         )
         return 0
     rows = [[name, found, None if found else PACKAGES[name]] for name, found in versions.items()]
-    print(f"{_environment_line()}\n\n{Table(('package', 'version', 'how to get it'), rows).to_text()}\n\n{table}")
+    print(f"{environment_line()}\n\n{Table(('package', 'version', 'how to get it'), rows).to_text()}\n\n{table}")
     return 0
 
 

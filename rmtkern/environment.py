@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["cpu_model", "environment", "version"]
+__all__ = ["cpu_model", "environment", "environment_line", "version"]
 
 
 def cpu_model() -> str:
@@ -39,3 +39,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": version("numpy"),
     }
+
+
+def environment_line() -> str:
+    """`environment` in one line, for people."""
+    return ", ".join(f"{name} {value}" for name, value in environment().items())

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from rmtkern.activations import FUNCTIONS
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
@@ -21,7 +22,7 @@ from rmtkern.tables import Table
 
 __all__ = ["ACTIVATIONS", "Availability", "available", "linear", "load_kernels"]
 
-ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = (None, *FUNCTIONS)
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> fastest first
 NAMES = ("cpu", "cuda", "triton", "reference")  # "reference" runs only when named
 ISAS = ("avx512", "avx2", "portable")  # what csrc/isa is written for

@@ -4,23 +4,18 @@ It also knows which linears must stay as they are. It measures no time and packs
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-__all__ = ["Seen", "apply_activation", "reason_to_leave", "watch"]
+from rmtkern.activations import FUNCTIONS
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+__all__ = ["Seen", "reason_to_leave", "watch"]
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -39,11 +34,6 @@ class Seen:
     reason: str | None = None
     follower: str | None = None
     activation: str | None = None
-
-
-def apply_activation(y: Tensor, name: str | None) -> Tensor:
-    """The activation as PyTorch computes it; None leaves `y` alone."""
-    return y if name is None else _ACTIVATIONS[name](y)
 
 
 def reason_to_leave(model: nn.Module, name: str, module: nn.Linear) -> str | None:
@@ -190,7 +180,7 @@ def _activation(module: nn.Module) -> str | None:
     x = torch.linspace(-8, 8, 1001)
     with torch.no_grad():
         y = module(x.clone())
-    for name, function in _ACTIVATIONS.items():
+    for name, function in FUNCTIONS.items():
         # float32 rounding of different formulas of one function; "gelu" and "gelu_tanh" are 4e-4 apart
         if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, function(x), rtol=1e-6, atol=2e-6):
             return name

@@ -4,15 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rmtkern.activations import apply_activation
+
 __all__ = ["accuracy_excess", "assert_as_accurate_as_dense", "random_sparse"]
 
 
 def _dense(x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
-    y = F.linear(x, w, bias)
-    if activation in ("gelu", "gelu_tanh"):
-        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    elif activation is not None:
-        y = {"relu": F.relu, "silu": F.silu}[activation](y)
+    y = apply_activation(F.linear(x, w, bias), activation)
     return y if residual is None else y + residual
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rmtkern.api import analyze, prune_
 from rmtkern.demo import load_demo_model, load_test_images
-from rmtkern.environment import environment
+from rmtkern.environment import environment, environment_line
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.models import prunable_weights
 from rmtkern.packing import PackReport, interleaved_ms, pack_
@@ -145,7 +145,7 @@ def run_demo(output: Path, say: Callable[[str], None], *, effort: Effort = FULL,
     count = sum(p.numel() for p in model.parameters())
     say(
         f"A Vision Transformer with {count:,} parameters and {len(y):,} real test images (Fashion-MNIST).\n"
-        + ", ".join(f"{name} {value}" for name, value in environment().items())
+        f"{environment_line()}"
     )
 
     say("1. Analyse: the Marchenko-Pastur law fitted to every weight matrix")
