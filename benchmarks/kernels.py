@@ -92,7 +92,7 @@ def block_rows(layout: str) -> int:
 def pack(layout: str, weight: Tensor) -> PackedWeight:
     """The weight in a layout: "bitmask", "block 4x1" or "nofm" (2:4)."""
     if layout.startswith("block"):
-        return BlockWeight.pack(weight, r=block_rows(layout))
+        return BlockWeight.pack(weight, r=block_rows(layout), c=1)
     return BitmaskWeight.pack(weight) if layout == "bitmask" else NofMWeight.pack(weight, n=2, m=4)
 
 
