@@ -65,7 +65,7 @@ def test_train_mode_is_refused():
 
 
 def test_a_cast_model_says_what_to_do():
-    with pytest.raises(KernelUnavailable, match=r"x is torch.float64; cast to float32"):
+    with pytest.raises(KernelUnavailable, match=r"x is torch.float64; cast to torch.float32"):
         packed().to(torch.float64)(torch.randn(3, 64).double())
 
 

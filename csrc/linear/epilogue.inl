@@ -71,6 +71,54 @@ void finish_tokens(const LinearArgs& a, const float* C, int64_t stride, int64_t 
     }
 }
 
+// The first `width` values at p and zeros; never reads past them.
+template <class Number>
+inline F load_some(const typename Number::Item* p, int64_t width) {
+    if (width == W) return Number::load_values(p);
+    typename Number::Item copy[W] = {};
+    for (int64_t j = 0; j < width; ++j) copy[j] = p[j];
+    return Number::load_values(copy);
+}
+
+// C [tokens][stride] holds sums without the bias, lanes are outputs. Writes `tokens` from t0, features from f0 up to stride.
+template <class Number, Activation A>
+void finish_outputs(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0) {
+    using Item = typename Number::Item;
+    const Item *bias = static_cast<const Item*>(a.bias), *scale = static_cast<const Item*>(a.scale);
+    const Item* residual = static_cast<const Item*>(a.residual);
+    const int64_t features = a.N - f0 < stride ? a.N - f0 : stride;
+    for (int64_t f = 0; f < features; f += W) {
+        const int64_t width = features - f < W ? features - f : W;
+        const F b = bias ? load_some<Number>(bias + f0 + f, width) : F{};
+        const F s = scale ? load_some<Number>(scale + f0 + f, width) : F{};
+        for (int64_t i = 0; i < tokens; ++i) {
+            const int64_t at = (t0 + i) * a.N + f0 + f;
+            F v = activate<A>(load(C + i * stride + f) + b);
+            if (scale) v = v * s;
+            if (residual) v = v + load_some<Number>(residual + at, width);
+            Item* y = static_cast<Item*>(a.y) + at;
+            if (width == W) {
+                Number::store_values(y, v);
+            } else {
+                Item row[W];
+                Number::store_values(row, v);
+                for (int64_t j = 0; j < width; ++j) y[j] = row[j];
+            }
+        }
+    }
+}
+
+template <class Number>
+void finish_rows(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0) {
+    switch (a.activation) {
+        case Activation::none: return finish_outputs<Number, Activation::none>(a, C, stride, t0, tokens, f0);
+        case Activation::gelu: return finish_outputs<Number, Activation::gelu>(a, C, stride, t0, tokens, f0);
+        case Activation::gelu_tanh: return finish_outputs<Number, Activation::gelu_tanh>(a, C, stride, t0, tokens, f0);
+        case Activation::silu: return finish_outputs<Number, Activation::silu>(a, C, stride, t0, tokens, f0);
+        case Activation::relu: return finish_outputs<Number, Activation::relu>(a, C, stride, t0, tokens, f0);
+    }
+}
+
 template <class Number>
 void finish(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
     switch (a.activation) {

@@ -1,4 +1,7 @@
-// nofm: n kept entries in every group of m columns. Row-major values [N, K / m * n]; one bit per column in the masks.
+// nofm: n kept entries in every group of m columns.
+// float32, any n:m: row-major values [N, K / m * n]; one bit per column in the masks.
+// bfloat16, 2:4: outputs in the lanes. Tiles of 16 rows: values [K / 4][16] pairs, and codes [K / 4][16] that say which two of
+// a group's four columns a pair multiplies. The four activations of a token are spread and each lane picks its two.
 
 struct NofM {
     using Number = Float32;
@@ -58,7 +61,114 @@ inline bool nofm_consistent(const NofM& s) {
     return !bad;
 }
 
+// From a byte c0 | c1 << 2 for each lane: what pick() needs to take columns c0 and c1 of a group.
+template <class Code>
+inline __attribute__((always_inline)) F native_pick_control(const Code* codes);  // defined where native_pairs
+template <class Quad>
+inline __attribute__((always_inline)) F native_pick(Quad quad, F control);
+
+inline __attribute__((always_inline)) F pick_control(const uint8_t* codes) {
+    if constexpr (native_pairs) return native_pick_control(codes);
+    else return reinterpret_cast<F>(__builtin_convertvector(*reinterpret_cast<const UnalignedBytes*>(codes), I));
+}
+
+// The two bfloat16 of `quad` (four of them) that each lane's control names.
+inline __attribute__((always_inline)) F pick(uint64_t quad, F control) {
+    if constexpr (native_pairs) return native_pick(quad, control);
+    else {
+        const U low = uint32_t(quad) - U{}, high = uint32_t(quad >> 32) - U{}, code = reinterpret_cast<U>(control);
+        const U first = (code & 2u) != 0u ? high : low, second = (code & 8u) != 0u ? high : low;
+        return reinterpret_cast<F>(((code & 1u) != 0u ? first >> 16 : first & 0xffffu) |
+                                   ((code & 4u) != 0u ? second & 0xffff0000u : second << 16));
+    }
+}
+
+constexpr int rows_of_tile = 16;
+constexpr int tile_vectors = (W == 16 ? 2 : 1) * rows_of_tile / W;  // of outputs in a step; on AVX-512 two tiles
+constexpr int tile_tokens = W == 16 ? 11 : 16 / tile_vectors / 2;   // whose sums, with the vectors, fit the registers
+constexpr int64_t chunk_bytes = 256 * 1024;                         // of x that stays in L2 while all tiles pass
+
+struct TwoOfFour {
+    const LinearArgs& a;
+    const float* values;
+    const uint8_t* codes;
+    int64_t groups, steps;  // steps: tile_vectors * W outputs each; the last one may have a tile that is not there
+    int token_threads;
+
+    // Tokens t0 ... t0 + M - 1, outputs of one step.
+    template <int M>
+    void block(int64_t t0, int64_t step) const {
+        constexpr int per_tile = rows_of_tile / W, tiles = tile_vectors / per_tile;
+        const int64_t f0 = step * tile_vectors * W, all = (a.N + rows_of_tile - 1) / rows_of_tile;
+        const uint16_t* x = static_cast<const uint16_t*>(a.x) + t0 * a.K;
+        const float* w[tiles];
+        const uint8_t* code[tiles];
+        for (int i = 0; i < tiles; ++i) {  // a tile that is not there repeats the last one; its sums are not stored
+            const int64_t tile = step * tiles + i < all ? step * tiles + i : all - 1;
+            w[i] = values + tile * groups * rows_of_tile;
+            code[i] = codes + tile * groups * rows_of_tile;
+        }
+        F sums[M * tile_vectors] = {};
+        for (int64_t g = 0; g < groups; ++g) {
+            F pairs[tile_vectors], control[tile_vectors];
+#pragma GCC unroll 8
+            for (int v = 0; v < tile_vectors; ++v) {
+                const int64_t at = g * rows_of_tile + v % per_tile * W;
+                pairs[v] = load(w[v / per_tile] + at);
+                control[v] = pick_control(code[v / per_tile] + at);
+            }
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) {
+                uint64_t quad;
+                __builtin_memcpy(&quad, x + m * a.K + 4 * g, 8);
+#pragma GCC unroll 8
+                for (int v = 0; v < tile_vectors; ++v)
+                    sums[m * tile_vectors + v] =
+                        BFloat16::multiply_add(sums[m * tile_vectors + v], pairs[v], pick(quad, control[v]));
+            }
+        }
+        finish_rows<BFloat16>(a, reinterpret_cast<const float*>(sums), tile_vectors * W, t0, M, f0);
+    }
+
+    template <int M>
+    void block_of(int wanted, int64_t t0, int64_t step) const {
+        if (wanted == M) return block<M>(t0, step);
+        if constexpr (M > 1) block_of<M - 1>(wanted, t0, step);
+    }
+};
+
+void two_of_four_thread(const void* arg, int i, int n) {
+    const auto& job = *static_cast<const TwoOfFour*>(arg);
+    const int step_threads = n / job.token_threads, ti = i % job.token_threads, si = i / job.token_threads;
+    const int64_t t0 = job.a.T * ti / job.token_threads, t1 = job.a.T * (ti + 1) / job.token_threads;
+    const int64_t s0 = job.steps * si / step_threads, s1 = job.steps * (si + 1) / step_threads;
+    const int64_t blocks = (t1 - t0 + tile_tokens - 1) / tile_tokens;
+    int64_t chunk = chunk_bytes / (2 * job.a.K * tile_tokens);
+    if (chunk < 1) chunk = 1;
+    for (int64_t first = 0; first < blocks; first += chunk) {
+        const int64_t last = first + chunk < blocks ? first + chunk : blocks;
+        for (int64_t step = s0; step < s1; ++step) {
+            for (int64_t b = first; b < last; ++b) {
+                const int64_t from = t0 + (t1 - t0) * b / blocks, to = t0 + (t1 - t0) * (b + 1) / blocks;
+                job.block_of<tile_tokens>(int(to - from), from, step);
+            }
+        }
+    }
+}
+
+const char* two_of_four(const LinearArgs& a) {
+    TwoOfFour job{a, a.parts[0].as<float>(), a.parts[1].as<uint8_t>(), a.K / 4,
+                  (a.N + tile_vectors * W - 1) / (tile_vectors * W), 1};
+    // tokens are split first, so that each thread's x stays its own; with few of them, the outputs
+    int threads = a.threads;
+    if (a.T >= int64_t(threads) * tile_tokens) job.token_threads = threads;
+    else if (threads > job.steps) threads = int(job.steps);
+    parallel(threads, two_of_four_thread, &job);
+    return nullptr;
+}
+
 const char* nofm_linear(const LinearArgs& a) {
+    if (a.dtype == DType::bfloat16) return two_of_four(a);
     const NofM source{a.parts[0].as<float>(), a.parts[1].as<uint64_t>(), a.N, a.K, (a.K + 63) / 64, a.params[0],
                       a.params[1]};
     if (!nofm_consistent(source)) return "a group of the masks does not have exactly n bits";

@@ -57,8 +57,8 @@ def _cpu_linear(
     params: Sequence[int],
     bias: Tensor | None,
     activation: str | None,
-    scale: Tensor | None,
     residual: Tensor | None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     if _C is None:
         raise KernelUnavailable(MISSING)
@@ -87,8 +87,8 @@ def _(
     params: Sequence[int],
     bias: Tensor | None,
     activation: str | None,
-    scale: Tensor | None,
     residual: Tensor | None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], features)
 
@@ -120,5 +120,5 @@ def linear(
         KernelUnavailable: the extension is not built.
     """
     return torch.ops.rmtkern.cpu_linear(
-        w.layout, x, w.shape[0], w.tensors(), list(w.params.values()), bias, activation, scale, residual
+        w.layout, x, w.shape[0], w.tensors(), list(w.params.values()), bias, activation, residual, scale
     )

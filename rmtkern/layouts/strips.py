@@ -38,7 +38,7 @@ def pack_strips(dense: Tensor, r: int, c: int = 1, words: int = 1) -> Parts:
         block; starts [groups + 1] int64, where a group's units begin.
     """
     n_rows, n_cols = dense.shape
-    bits = (dense.detach() + 0.0).cpu().view(_BITS[dense.dtype]).numpy()  # -0.0 + 0.0 is 0.0
+    bits = (dense.detach() + 0.0).cpu().contiguous().view(_BITS[dense.dtype]).numpy()  # -0.0 + 0.0 is 0.0
     width = 64 * words
     strips, blocks, tall = -(-n_rows // r), -(-n_cols // (width * c)), BLOCK_ROWS // r
     padded = np.zeros((strips * r, blocks * width * c), bits.dtype)

@@ -192,7 +192,7 @@ def test_pack_keeps_device_and_names_what_it_refuses():
     assert BitmaskWeight.pack(weight.requires_grad_()).values.requires_grad is False
     with pytest.raises(ValueError, match=r"bitmask takes no params, got \['n'\]"):
         BitmaskWeight.pack(weight, n=2)
-    with pytest.raises(ValueError, match=r"bitmask: expected dtype torch.float32, got torch.float64"):
+    with pytest.raises(ValueError, match=r"bitmask: expected dtype torch.float32, torch.bfloat16, got torch.float64"):
         BitmaskWeight.pack(weight.double())
     with pytest.raises(ValueError, match="bitmask: the weight has NaN or Inf entries"):
         BitmaskWeight.pack(torch.full((2, 2), float("nan")))
@@ -205,7 +205,9 @@ def test_pack_keeps_device_and_names_what_it_refuses():
 def test_supports_gives_the_reason():
     packed = BitmaskWeight.pack(torch.ones(4, 4))
     assert cpu.supports(packed, torch.ones(1, 4)) is None
-    assert "torch.float64; cast to float32" in cpu.supports(packed, torch.ones(1, 4, dtype=torch.float64))
+    assert "torch.float64; cast to torch.float32 or torch.bfloat16" in cpu.supports(packed, torch.ones(1, 4, dtype=torch.float64))
+    reason = cpu.supports(packed, torch.ones(1, 4).bfloat16())
+    assert reason is not None and "x is torch.bfloat16, the weight torch.float32; cast x, or pack" in reason
     assert "device meta" in cpu.supports(packed, torch.ones(1, 4, device="meta"))
     assert reference.supports(packed, torch.ones(1, 4)) is None
     assert "device meta" in reference.supports(packed, torch.ones(1, 4, device="meta"))

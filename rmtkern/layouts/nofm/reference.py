@@ -1,6 +1,7 @@
 """nofm in NumPy float64, written from the format in weight.py and sharing no code with it."""
 
 import numpy as np
+import torch
 
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.reference import Float, reference_linear, supports
@@ -11,11 +12,19 @@ __all__ = ["linear", "supports"]
 def product(tokens: Float, w: PackedWeight) -> Float:
     """X Wᵀ [T, N] of tokens [T, K]."""
     n_rows, n_cols = w.shape
-    values, masks = (part.numpy() for part in w.tensors())
     y = np.zeros((len(tokens), n_rows))
+    values, masks = w.tensors()[0].double().numpy(), w.tensors()[1].numpy()
+    if w.tensors()[0].dtype == torch.bfloat16:
+        groups = n_cols // 4
+        for row in range(n_rows):
+            for group in range(groups):
+                line, lane = row // 16 * groups + group, row % 16
+                for i, column in enumerate(divmod(int(masks[line, lane]), 4)[::-1]):
+                    y[:, row] += tokens[:, 4 * group + column] * values[line, 2 * lane + i]
+        return y
     for row in range(n_rows):
         cols = [col for col in range(n_cols) if int(masks[row, col // 64]) >> (col % 64) & 1]
-        y[:, row] = tokens[:, cols] @ values[row].astype(np.float64)
+        y[:, row] = tokens[:, cols] @ values[row]
     return y
 
 

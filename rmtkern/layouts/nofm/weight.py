@@ -1,26 +1,41 @@
 """NofMWeight: how a weight with n kept entries per group of m columns is stored. It knows no kernel."""
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight, check_dense
 
 __all__ = ["NofMWeight"]
 
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+TILE = 16
+"""Rows of a tile of a bfloat16 weight; part of the format."""
 
-def _check(shape: tuple[int, ...], params: dict[str, int]) -> tuple[int, int]:
+
+def _check(shape: tuple[int, ...], params: dict[str, int], dtype: torch.dtype) -> tuple[int, int]:
     if sorted(params) != ["m", "n"]:
         raise ValueError(f"nofm takes the params n and m, got {sorted(params)}")
     n, m = params["n"], params["m"]
     if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m <= 16):
         raise ValueError(f"nofm: expected 1 <= n <= m <= 16, got {n}:{m}")
+    if dtype == torch.bfloat16 and (n, m) != (2, 4):
+        raise ValueError(f"nofm: expected 2:4 for torch.bfloat16, got {n}:{m}; use BitmaskWeight for other n:m")
     if shape[1] % m:
         raise ValueError(f"nofm: in-features {shape[1]} are not divisible by m = {m}; choose a divisor of {shape[1]}")
     return n, m
+
+
+def _tiled(rows: NDArray[Any]) -> NDArray[Any]:
+    """[N, groups, c] -> [tiles, groups, TILE, c], the last tile filled up with zeros."""
+    n_rows, groups, c = rows.shape
+    padded = np.zeros((-(-n_rows // TILE) * TILE, groups, c), rows.dtype)
+    padded[:n_rows] = rows
+    return padded.reshape(-1, TILE, groups, c).transpose(0, 2, 1, 3)
 
 
 class NofMWeight(PackedWeight):
@@ -28,13 +43,18 @@ class NofMWeight(PackedWeight):
 
     A group with fewer than n non-zeros keeps explicit zeros as well, so every row has K / m * n values.
 
-    Parts:
+    Parts, float32 (any n:m):
         values: [N, K / m * n] float32, the kept entries of a row, by column.
         masks: [N, ceil(K / 64)] int64; bit j of word b is set where column 64 b + j is kept.
+
+    Parts, bfloat16 (2:4): rows lie in tiles of 16, the last one filled up with zeros; a line is one group of one tile.
+        values: [lines, 32] bfloat16, line t K / 4 + g: for each row of tile t, its two kept entries of group g, by column.
+        masks: [lines, 16] uint8, for each row c0 + 4 c1, the columns in the group (0 to 3) of those two.
     """
 
     layout = "nofm"
     parts = ("values", "masks")
+    dtypes = (torch.float32, torch.bfloat16)
     values: Tensor
     masks: Tensor
 
@@ -42,7 +62,7 @@ class NofMWeight(PackedWeight):
     def reason_against(cls, dense: Tensor, **params: int) -> str | None:
         """The first group with too many non-zeros, or None; ValueError for impossible n, m or K."""
         check_dense(dense, cls.dtypes, cls.layout)
-        n, m = _check(dense.shape, params)
+        n, m = _check(dense.shape, params, dense.dtype)
         counts = (dense.detach() != 0).view(dense.shape[0], -1, m).sum(-1)
         worst = (counts > n).nonzero()
         if len(worst) == 0:
@@ -55,13 +75,17 @@ class NofMWeight(PackedWeight):
 
     @classmethod
     def variants(cls, dense: Tensor) -> Iterable[dict[str, int]]:
-        """The tightest n:m with m = 4, 8 or 16 that holds this weight, if at most a fifth of its places are padding."""
+        """The tightest n:m with m = 4, 8 or 16 that holds this weight, if at most a fifth of its places are padding.
+
+        In bfloat16 that is 2:4 or nothing.
+        """
         found = []
         for m in (4, 8, 16):
             if dense.shape[1] % m == 0:
                 counts = (dense.detach() != 0).view(dense.shape[0], -1, m).sum(-1)
                 n = max(1, int(counts.max()))
-                if n < m and int(counts.sum()) >= 0.8 * n * counts.numel():
+                known = dense.dtype == torch.float32 or (n, m) == (2, 4)
+                if known and n < m and int(counts.sum()) >= 0.8 * n * counts.numel():
                     found.append({"n": n, "m": m})
         return [min(found, key=lambda params: params["n"] / params["m"])] if found else []
 
@@ -70,7 +94,7 @@ class NofMWeight(PackedWeight):
         """Store a dense weight.
 
         Args:
-            dense: [N, K] float32, finite, at most n non-zeros in each group.
+            dense: [N, K] float32 or bfloat16, finite, at most n non-zeros in each group.
             params: n and m, 1 <= n <= m <= 16; m divides K.
 
         Returns:
@@ -85,21 +109,37 @@ class NofMWeight(PackedWeight):
             raise ValueError(reason)
         n, m = params["n"], params["m"]
         n_rows, n_cols = dense.shape
-        groups = dense.detach().cpu().numpy().reshape(n_rows, n_cols // m, m)
+        bits = _BITS[dense.dtype]  # entries travel through NumPy as integers, since it lacks bfloat16
+        plain = (dense.detach() + 0.0).cpu().contiguous()  # -0.0 + 0.0 is 0.0
+        groups = plain.view(bits).numpy().reshape(n_rows, n_cols // m, m)
         kept = np.sort(np.argsort(groups == 0, axis=2, kind="stable")[:, :, :n], axis=2)  # non-zeros, then zeros
-        values = np.take_along_axis(groups, kept, axis=2) + np.float32(0)  # -0.0 + 0.0 is 0.0
+        values = np.take_along_axis(groups, kept, axis=2)
+        if dense.dtype == torch.bfloat16:
+            codes = (kept[..., 0] + 4 * kept[..., 1]).astype(np.uint8)
+            arrays = (_tiled(values).reshape(-1, 2 * TILE), _tiled(codes[..., None]).reshape(-1, TILE))
+            return cls._of(dense, {"n": n, "m": m}, arrays)
         inside = np.zeros(groups.shape, bool)
         np.put_along_axis(inside, kept, True, axis=2)
-        bits = np.zeros((n_rows, -(-n_cols // 64) * 64), bool)
-        bits[:, :n_cols] = inside.reshape(n_rows, n_cols)
-        masks = np.packbits(bits, axis=1, bitorder="little").view("<i8")
-        arrays = (values.reshape(n_rows, -1), masks)
-        tensors = tuple(torch.from_numpy(np.ascontiguousarray(array)).to(dense.device) for array in arrays)
-        return cls((n_rows, n_cols), {"n": n, "m": m}, tensors)
+        where = np.zeros((n_rows, -(-n_cols // 64) * 64), bool)
+        where[:, :n_cols] = inside.reshape(n_rows, n_cols)
+        masks = np.packbits(where, axis=1, bitorder="little").view("<i8")
+        return cls._of(dense, {"n": n, "m": m}, (values.reshape(n_rows, -1), masks))
+
+    @classmethod
+    def _of(cls, dense: Tensor, params: dict[str, int], arrays: tuple[NDArray[Any], NDArray[Any]]) -> Self:
+        values, masks = (torch.from_numpy(np.ascontiguousarray(array)).to(dense.device) for array in arrays)
+        return cls((dense.shape[0], dense.shape[1]), params, (values.view(dense.dtype), masks))
 
     def unpack(self) -> Tensor:
-        """The dense weight [N, K] float32, bit for bit (-0.0 has become 0.0)."""
+        """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
         n_rows, n_cols = self.shape
+        if self.values.dtype == torch.bfloat16:
+            groups = n_cols // 4
+            pairs = self.values.view(torch.int16).view(-1, groups, TILE, 2).transpose(1, 2).reshape(-1, groups, 2)
+            codes = self.masks.view(-1, groups, TILE).transpose(1, 2).reshape(-1, groups).long()
+            columns = torch.stack([codes % 4, codes // 4], -1)
+            full = pairs.new_zeros(len(pairs), groups, 4).scatter(-1, columns, pairs)
+            return full[:n_rows].reshape(n_rows, n_cols).view(torch.bfloat16)
         values, masks = (part.cpu().numpy() for part in self.tensors())
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :n_cols].astype(bool)
         dense = np.zeros((n_rows, n_cols), np.float32)
