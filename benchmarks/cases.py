@@ -194,10 +194,15 @@ def model_cases() -> Iterator[ModelCase]:
                     yield ModelCase(model, batch, _packed(dtype), threads, quick)
 
 
-def only(case: KernelCase | ModelCase, wanted: str) -> KernelCase | ModelCase | None:
-    """The case with those contenders whose "<case name> <contender name>" contains `wanted`; None if none does."""
-    names = [one if isinstance(one, str) else one.name for one in case.contenders]
-    kept = tuple(
-        one for one, name in zip(case.contenders, names, strict=True) if wanted.lower() in f"{case.name} {name}".lower()
-    )
+def only(case: KernelCase | ModelCase, wanted: Sequence[str]) -> KernelCase | ModelCase | None:
+    """The case with those contenders whose "<case name> <contender name>" contains one of `wanted`; None if none does.
+
+    An empty `wanted` leaves the case as it is.
+    """
+
+    def fits(contender: str | Pruned) -> bool:
+        name = contender if isinstance(contender, str) else contender.name
+        return any(part.lower() in f"{case.name} {name}".lower() for part in wanted or [""])
+
+    kept = tuple(contender for contender in case.contenders if fits(contender))
     return replace(case, contenders=kept) if kept else None

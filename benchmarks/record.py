@@ -10,7 +10,7 @@ from typing import Any
 
 from rmtkern.environment import cpu_model, environment
 
-__all__ = ["ROOT", "read_rows", "results_file", "revision", "stamped", "write_rows"]
+__all__ = ["RESULTS", "ROOT", "read_rows", "results_file", "revision", "stamped", "write_rows"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -38,7 +38,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--level", choices=sorted(CASES), required=True)
     parser.add_argument("--quick", action="store_true", help="the most important cases, few rounds, and no CSV")
-    parser.add_argument("--only", default="", metavar="SUBSTRING", help='of "<case> <contender>" as they are printed')
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="SUBSTRING", help='of "<case> <contender>" as printed; one must fit'
+    )
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="model level; default all")
     parser.add_argument("--base", metavar="REV", help="kernel level: time this tree against a git revision")
     parser.add_argument("--threads", type=int, nargs="+", help="only cases with these thread counts")
