@@ -25,7 +25,7 @@ from benchmarks.timing import clock_for, interleaved, quantiles
 
 __all__ = ["KEYS", "SHOWN", "built", "measure"]
 
-KEYS = ("layer", "T", "dtype", "activation", "form", "threads", "isa", "base")
+KEYS = ("layer", "T", "dtype", "activation", "form", "threads", "isa", "base_revision")
 SHOWN = ("form", "base_p50_ms", "p50_ms", "ratio")
 
 

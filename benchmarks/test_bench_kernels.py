@@ -1,4 +1,6 @@
-"""The kernel cases under pytest-benchmark: pytest benchmarks/test_bench_kernels.py -k "..." (not in the default suite).
+"""The kernel cases under pytest-benchmark; not in the default suite.
+
+    pytest benchmarks/test_bench_kernels.py -k "fc1 and T197 and bitmask"
 
 A test is one form of one case of cases.py; the layout's result is checked before it is timed.
 """
@@ -13,7 +15,9 @@ from benchmarks.kernel import Layer
 
 DENSE = ("dense torch", "dense onednn", "dense onednn prepacked")
 FORMS = [
-    pytest.param(case, form, id=f"{case.name} {form}") for case in kernel_cases() for form in (*DENSE, *case.contenders)
+    pytest.param(case, form, id=f"{case.name} {form}".replace("=", ""))
+    for case in kernel_cases()
+    for form in (*DENSE, *case.contenders)
 ]
 
 
