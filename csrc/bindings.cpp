@@ -21,6 +21,7 @@ rk::Array as_array(const py::array& a, const std::string& name) {
     const char kind = dtype.kind();
     const auto size = dtype.itemsize();
     if (kind == 'f' && size == 4) out.dtype = rk::DType::float32;
+    else if (kind == 'u' && size == 2) out.dtype = rk::DType::bfloat16;  // NumPy has no bfloat16: it crosses as uint16
     else if (kind == 'u' && size == 1) out.dtype = rk::DType::uint8;
     else if (kind == 'i' && size == 4) out.dtype = rk::DType::int32;
     else if (kind == 'i' && size == 8) out.dtype = rk::DType::int64;
@@ -35,10 +36,12 @@ rk::Array as_array(const py::array& a, const std::string& name) {
     return out;
 }
 
-rk::Array as_float(const py::array& a, const std::string& name, int64_t rows, int64_t cols) {
+// An array of activations: `dtype` and shape (cols = -1: one-dimensional).
+rk::Array as_values(const py::array& a, const std::string& name, rk::DType dtype, int64_t rows, int64_t cols) {
     rk::Array out = as_array(a, name);
-    if (out.dtype != rk::DType::float32)
-        throw rk::TypeMismatch(name + " must be float32, got " + std::string(py::str(a.dtype())));
+    if (out.dtype != dtype)
+        throw rk::TypeMismatch(name + " must be " + (dtype == rk::DType::float32 ? "float32" : "bfloat16 (as uint16)") +
+                               " as x is, got " + std::string(py::str(a.dtype())));
     const bool flat = cols < 0;
     if (out.ndim != (flat ? 1 : 2) || out.shape[0] != rows || (!flat && out.shape[1] != cols))
         throw std::invalid_argument(name + " must have shape (" + std::to_string(rows) +
@@ -57,8 +60,8 @@ rk::Activation as_activation(const std::optional<std::string>& name) {
 
 void linear(const std::string& layout, const py::array& x, const std::vector<py::array>& parts,
             const std::vector<int64_t>& params, const std::optional<py::array>& bias,
-            const std::optional<py::array>& residual, py::array& y, const std::optional<std::string>& activation,
-            int threads, std::optional<std::string> isa) {
+            const std::optional<py::array>& scale, const std::optional<py::array>& residual, py::array& y,
+            const std::optional<std::string>& activation, int threads, std::optional<std::string> isa) {
     if (!isa) {
         const char* env = std::getenv("RMTKERN_ISA");
         isa = env ? env : "";
@@ -72,11 +75,15 @@ void linear(const std::string& layout, const py::array& x, const std::vector<py:
     a.K = xa.shape[1];
     a.N = ya.shape[1];
     if (a.N < 1 || a.K < 1) throw std::invalid_argument("a weight needs N, K >= 1");
-    a.x = as_float(x, "x", a.T, a.K).as<float>();
-    as_float(y, "y", a.T, a.N);
-    a.y = static_cast<float*>(y.mutable_data());  // refuses a read-only array
-    if (bias) a.bias = as_float(*bias, "bias", a.N, -1).as<float>();
-    if (residual) a.residual = as_float(*residual, "residual", a.T, a.N).as<float>();
+    a.dtype = xa.dtype;
+    if (a.dtype != rk::DType::float32 && a.dtype != rk::DType::bfloat16)
+        throw rk::TypeMismatch("x must be float32 or bfloat16 (as uint16), got " + std::string(py::str(x.dtype())));
+    a.x = xa.data;
+    as_values(y, "y", a.dtype, a.T, a.N);
+    a.y = y.mutable_data();  // refuses a read-only array
+    if (bias) a.bias = as_values(*bias, "bias", a.dtype, a.N, -1).data;
+    if (scale) a.scale = as_values(*scale, "scale", a.dtype, a.N, -1).data;
+    if (residual) a.residual = as_values(*residual, "residual", a.dtype, a.T, a.N).data;
     if (parts.size() > size_t(rk::max_parts) || params.size() > size_t(rk::max_params))
         throw std::invalid_argument("too many parts or params: got " + std::to_string(parts.size()) + " and " +
                                     std::to_string(params.size()));
@@ -111,6 +118,6 @@ PYBIND11_MODULE(_C, m) {
     });
     m.def("isas", &isas);
     m.def("linear", &linear, py::arg("layout"), py::arg("x").noconvert(), py::arg("parts").noconvert(), py::arg("params"),
-          py::arg("bias").noconvert().none(true), py::arg("residual").noconvert().none(true),
+          py::arg("bias").noconvert().none(true), py::arg("scale").noconvert().none(true), py::arg("residual").noconvert().none(true),
           py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"), py::arg("isa") = py::none());
 }

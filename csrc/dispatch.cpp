@@ -19,6 +19,9 @@ extern const Table table;
 namespace avx512 {
 extern const Table table;
 }
+namespace avx512_bf16 {
+extern const Table table;
+}
 #endif
 
 namespace {
@@ -34,6 +37,10 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+bool has_avx512_bf16() {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+}
 #endif
 
 struct Tables {
@@ -41,6 +48,7 @@ struct Tables {
     Tables() {
         int n = 0;
 #if defined(__x86_64__)
+        if (has_avx512_bf16()) list[n++] = &avx512_bf16::table;
         if (has_avx512()) list[n++] = &avx512::table;
         if (has_avx2()) list[n++] = &avx2::table;
 #endif
@@ -88,7 +96,7 @@ Kernel find(const std::string& layout, const std::string& isa) {
 }
 
 void require_part(const LinearArgs& a, int i, const char* name, DType dtype, int64_t rows, int64_t cols) {
-    static const char* const names[] = {"float32", "uint8", "int32", "int64"};
+    static const char* const names[] = {"float32", "bfloat16 (as uint16)", "uint8", "int32", "int64"};
     if (i >= a.n_parts)
         throw std::invalid_argument("part '" + std::string(name) + "' is missing: got " + std::to_string(a.n_parts) +
                                     " parts");

@@ -24,10 +24,11 @@
 // Each instruction set as a bundle of features: the compiler's target string, and what the CPU must have.
 #define RK_AVX2_FEATURES "avx2,fma,bmi,bmi2,lzcnt,popcnt"
 #define RK_AVX512_FEATURES "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi,bmi2,lzcnt,popcnt"
+#define RK_AVX512_BF16_FEATURES "avx512bf16,avx512vbmi2," RK_AVX512_FEATURES
 
 namespace rk {
 
-enum class DType { float32, uint8, int32, int64 };
+enum class DType { float32, bfloat16, uint8, int32, int64 };
 
 struct Array {
     const void* data = nullptr;  // null: not given
@@ -46,13 +47,15 @@ enum class Activation { none, gelu, gelu_tanh, silu, relu };
 
 constexpr int max_parts = 6, max_params = 4;
 
-// y [T, N] = activation(x [T, K] W^T + bias [N]) + residual [T, N], where W [N, K] is parts and params.
+// y [T, N] = activation(x [T, K] W^T + bias [N]) * scale [N] + residual [T, N], where W [N, K] is parts and params.
 struct LinearArgs {
     int64_t T = 0, N = 0, K = 0;
-    const float* x = nullptr;
-    const float* bias = nullptr;      // may be null
-    const float* residual = nullptr;  // may be null
-    float* y = nullptr;
+    DType dtype = DType::float32;    // of x, bias, scale, residual and y: float32 or bfloat16
+    const void* x = nullptr;
+    const void* bias = nullptr;      // may be null
+    const void* scale = nullptr;     // may be null
+    const void* residual = nullptr;  // may be null
+    void* y = nullptr;
     Array parts[max_parts];
     int n_parts = 0;
     int64_t params[max_params] = {};

@@ -2,6 +2,8 @@
 #define RK_LAYOUTS(X) X(bitmask) X(block) X(nofm)
 #ifdef RK_BODIES
 #include "linear/vector.inl"
+#include "linear/number.inl"
+#include "linear/tile.inl"
 #include "linear/epilogue.inl"
 #include "linear/panel.inl"
 #include "linear/strips.inl"

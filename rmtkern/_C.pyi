@@ -8,24 +8,27 @@ def isas() -> list[str]:
 
 def linear(
     layout: str,
-    x: NDArray[np.float32],
+    x: NDArray[np.float32 | np.uint16],
     parts: list[NDArray[np.generic]],
     params: list[int],
-    bias: NDArray[np.float32] | None,
-    residual: NDArray[np.float32] | None,
-    y: NDArray[np.float32],
+    bias: NDArray[np.float32 | np.uint16] | None,
+    scale: NDArray[np.float32 | np.uint16] | None,
+    residual: NDArray[np.float32 | np.uint16] | None,
+    y: NDArray[np.float32 | np.uint16],
     activation: str | None,
     threads: int,
     isa: str | None = None,
 ) -> None:
-    """Write y = activation(x Wᵀ + bias) + residual, without the GIL.
+    """Write y = activation(x Wᵀ + bias) * scale + residual, without the GIL.
 
     Args:
         layout: such as "bitmask".
-        x: [T, K] float32, C-contiguous (as every array here; nothing is ever copied).
+        x: [T, K] float32, or bfloat16 as uint16, C-contiguous (as every array here; nothing is ever copied). All
+            arrays of activations have its dtype.
         parts: the layout's arrays, in its order.
         params: the layout's integers, in its order.
         bias: [N] or None.
+        scale: [N] or None, multiplied after the activation.
         residual: [T, N] or None, added last; may be `y` itself.
         y: [T, N], written; must not overlap `x`.
         activation: None, "gelu", "gelu_tanh", "relu" or "silu".

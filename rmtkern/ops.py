@@ -25,7 +25,7 @@ __all__ = ["ACTIVATIONS", "Availability", "available", "linear", "load_kernels"]
 ACTIVATIONS = (None, *FUNCTIONS)
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> fastest first
 NAMES = ("cpu", "cuda", "triton", "reference")  # "reference" runs only when named
-ISAS = ("avx512", "avx2", "portable")  # what csrc/isa is written for
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # what csrc/isa is written for
 NEEDS = {"cuda": "cupy", "triton": "triton"}  # the package without which a backend cannot be imported
 KERNELS: dict[str, dict[str, ModuleType | str]] = {}  # layout -> backend -> module, or why there is none
 
@@ -101,16 +101,18 @@ def linear(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    scale: Tensor | None = None,
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Apply a packed weight in one kernel: y = activation(x Wᵀ + bias) + residual.
+    """Apply a packed weight in one kernel: y = activation(x Wᵀ + bias) * scale + residual.
 
     Args:
         x: [..., K]; any strides, any leading dims, also none or an empty one.
         w: packed [N, K].
         bias: [N], dtype of `x`.
         activation: None, "gelu" (exact erf form), "gelu_tanh", "relu" or "silu".
+        scale: [N], dtype of `x`, multiplied after the activation (LayerScale).
         residual: [..., N], dtype of `x`, added last.
         backend: force "cpu", "cuda", "triton" or "reference"; default, RMTKERN_BACKEND or the fastest that supports
             the call (never the reference).
@@ -130,8 +132,9 @@ def linear(
         raise ValueError(f"x has shape {tuple(x.shape)} but the packed weight expects [..., {k}]")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; valid: {', '.join(map(str, ACTIVATIONS))}")
-    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
-        raise ValueError(f"bias: expected [{n}] {x.dtype}, got {list(bias.shape)} {bias.dtype}")
+    for name, row in (("bias", bias), ("scale", scale)):
+        if row is not None and (row.shape != (n,) or row.dtype != x.dtype):
+            raise ValueError(f"{name}: expected [{n}] {x.dtype}, got {list(row.shape)} {row.dtype}")
     lead = x.shape[:-1]
     if residual is not None and (residual.shape != (*lead, n) or residual.dtype != x.dtype):
         raise ValueError(f"residual: expected {[*lead, n]} {x.dtype}, got {list(residual.shape)} {residual.dtype}")
@@ -140,7 +143,8 @@ def linear(
         return x.new_empty((*lead, n))
     rows = x.detach().reshape(-1, k).contiguous()
     added = None if residual is None else residual.detach().reshape(-1, n).contiguous()
-    y = kernel.linear(rows, w, None if bias is None else bias.detach(), activation, added)
+    bias, scale = (None if row is None else row.detach().contiguous() for row in (bias, scale))
+    y = kernel.linear(rows, w, bias, activation, added, scale)
     return y.reshape(*lead, n)
 
 

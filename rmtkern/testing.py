@@ -9,8 +9,12 @@ from rmtkern.activations import apply_activation
 __all__ = ["accuracy_excess", "assert_as_accurate_as_dense", "random_sparse"]
 
 
-def _dense(x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
+def _dense(
+    x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, scale: Tensor | None
+) -> Tensor:
     y = apply_activation(F.linear(x, w, bias), activation)
+    if scale is not None:
+        y = y * scale
     return y if residual is None else y + residual
 
 
@@ -21,6 +25,7 @@ def accuracy_excess(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> float:
     """The error of `y` against float64 over what the accuracy rule allows: at most 1 if `y` is accurate enough.
 
@@ -34,6 +39,7 @@ def accuracy_excess(
         bias: [N] or None.
         activation: a name in `ops.ACTIVATIONS`.
         residual: [..., N] or None.
+        scale: [N] or None.
 
     Returns:
         Ratio >= 0; NaN or Inf in `y` gives inf.
@@ -47,9 +53,9 @@ def accuracy_excess(
     if y.numel() == 0:
         return 0.0
     with torch.no_grad():
-        wide = [None if t is None else t.double() for t in (x, w, bias, residual)]
-        exact = _dense(wide[0], wide[1], wide[2], activation, wide[3])  # type: ignore[arg-type]
-        dense = float((_dense(x, w, bias, activation, residual).double() - exact).abs().max())
+        wide = [None if t is None else t.double() for t in (x, w, bias, residual, scale)]
+        exact = _dense(wide[0], wide[1], wide[2], activation, wide[3], wide[4])  # type: ignore[arg-type]
+        dense = float((_dense(x, w, bias, activation, residual, scale).double() - exact).abs().max())
         scale = float(exact.abs().max())
         error = float((y.double() - exact).abs().max())
     allowed = 2 * dense + 4 * torch.finfo(x.dtype).eps * scale
@@ -65,9 +71,10 @@ def assert_as_accurate_as_dense(
     bias: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
-    """Raise AssertionError unless `y` = act(x wᵀ + bias) + residual within the accuracy rule (`accuracy_excess`)."""
-    excess = accuracy_excess(y, x, w, bias, activation, residual)
+    """Raise AssertionError unless `y` = act(x wᵀ + bias) * scale + residual within the rule of `accuracy_excess`."""
+    excess = accuracy_excess(y, x, w, bias, activation, residual, scale)
     if not excess <= 1:
         raise AssertionError(f"the error against float64 is {excess:.3g} times what the accuracy rule allows")
 

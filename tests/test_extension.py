@@ -25,6 +25,7 @@ def call(**changes):
         "parts": [part.numpy() for part in packed.tensors()],
         "params": [],
         "bias": None,
+        "scale": None,
         "residual": None,
         "y": np.empty((3, 5), np.float32),
         "activation": None,
@@ -42,7 +43,7 @@ def parts(**changes):
 
 
 def test_isas_are_listed_best_first():
-    known = ["avx512", "avx2", "portable"]
+    known = ["avx512_bf16", "avx512", "avx2", "portable"]
     assert _C.isas() == [name for name in known if name in _C.isas()]
     assert _C.isas()[-1] == "portable"
     assert cpu.isas() == _C.isas()
@@ -64,7 +65,7 @@ def test_isa_follows_argument_then_environment(monkeypatch):
     [
         ({"layout": "csr"}, ValueError, r"no CPU kernel for layout 'csr'; layouts with one: bitmask, block, nofm"),
         ({"x": np.ones((3, 70))}, TypeError, r"x has dtype float64; no kernel takes it"),
-        ({"x": np.ones((3, 70), np.int32)}, TypeError, r"x must be float32, got int32"),
+        ({"x": np.ones((3, 70), np.int32)}, TypeError, r"x must be float32 or bfloat16 \(as uint16\), got int32"),
         ({"x": np.ones((3, 140), np.float32)[:, ::2]}, TypeError, r"x is not C-contiguous; call .contiguous\(\) first"),
         ({"x": np.ones((70, 3), np.float32).T}, TypeError, r"x is not C-contiguous"),
         ({"x": np.ones(70, np.float32)}, ValueError, r"x must have shape \(T, K\), got \(70,\)"),
@@ -131,7 +132,7 @@ def test_reason_when_the_extension_is_missing(tmp_path):
 
 
 def test_wide_registers_stay_in_their_region():
-    """Only functions of rk::avx512 touch zmm or mask registers, only those and rk::avx2 touch ymm: nothing leaks."""
+    """Only functions of rk::avx512 and rk::avx512_bf16 touch zmm or mask registers, only those and rk::avx2 touch ymm: nothing leaks."""
     objdump = shutil.which("objdump")
     if objdump is None:
         pytest.skip("objdump (binutils) is not installed")
@@ -143,7 +144,7 @@ def test_wide_registers_stay_in_their_region():
         if header:
             symbol = header.group(1)
             continue
-        for register, owners in (("%zmm", ("rk::avx512::",)), ("%ymm", ("rk::avx512::", "rk::avx2::"))):
+        for register, owners in (("%zmm", ("rk::avx512::", "rk::avx512_bf16::")), ("%ymm", ("rk::avx512::", "rk::avx512_bf16::", "rk::avx2::"))):
             if register in line.split("<")[0]:
                 found.add(register)
                 if not any(owner in symbol for owner in owners):

@@ -1,4 +1,8 @@
-// block: r x 1 mini-blocks, strips of r rows.
+// block: r x 1 mini-blocks of floats, or r x 2 of bfloat16; strips of r rows.
 const char* block_linear(const LinearArgs& a) {
-    return a.params[0] == 2 ? run_strips<2>(a) : a.params[0] == 4 ? run_strips<4>(a) : run_strips<8>(a);
+    if (a.dtype == DType::bfloat16)
+        return a.params[0] == 1 ? run_strips<1, BFloat16>(a) : run_strips<4, BFloat16>(a);
+    return a.params[0] == 2   ? run_strips<2, Float32>(a)
+           : a.params[0] == 4 ? run_strips<4, Float32>(a)
+                              : run_strips<8, Float32>(a);
 }

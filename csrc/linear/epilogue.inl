@@ -1,4 +1,4 @@
-// The activations, and what a finished tile of outputs goes through: activation, transposition, residual, store.
+// The activations, and what a finished tile of outputs goes through: activation, transposition, scale, residual, store.
 
 // x Phi(x), the exact GELU. Phi from its upper tail q = erfc(|x| / sqrt 2) / 2 = e^(-x^2 / 2) g(u), u = 1 / (1 + .21 |x|),
 // with g a polynomial fitted for the relative error over |x| < 13.2 (1.2e-8), so no cancellation for negative x.
@@ -37,8 +37,12 @@ inline F activate(F x) {
 
 // C [features][stride] holds sums with the bias in them, lanes are tokens. Writes W tokens from t0, features from f0.
 // Features run in the inner loop, so that a token's outputs are written one after the other.
-template <Activation A>
+template <class Number, Activation A>
 void finish_tokens(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
+    using Item = typename Number::Item;
+    const Item* scale = static_cast<const Item*>(a.scale);
+    const Item* residual = static_cast<const Item*>(a.residual);
+    Item* y = static_cast<Item*>(a.y);
     const int64_t tokens = a.T - t0 < W ? a.T - t0 : W;
     for (int64_t f = 0; f < features; f += W) {
         const int64_t width = features - f < W ? features - f : W;
@@ -46,23 +50,34 @@ void finish_tokens(const LinearArgs& a, const float* C, int64_t stride, int64_t 
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) r[i] = activate<A>(load(C + (f + (i < width ? i : width - 1)) * stride));
         transpose(r);
+        F s = broadcast(1.0f);
+        if (scale && width == W) s = Number::load_values(scale + f0 + f);
         for (int64_t i = 0; i < tokens; ++i) {
             const int64_t at = (t0 + i) * a.N + f0 + f;
             if (width == W) {
-                store(a.y + at, a.residual ? r[i] + load(a.residual + at) : r[i]);
-            } else {
-                for (int64_t j = 0; j < width; ++j) a.y[at + j] = a.residual ? r[i][j] + a.residual[at + j] : r[i][j];
+                F v = scale ? r[i] * s : r[i];
+                if (residual) v = v + Number::load_values(residual + at);
+                Number::store_values(y + at, v);
+                continue;
             }
+            Item row[W];
+            for (int64_t j = 0; j < width; ++j) {
+                if (scale) r[i][j] *= Number::value(scale[f0 + f + j]);
+                if (residual) r[i][j] += Number::value(residual[at + j]);
+            }
+            Number::store_values(row, r[i]);
+            for (int64_t j = 0; j < width; ++j) y[at + j] = row[j];
         }
     }
 }
 
-inline void finish(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
+template <class Number>
+void finish(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
     switch (a.activation) {
-        case Activation::none: return finish_tokens<Activation::none>(a, C, stride, t0, f0, features);
-        case Activation::gelu: return finish_tokens<Activation::gelu>(a, C, stride, t0, f0, features);
-        case Activation::gelu_tanh: return finish_tokens<Activation::gelu_tanh>(a, C, stride, t0, f0, features);
-        case Activation::silu: return finish_tokens<Activation::silu>(a, C, stride, t0, f0, features);
-        case Activation::relu: return finish_tokens<Activation::relu>(a, C, stride, t0, f0, features);
+        case Activation::none: return finish_tokens<Number, Activation::none>(a, C, stride, t0, f0, features);
+        case Activation::gelu: return finish_tokens<Number, Activation::gelu>(a, C, stride, t0, f0, features);
+        case Activation::gelu_tanh: return finish_tokens<Number, Activation::gelu_tanh>(a, C, stride, t0, f0, features);
+        case Activation::silu: return finish_tokens<Number, Activation::silu>(a, C, stride, t0, f0, features);
+        case Activation::relu: return finish_tokens<Number, Activation::relu>(a, C, stride, t0, f0, features);
     }
 }

@@ -1,12 +1,14 @@
 // nofm: n kept entries in every group of m columns. Row-major values [N, K / m * n]; one bit per column in the masks.
 
 struct NofM {
+    using Number = Float32;
+    using Special = Number;
     static constexpr int most_V = max_V;
     const float* values;
     const uint64_t* masks;
     int64_t N, K, col_blocks, n, m;
 
-    template <int V>
+    template <class, int V>
     void group(int64_t rb, int64_t kb, const float* P, float* C) const {
         const int64_t r0 = rb * block_rows, r1 = r0 + block_rows < N ? r0 + block_rows : N;
         const int64_t row_values = K / m * n, before = kb * 64 / m * n;
@@ -18,7 +20,7 @@ struct NofM {
             __builtin_prefetch(w + 4 * row_values);
             __builtin_prefetch(w + 4 * row_values + 16);
             __builtin_prefetch(mask + 8 * col_blocks);
-            walk<V>(*mask, w, P, C + (r - r0) * int64_t(V * W));
+            walk<Number, V>(*mask, w, P, C + (r - r0) * int64_t(V * W));
         }
     }
 };

@@ -1,73 +1,92 @@
-// The driver that all sparse layouts share. Lanes are tokens: x is packed into panels P [K][V * W], a weight is
-// broadcast, and C [rows][V * W] collects sums over blocks of 64 columns, whose slice of the panel sits in L1.
-// A layout is a type `Source` with most_V, the widest panel it takes, and group<V>(rb, kb, P, C): add the weights of row
-// block rb (block_rows rows) and column block kb (64 columns) to C.
+// The driver of the layouts that are walked weight by weight. Vector lanes are tokens: x is packed into panels
+// P [columns][V * W] of 32-bit lanes (a column is one float or two bfloat16 of a token), a weight is spread over a vector,
+// and C [rows][V * W] collects float sums over blocks of 64 columns, whose slice of the panel sits in L1.
+// A layout is a type `Source` with most_V, the widest panel it takes; its Number; Special, the Number for a panel with
+// Inf or NaN (Number itself, if they need no care); and group<Number, V>(rb, kb, P, C): add the weights of row block rb
+// (block_rows rows) and column block kb (64 columns) to C.
 
 constexpr int64_t block_rows = 128;          // rows of a row block (part of the formats)
 constexpr int64_t c_bytes = 384 * 1024;      // C of one pass over the columns: leaves room in a 1-MiB L2
 
 // Adds weight w times its column of the panel, the lowest of `mask`, which then leaves the mask.
-template <int V>
+template <class Number, int V>
 inline __attribute__((always_inline)) void step(uint64_t& mask, F w, const float* P, F* acc) {
     const float* p = P + uint64_t(__builtin_ctzll(mask)) * (V * W);
     mask &= mask - 1;
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[v] = acc[v] + w * load(p + v * W);
+    for (int v = 0; v < V; ++v) acc[v] = Number::multiply_add(acc[v], w, load(p + v * W));
 }
 
 // Adds all of a mask's weights, which it spreads from registers. Only an instruction set with lanes_from_V <= max_V
 // defines it.
-template <int V>
+template <class Number, int V>
 inline __attribute__((always_inline)) void add_by_lanes(uint64_t mask, const float* values, const float* P, F* acc);
 
 // Adds one row's weights in one column block to C: bit k of mask is set where column k has the next of `values`.
 // The sums start from zero and meet C at the end, which rounds less than one chain over all columns. A narrow panel
 // takes several columns at a time, each with its own sums, because an FMA takes four cycles.
-template <int V>
+template <class Number, int V>
 inline __attribute__((always_inline)) const float* walk(uint64_t mask, const float* values, const float* P, float* C) {
     constexpr int chains = V == 1 ? 4 : V <= 3 ? 2 : 1;
     const float* end = values + __builtin_popcountll(mask);
     F acc[chains * V] = {};
     if constexpr (V >= lanes_from_V) {
-        add_by_lanes<V>(mask, values, P, acc);
+        add_by_lanes<Number, V>(mask, values, P, acc);
     } else {
         if constexpr (chains > 1) {
             for (int64_t left = (end - values) / chains; left; --left) {
 #pragma GCC unroll 4
-                for (int u = 0; u < chains; ++u) step<V>(mask, broadcast(*values++), P, acc + u * V);
+                for (int u = 0; u < chains; ++u) step<Number, V>(mask, spread(values++), P, acc + u * V);
             }
 #pragma GCC unroll 4
             for (int u = 1; u < chains; ++u)
 #pragma GCC unroll 16
                 for (int v = 0; v < V; ++v) acc[v] = acc[v] + acc[u * V + v];
         }
-        while (mask) step<V>(mask, broadcast(*values++), P, acc);
+        while (mask) step<Number, V>(mask, spread(values++), P, acc);
     }
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(C + v * W, load(C + v * W) + acc[v]);
     return end;
 }
 
-// x [tokens t0 ..., K] -> P [K][V * W]. Tokens past the end repeat the last one; their sums are never stored.
-inline void pack_panel(const LinearArgs& a, int64_t t0, int V, float* P) {
-    const int64_t stride = int64_t(V) * W, whole = a.K / W * W;
+// x [tokens t0 ..., K] -> P [columns][V * W]; whether a bfloat16 is Inf or NaN. Tokens past the end repeat the last one;
+// their sums are never stored. An odd K leaves a zero in the last pair.
+template <class Number>
+bool pack_panel(const LinearArgs& a, int64_t t0, int V, float* P) {
+    using Item = typename Number::Item;
+    constexpr int per = Number::per_lane;
+    const int64_t stride = int64_t(V) * W, whole = a.K / (per * W) * W, columns = (a.K + per - 1) / per;
+    U special = {};
     for (int v = 0; v < V; ++v) {
-        const float* rows[W];
+        const Item* rows[W];
         for (int i = 0; i < W; ++i) {
             const int64_t t = t0 + v * W + i;
-            rows[i] = a.x + (t < a.T ? t : a.T - 1) * a.K;
+            rows[i] = static_cast<const Item*>(a.x) + (t < a.T ? t : a.T - 1) * a.K;
         }
         for (int64_t k = 0; k < whole; k += W) {
             F r[W];
 #pragma GCC unroll 16
-            for (int i = 0; i < W; ++i) r[i] = load(rows[i] + k);
+            for (int i = 0; i < W; ++i) {
+                r[i] = load_lanes(rows[i] + per * k);
+                if constexpr (per == 2) special |= special_pairs(r[i]);
+            }
             transpose(r);
 #pragma GCC unroll 16
             for (int i = 0; i < W; ++i) store(P + (k + i) * stride + v * W, r[i]);
         }
-        for (int64_t k = whole; k < a.K; ++k)
-            for (int i = 0; i < W; ++i) P[k * stride + v * W + i] = rows[i][k];
+        for (int64_t k = whole; k < columns; ++k) {
+            for (int i = 0; i < W; ++i) {
+                Item lane[per] = {};
+                for (int j = 0; j < per && per * k + j < a.K; ++j) lane[j] = rows[i][per * k + j];
+                __builtin_memcpy(P + k * stride + v * W + i, lane, 4);
+            }
+            if constexpr (per == 2) special |= special_pairs(load(P + k * stride + v * W));
+        }
     }
+    uint32_t any = 0;
+    for (int i = 0; i < W; ++i) any |= special[i];
+    return any;
 }
 
 template <class Source>
@@ -79,32 +98,33 @@ struct Panels {
 };
 
 // Rows [rb0, rb1) in blocks, tokens of one panel: columns outside, rows inside, so that a slice of P stays in L1.
-template <int V, class Source>
+template <class Number, int V, class Source>
 void run_panel(const Panels<Source>& job, int64_t t0, int64_t rb0, int64_t rb1, const float* P, float* C) {
     constexpr int64_t stride = V * W;
     const LinearArgs& a = job.a;
+    const auto* bias = static_cast<const typename Number::Item*>(a.bias);
     const int64_t most = c_bytes / (block_rows * stride * 4) > 1 ? c_bytes / (block_rows * stride * 4) : 1;
     for (int64_t first = rb0; first < rb1; first += most) {
         const int64_t last = first + most < rb1 ? first + most : rb1;
         const int64_t f0 = first * block_rows, f1 = last * block_rows < a.N ? last * block_rows : a.N;
         for (int64_t f = f0; f < (f1 + 7) / 8 * 8; ++f) {  // a strip of up to 8 rows may end past the last row
-            const F b = broadcast(a.bias && f < f1 ? a.bias[f] : 0.0f);
+            const F b = broadcast(bias && f < f1 ? Number::value(bias[f]) : 0.0f);
 #pragma GCC unroll 16
             for (int v = 0; v < V; ++v) store(C + (f - f0) * stride + v * W, b);
         }
         for (int64_t kb = 0; kb < job.col_blocks; ++kb)
             for (int64_t rb = first; rb < last; ++rb)
-                job.source.template group<V>(rb, kb, P + kb * 64 * stride, C + (rb - first) * block_rows * stride);
+                job.source.template group<Number, V>(rb, kb, P + kb * 64 * stride, C + (rb - first) * block_rows * stride);
         for (int v = 0; v < V; ++v)
-            if (t0 + v * W < a.T) finish(a, C + v * W, stride, t0 + v * W, f0, f1 - f0);
+            if (t0 + v * W < a.T) finish<Number>(a, C + v * W, stride, t0 + v * W, f0, f1 - f0);
     }
 }
 
-template <int V, class Source>
+template <class Number, int V, class Source>
 void run_panel_of(int wanted, const Panels<Source>& job, int64_t t0, int64_t rb0, int64_t rb1, const float* P,
                   float* C) {
-    if (wanted == V) return run_panel<V>(job, t0, rb0, rb1, P, C);
-    if constexpr (V > 1) run_panel_of<V - 1>(wanted, job, t0, rb0, rb1, P, C);
+    if (wanted == V) return run_panel<Number, V>(job, t0, rb0, rb1, P, C);
+    if constexpr (V > 1) run_panel_of<Number, V - 1>(wanted, job, t0, rb0, rb1, P, C);
 }
 
 template <class Source>
@@ -121,15 +141,19 @@ void panels_thread(const void* arg, int i, int n) {
     float* P = scratch(size_t(p_floats + c_floats));
     for (int64_t p = p0; p < p1; ++p) {
         const int64_t v0 = job.vectors * p / job.panels, v1 = job.vectors * (p + 1) / job.panels;
-        pack_panel(job.a, v0 * W, int(v1 - v0), P);
-        run_panel_of<Source::most_V>(int(v1 - v0), job, v0 * W, rb0, rb1, P, P + p_floats);
+        const int V = int(v1 - v0);
+        if (pack_panel<typename Source::Number>(job.a, v0 * W, V, P))
+            run_panel_of<typename Source::Special, Source::most_V>(V, job, v0 * W, rb0, rb1, P, P + p_floats);
+        else
+            run_panel_of<typename Source::Number, Source::most_V>(V, job, v0 * W, rb0, rb1, P, P + p_floats);
     }
 }
 
 // Splits the work over threads so that the busiest thread has the least, and runs it.
 template <class Source>
 void run_panels(const LinearArgs& a, const Source& source) {
-    Panels<Source> job{a, source, (a.K + 63) / 64, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0, 1};
+    constexpr int64_t columns = 64 * Source::Number::per_lane;
+    Panels<Source> job{a, source, (a.K + columns - 1) / columns, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0, 1};
     job.panels = (job.vectors + Source::most_V - 1) / Source::most_V;
     int threads = a.threads;
     if (threads > job.panels * job.row_blocks) threads = int(job.panels * job.row_blocks);

@@ -1,9 +1,9 @@
-// Strips: R consecutive rows that share one mask, so that one load of the panel feeds R rows. R = 1 is bitmask, R > 1 is
-// block. Segments (a strip's 64 columns) lie in groups (row block x column block), by count inside a group.
+// Strips: R consecutive rows that share one mask, so that one load of the panel feeds R rows. A column is a float, or a
+// pair of bfloat16. Segments (a strip's 64 columns) lie in groups (row block x column block), by count inside a group.
 
 // Adds one strip's weights in one column block to C, R rows of it: bit k of mask is set where column k has the next R of
 // `values`, one for each row.
-template <int R, int V>
+template <class Number, int R, int V>
 inline __attribute__((always_inline)) const float* walk_strip(uint64_t mask, const float* values, const float* P,
                                                               float* C) {
     F acc[R * V] = {};
@@ -15,9 +15,9 @@ inline __attribute__((always_inline)) const float* walk_strip(uint64_t mask, con
         for (int v = 0; v < V; ++v) x[v] = load(p + v * W);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const F w = broadcast(values[r]);
+            const F w = spread(values + r);
 #pragma GCC unroll 16
-            for (int v = 0; v < V; ++v) acc[r * V + v] = acc[r * V + v] + w * x[v];
+            for (int v = 0; v < V; ++v) acc[r * V + v] = Number::multiply_add(acc[r * V + v], w, x[v]);
         }
         values += R;
     }
@@ -26,8 +26,10 @@ inline __attribute__((always_inline)) const float* walk_strip(uint64_t mask, con
     return values;
 }
 
-template <int R>
+template <int R, class Number_>
 struct Strips {
+    using Number = Number_;
+    using Special = Number;
     static constexpr int most_V = R == 1 || max_sums / R > max_V ? max_V : max_sums / R;
     static constexpr int64_t block_strips = block_rows / R;
     const float* values;
@@ -38,26 +40,28 @@ struct Strips {
 
     Strips(const LinearArgs& a)
         : values(a.parts[0].as<float>()), masks(a.parts[1].as<uint64_t>()), rows(a.parts[2].as<uint8_t>()),
-          starts(a.parts[3].as<int64_t>()), strips((a.N + R - 1) / R), col_blocks((a.K + 63) / 64) {}
+          starts(a.parts[3].as<int64_t>()), strips((a.N + R - 1) / R),
+          col_blocks((a.K + 64 * Number::per_lane - 1) / (64 * Number::per_lane)) {}
 
     int64_t height(int64_t rb) const {
         return strips - rb * block_strips < block_strips ? strips - rb * block_strips : block_strips;
     }
 
-    template <int V>
+    template <class, int V>
     void group(int64_t rb, int64_t kb, const float* P, float* C) const {
         const int64_t count = height(rb), segment = rb * block_strips * col_blocks + kb * count;
         const float* w = values + R * starts[rb * col_blocks + kb];
         for (int64_t i = segment; i < segment + count && masks[i]; ++i) {  // the most full first, so the rest is empty
             float* c = C + rows[i] * int64_t(R * V * W);
-            if constexpr (R == 1) w = walk<V>(masks[i], w, P, c);
-            else w = walk_strip<R, V>(masks[i], w, P, c);
+            if constexpr (R == 1) w = walk<Number, V>(masks[i], w, P, c);
+            else w = walk_strip<Number, R, V>(masks[i], w, P, c);
         }
     }
 
     // Whether walking the groups stays inside values (R * stored of them), C and P, whatever the parts contain.
     bool consistent(int64_t stored, int64_t K) const {
-        const uint64_t outside = K % 64 ? ~uint64_t(0) << K % 64 : 0;  // columns that the last block does not have
+        const int64_t columns = (K + Number::per_lane - 1) / Number::per_lane;
+        const uint64_t outside = columns % 64 ? ~uint64_t(0) << columns % 64 : 0;  // that the last block does not have
         const int64_t row_blocks = (strips + block_strips - 1) / block_strips;
         const uint64_t* mask = masks;
         const uint8_t* row = rows;
@@ -80,9 +84,9 @@ struct Strips {
     }
 };
 
-template <int R>
+template <int R, class Number>
 const char* run_strips(const LinearArgs& a) {
-    const Strips<R> source(a);
+    const Strips<R, Number> source(a);
     if (!source.consistent(a.parts[0].shape[0], a.K)) return "masks, rows, starts and values disagree";
     run_panels(a, source);
     return nullptr;

@@ -1,8 +1,10 @@
 """The one custom op around rmtkern._C.linear, shared by every layout's cpu.py. It knows no layout by name."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch  # before _C, so that both use torch's OpenMP library
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rmtkern.errors import KernelUnavailable
@@ -31,12 +33,19 @@ def supports(w: PackedWeight, x: Tensor) -> str | None:
     """Why the CPU kernels cannot compute x [T, K] times this weight, or None if they can."""
     if MISSING is not None:
         return MISSING
-    if x.dtype != torch.float32:
-        return f"x is {x.dtype}; cast to float32"
+    if x.dtype not in w.dtypes:
+        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes)}"
+    if (held := next(part.dtype for part in w.tensors() if part.is_floating_point())) != x.dtype:
+        return f"x is {x.dtype}, the weight {held}; cast x, or pack the weight again in the dtype of x"
     for tensor in (x, *w.tensors()):
         if tensor.device.type != "cpu":
             return f"device {tensor.device}; move x and the weight to the cpu"
     return None
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """A view for the extension; bfloat16, which NumPy lacks, crosses as uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 @torch.library.custom_op("rmtkern::cpu_linear", mutates_args=(), device_types="cpu")
@@ -48,19 +57,21 @@ def _cpu_linear(
     params: Sequence[int],
     bias: Tensor | None,
     activation: str | None,
+    scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
     if _C is None:
         raise KernelUnavailable(MISSING)
-    y = torch.empty(x.shape[0], features)
+    y = torch.empty(x.shape[0], features, dtype=x.dtype)
     _C.linear(
         layout,
-        x.numpy(),
-        [part.numpy() for part in parts],
+        _array(x),
+        [_array(part) for part in parts],
         list(params),
-        None if bias is None else bias.numpy(),
-        None if residual is None else residual.numpy(),
-        y.numpy(),
+        None if bias is None else _array(bias),
+        None if scale is None else _array(scale),
+        None if residual is None else _array(residual),
+        _array(y),
         activation,
         torch.get_num_threads(),
     )
@@ -76,23 +87,32 @@ def _(
     params: Sequence[int],
     bias: Tensor | None,
     activation: str | None,
+    scale: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
     return x.new_empty(x.shape[0], features)
 
 
-def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
-    """Apply a packed weight on the CPU: y = activation(x Wᵀ + bias) + residual, in one kernel.
+def linear(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Apply a packed weight on the CPU: y = activation(x Wᵀ + bias) * scale + residual, in one kernel.
 
     Args:
-        x: [T, K] float32, contiguous.
+        x: [T, K] float32 or bfloat16 (the dtype of the weight), contiguous.
         w: packed [N, K].
-        bias: [N] float32 or None.
+        bias: [N], dtype of `x`, or None.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu".
-        residual: [T, N] float32 or None, contiguous, added last.
+        scale: [N], dtype of `x`, or None: LayerScale, after the activation.
+        residual: [T, N], dtype of `x`, or None, contiguous, added last.
 
     Returns:
-        [T, N] float32; computed on torch.get_num_threads() threads.
+        [T, N], dtype of `x`; summed in float32 on torch.get_num_threads() threads.
 
     Raises:
         ValueError: a shape or a name does not match.
@@ -100,5 +120,5 @@ def linear(x: Tensor, w: PackedWeight, bias: Tensor | None, activation: str | No
         KernelUnavailable: the extension is not built.
     """
     return torch.ops.rmtkern.cpu_linear(
-        w.layout, x, w.shape[0], w.tensors(), list(w.params.values()), bias, activation, residual
+        w.layout, x, w.shape[0], w.tensors(), list(w.params.values()), bias, activation, scale, residual
     )

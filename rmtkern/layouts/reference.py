@@ -13,7 +13,7 @@ from rmtkern.layouts.base import PackedWeight
 __all__ = ["finish", "reference_linear", "supports"]
 
 Float = NDArray[np.float64]
-Linear = Callable[[Tensor, PackedWeight, Tensor | None, str | None, Tensor | None], Tensor]
+Linear = Callable[..., Tensor]
 
 _erfc = np.frompyfunc(math.erfc, 1, 1)
 
@@ -22,14 +22,16 @@ def finish(
     y: Float,
     bias: Float | None,
     activation: str | None,
+    scale: Float | None,
     residual: Float | None,
 ) -> Float:
-    """activation(y + bias) + residual.
+    """activation(y + bias) * scale + residual.
 
     Args:
         y: [T, N] float64, x Wᵀ.
         bias: [N] or None.
         activation: None, "gelu" (x Phi(x)), "gelu_tanh", "relu" or "silu".
+        scale: [N] or None.
         residual: [T, N] or None.
 
     Returns:
@@ -51,6 +53,8 @@ def finish(
             y = np.maximum(y, 0)
         elif activation is not None:
             raise ValueError(f"unknown activation {activation!r}; valid: None, gelu, gelu_tanh, relu, silu")
+        if scale is not None:
+            y = y * scale
         return y if residual is None else y + residual
 
 
@@ -66,18 +70,23 @@ def reference_linear(product: Callable[[Float, PackedWeight], Float]) -> Linear:
         product: (x [T, K], w) -> x Wᵀ [T, N], float64; an entry that is not stored multiplies nothing, not even Inf.
 
     Returns:
-        linear(x [T, K] of any float dtype, w, bias [N] or None, activation, residual [T, N] or None) -> [T, N] in the
-        dtype of x, rounded once.
+        linear(x [T, K] of any float dtype, w, bias [N] or None, activation, residual [T, N] or None, scale [N] or None)
+        -> [T, N] in the dtype of x, rounded once.
     """
 
     def wide(tensor: Tensor | None) -> Float | None:
         return None if tensor is None else tensor.detach().double().numpy()
 
     def linear(
-        x: Tensor, w: PackedWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None
+        x: Tensor,
+        w: PackedWeight,
+        bias: Tensor | None,
+        activation: str | None,
+        residual: Tensor | None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         with np.errstate(invalid="ignore"):
             y = product(x.detach().double().numpy(), w)
-        return torch.from_numpy(finish(y, wide(bias), activation, wide(residual))).to(x.dtype)
+        return torch.from_numpy(finish(y, wide(bias), activation, wide(scale), wide(residual))).to(x.dtype)
 
     return linear

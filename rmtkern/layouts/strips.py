@@ -1,67 +1,80 @@
-"""The storage that `bitmask` and `block` share: strips of r rows with one 64-bit mask for each 64 columns.
+"""The storage that `bitmask` and `block` share: strips of r rows with a bit for each column or pair of columns.
 
 It knows neither PackedWeight nor kernels; csrc/linear/strips.inl reads the arrays.
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 __all__ = ["BLOCK_ROWS", "pack_strips", "unpack_strips"]
 
 BLOCK_ROWS = 128
 """Rows of a row block; part of the format."""
 
-Arrays = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # entries travel through NumPy as these integers
 
 
-def pack_strips(dense: NDArray[np.float32], r: int) -> Arrays:
-    """Store a weight: only columns of a strip that have a non-zero.
+def pack_strips(dense: Tensor, r: int, c: int = 1, words: int = 1) -> Parts:
+    """Store a weight: only the units of a strip that have a non-zero.
 
-    A strip is r consecutive rows (the last one is filled up with zeros). A segment is a strip's 64 consecutive columns
-    (the last one may be shorter). A group is the segments of one row block (BLOCK_ROWS rows) and one column block.
-    Groups lie row block by row block, and in it column block by column block; in a group the segments with more columns
-    come first, equal counts by row, which lets a kernel predict its loops.
+    A strip is r consecutive rows, a unit c consecutive columns of it (the last ones are filled up with zeros). A segment
+    is a strip's 64 * words consecutive units (the last one may be shorter). A group is the segments of one row block
+    (BLOCK_ROWS rows) and one column block. Groups lie row block by row block, and in it column block by column block; in
+    a group the segments that cost more come first, equal ones by row, which lets a kernel predict its loops. The cost is
+    the number of units, and with two words (bfloat16 entries that a kernel pairs up) that of pairs of units.
 
     Args:
-        dense: [N, K] float32.
+        dense: [N, K] float32 or bfloat16, any device.
         r: rows of a strip, a divisor of BLOCK_ROWS.
+        c: columns of a unit.
+        words: 64-bit words of a segment's mask.
 
     Returns:
-        values [stored, r] float32, segment by segment, by column in it; masks [segments] int64, bit j set where column
-        j is stored; rows [segments] uint8, the segment's strip in its row block; starts [groups + 1] int64, where a
-        group's values begin.
+        values [stored, r * c] in the dtype of `dense`, segment by segment, by unit in it, row by row in a unit; masks
+        [segments * words] int64, bit j set where unit j is stored; rows [segments] uint8, the segment's strip in its row
+        block; starts [groups + 1] int64, where a group's units begin.
     """
     n_rows, n_cols = dense.shape
-    strips, blocks, tall = -(-n_rows // r), -(-n_cols // 64), BLOCK_ROWS // r
-    padded = np.zeros((strips * r, blocks * 64), np.float32)
-    padded[:n_rows, :n_cols] = dense
-    stored = (padded != 0) if r == 1 else (padded.reshape(strips, r, -1) != 0).any(1)
-    masks = np.packbits(stored, axis=1, bitorder="little").view("<i8")  # [strips, blocks]
-    counts = np.bitwise_count(masks.view(np.uint64)).astype(np.int64)
+    bits = (dense.detach() + 0.0).cpu().view(_BITS[dense.dtype]).numpy()  # -0.0 + 0.0 is 0.0
+    width = 64 * words
+    strips, blocks, tall = -(-n_rows // r), -(-n_cols // (width * c)), BLOCK_ROWS // r
+    padded = np.zeros((strips * r, blocks * width * c), bits.dtype)
+    padded[:n_rows, :n_cols] = bits
+    units = padded.reshape(strips, r, blocks, width, c)
+    stored = (units != 0).any((1, 4))  # [strips, blocks, width]
+    costs = stored.sum(-1) if words == 1 else stored.reshape(strips, blocks, width // 2, 2).any(-1).sum(-1)
     strip, block = np.divmod(np.arange(strips * blocks), blocks)
-    order = np.lexsort((strip, -counts.ravel(), block, strip // tall))
+    order = np.lexsort((strip, -costs.ravel(), block, strip // tall))
     strip, block = strip[order], block[order]
-    masks, counts = masks.ravel()[order], counts.ravel()[order]
-    segments = padded.reshape(strips, r, blocks, 64).transpose(0, 2, 3, 1).reshape(-1, 64, r)[order]
-    values = segments[stored.reshape(-1, 64)[order]] + np.float32(0)  # -0.0 + 0.0 is 0.0
+    stored = stored.reshape(-1, width)[order]
+    masks = np.packbits(stored, axis=1, bitorder="little").view("<i8")
+    values = units.transpose(0, 2, 3, 1, 4).reshape(-1, width, r * c)[order][stored]
     group = strip // tall * blocks + block
     starts = np.zeros(group[-1] + 2, np.int64)
-    np.add.at(starts, group + 1, counts)
-    return values, masks, (strip % tall).astype(np.uint8), starts.cumsum()
+    np.add.at(starts, group + 1, stored.sum(-1))
+    arrays = (values, masks.ravel(), (strip % tall).astype(np.uint8), starts.cumsum())
+    parts = [torch.from_numpy(np.ascontiguousarray(array)).to(dense.device) for array in arrays]
+    return parts[0].view(dense.dtype), parts[1], parts[2], parts[3]
 
 
-def unpack_strips(shape: tuple[int, int], r: int, arrays: Arrays) -> NDArray[np.float32]:
-    """The dense weight [N, K] of what `pack_strips` returned."""
+def unpack_strips(shape: tuple[int, int], r: int, parts: Parts, c: int = 1, words: int = 1) -> Tensor:
+    """The dense weight [N, K] of what `pack_strips` returned, on its device."""
     n_rows, n_cols = shape
-    strips, blocks, tall = -(-n_rows // r), -(-n_cols // 64), BLOCK_ROWS // r
-    values, masks, rows, _ = arrays
-    bits = np.unpackbits(masks.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little").astype(bool)
-    segments = np.zeros((*bits.shape, r), np.float32)
-    segments[bits] = values
-    index = np.arange(len(masks))
+    width = 64 * words
+    strips, blocks, tall = -(-n_rows // r), -(-n_cols // (width * c)), BLOCK_ROWS // r
+    values, masks, rows = parts[0].cpu(), parts[1].cpu().numpy(), parts[2].cpu().numpy()
+    bits = np.unpackbits(masks.view(np.uint8).reshape(-1, 8 * words), axis=1, bitorder="little").astype(bool)
+    entries = values.view(_BITS[values.dtype]).numpy()
+    segments = np.zeros((*bits.shape, r * c), entries.dtype)
+    segments[bits] = entries
+    index = np.arange(len(rows))
     row_block = index // (tall * blocks)  # exact: only the last row block is shorter
     height = np.minimum(strips - row_block * tall, tall)
     block = (index - row_block * tall * blocks) // height
-    dense = np.empty((strips, blocks, 64, r), np.float32)
-    dense[row_block * tall + rows, block] = segments
-    return dense.transpose(0, 3, 1, 2).reshape(strips * r, -1)[:n_rows, :n_cols].copy()
+    units = np.empty((strips, blocks, width, r, c), entries.dtype)
+    units[row_block * tall + rows, block] = segments.reshape(-1, width, r, c)
+    dense = units.transpose(0, 3, 1, 2, 4).reshape(strips * r, -1)[:n_rows, :n_cols]
+    return torch.from_numpy(np.ascontiguousarray(dense)).view(values.dtype).to(parts[0].device)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from rmtkern.layouts import cpu
 from rmtkern.layouts.bitmask import BitmaskWeight
 from rmtkern.layouts.block import BlockWeight, reference
+from rmtkern.layouts.block.weight import SIZES
+from rmtkern.testing import assert_as_accurate_as_dense as rule
 from tests.layouts.test_bitmask import assert_as_accurate_as_dense, epilogues, isa  # noqa: F401
 
 SHAPES = [(131, 67, 2), (128, 128, 4), (1, 130, 8), (259, 61, 8), (37, 64, 4)]
@@ -27,7 +29,7 @@ def block_weight(n_rows, n_cols, r, sparsity, seed=0):
 def test_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, r, sparsity):  # noqa: F811
     torch.manual_seed(tokens)
     weight = block_weight(n_rows, n_cols, r, sparsity)
-    packed = BlockWeight.pack(weight, r=r)
+    packed = BlockWeight.pack(weight, r=r, c=1)
     x = torch.randn(tokens, n_cols)
     for bias, activation, residual in epilogues(tokens, n_rows):
         exact = reference.linear(x.double(), packed, bias, activation, residual)
@@ -35,22 +37,61 @@ def test_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, r, sparsity
         assert_as_accurate_as_dense(got, x, weight, bias, activation, residual, exact)
 
 
+def pair_weight(n_rows, n_cols, r, sparsity, seed=0):
+    """bfloat16 with mini-blocks of r rows and 2 columns."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(-(-n_rows // r), -(-n_cols // 2), generator=generator) >= sparsity
+    kept = kept.repeat_interleave(r, 0).repeat_interleave(2, 1)[:n_rows, :n_cols]
+    return (torch.randn(n_rows, n_cols, generator=generator) * kept).bfloat16()
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97, 1])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 197])
+@pytest.mark.parametrize(("n_rows", "n_cols", "r"), [(131, 67, 1), (131, 135, 4), (128, 256, 4), (3, 1, 4), (259, 61, 1)])
+def test_bfloat16_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, r, sparsity):  # noqa: F811
+    torch.manual_seed(tokens)
+    weight = pair_weight(n_rows, n_cols, r, sparsity)
+    packed = BlockWeight.pack(weight, r=r, c=2)
+    x, scale = torch.randn(tokens, n_cols).bfloat16(), torch.randn(n_rows).bfloat16()
+    for bias, activation, residual in epilogues(tokens, n_rows):
+        bias, residual = (None if t is None else t.bfloat16() for t in (bias, residual))
+        got = cpu.linear(x, packed, bias, activation, residual, scale)
+        rule(got, x, weight, bias, activation, residual, scale)
+
+
+@pytest.mark.parametrize(("r", "n_rows", "n_cols"), [(1, 150, 131), (4, 150, 131), (4, 3, 1)])
+def test_bfloat16_reference_is_the_definition(r, n_rows, n_cols):
+    weight = pair_weight(n_rows, n_cols, r, 0.6)
+    x = torch.randn(5, n_cols)
+    got = reference.linear(x.double(), BlockWeight.pack(weight, r=r, c=2), None, None, None)
+    np.testing.assert_allclose(got, x.double().numpy() @ weight.double().numpy().T, atol=1e-12)
+
+
 @pytest.mark.parametrize("r", [2, 4, 8])
 def test_reference_is_the_definition(r):
     weight = block_weight(150, 70, r, 0.6)
     x = torch.randn(5, 70)
-    got = reference.linear(x.double(), BlockWeight.pack(weight, r=r), None, None, None)
+    got = reference.linear(x.double(), BlockWeight.pack(weight, r=r, c=1), None, None, None)
     np.testing.assert_allclose(got, x.double().numpy() @ weight.double().numpy().T, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 300), st.integers(1, 140), st.sampled_from([2, 4, 8]), st.floats(0, 1), st.integers(0, 2**31))
-def test_unpack_returns_what_was_packed(n_rows, n_cols, r, sparsity, seed):
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]),
+    st.floats(0, 1),
+    st.integers(0, 2**31),
+)
+def test_unpack_returns_what_was_packed(n_rows, n_cols, form, sparsity, seed):
+    dtype, (r, c) = form
     generator = torch.Generator().manual_seed(seed)  # entries, not mini-blocks: zeros inside a stored one are kept too
     weight = torch.randn(n_rows, n_cols, generator=generator)
     weight *= torch.rand(n_rows, n_cols, generator=generator) >= sparsity
-    packed = BlockWeight.pack(weight, r=r)
-    assert torch.equal(packed.unpack().view(torch.int32), (weight + 0.0).view(torch.int32))
+    weight = weight.to(dtype)
+    back = BlockWeight.pack(weight, r=r, c=c).unpack()
+    assert back.dtype == dtype
+    assert torch.equal(back.view(torch.int16), (weight + 0.0).view(torch.int16))
 
 
 def test_inf_at_a_column_that_is_not_stored_goes_nowhere(isa):  # noqa: F811
@@ -58,15 +99,15 @@ def test_inf_at_a_column_that_is_not_stored_goes_nowhere(isa):  # noqa: F811
     weight[:4, 3] = 1.0
     x = torch.full((3, 70), torch.inf)
     x[:, 3] = 2.0
-    got = cpu.linear(x, BlockWeight.pack(weight, r=4), None, None, None)
+    got = cpu.linear(x, BlockWeight.pack(weight, r=4, c=1), None, None, None)
     assert torch.equal(got[:, :4], torch.full((3, 4), 2.0)) and torch.equal(got[:, 4:], torch.zeros(3, 4))
     x[:, 3] = torch.inf
-    assert torch.isinf(cpu.linear(x, BlockWeight.pack(weight, r=4), None, None, None)[:, :4]).all()
+    assert torch.isinf(cpu.linear(x, BlockWeight.pack(weight, r=4, c=1), None, None, None)[:, :4]).all()
 
 
 def test_bytes_are_fewer_than_those_of_bitmask():
     weight = block_weight(768, 768, 4, 0.5)
-    packed = BlockWeight.pack(weight, r=4)
+    packed = BlockWeight.pack(weight, r=4, c=1)
     assert packed.values.shape == (int((weight != 0).sum()) // 4, 4)
     assert packed.nbytes < BitmaskWeight.pack(weight).nbytes
 
@@ -74,6 +115,10 @@ def test_bytes_are_fewer_than_those_of_bitmask():
 def test_variants_recognise_the_pattern_from_the_weight():
     def found(weight):
         return [params["r"] for params in BlockWeight.variants(weight)]
+
+    assert list(BlockWeight.variants(pair_weight(64, 96, 4, 0.7))) == [{"r": 1, "c": 2}, {"r": 4, "c": 2}]
+    assert list(BlockWeight.variants(pair_weight(64, 96, 1, 0.7))) == [{"r": 1, "c": 2}]
+    assert list(BlockWeight.variants(block_weight(64, 96, 4, 0.7).bfloat16())) == []
 
     assert found(block_weight(64, 96, 8, 0.7)) == [2, 4, 8]
     assert found(block_weight(64, 96, 4, 0.7)) == [2, 4]
@@ -86,16 +131,18 @@ def test_variants_recognise_the_pattern_from_the_weight():
 
 
 def test_refusals_name_what_is_wrong():
-    for params in ({}, {"r": 3}, {"r": 2, "c": 1}):
-        with pytest.raises(ValueError, match="block: params must be r = 2, 4 or 8"):
+    for params in ({}, {"r": 3}, {"r": 4, "c": 2}):
+        with pytest.raises(ValueError, match=r"params \(r, c\) must be one of \(2, 1\), \(4, 1\), \(8, 1\) for torch.float32"):
             BlockWeight.pack(torch.zeros(4, 4), **params)
+    with pytest.raises(ValueError, match=r"must be one of \(1, 2\), \(4, 2\) for torch.bfloat16, got"):
+        BlockWeight.pack(torch.zeros(4, 4).bfloat16(), r=4, c=1)
     with pytest.raises(ValueError, match="NaN or Inf"):
-        BlockWeight.pack(torch.full((4, 4), torch.nan), r=2)
+        BlockWeight.pack(torch.full((4, 4), torch.nan), r=2, c=1)
     with pytest.raises(ValueError, match="expected dtype"):
-        BlockWeight.pack(torch.zeros(4, 4).double(), r=2)
-    packed = BlockWeight.pack(torch.ones(4, 4), r=2)
-    packed.params = {"r": 16}
-    with pytest.raises(ValueError, match=r"block: params must be \(r\), 2, 4 or 8"):
+        BlockWeight.pack(torch.zeros(4, 4).double(), r=2, c=1)
+    packed = BlockWeight.pack(torch.ones(4, 4), r=2, c=1)
+    packed.params = {"r": 16, "c": 1}
+    with pytest.raises(ValueError, match=r"block: params must be \(r, c\): \(2, 1\), \(4, 1\) or \(8, 1\) for float32"):
         cpu.linear(torch.ones(1, 4), packed, None, None, None)
 
 
@@ -103,7 +150,7 @@ def test_refusals_name_what_is_wrong():
 def test_damaged_parts_are_refused_before_anything_is_read(isa, damage):  # noqa: F811
     weight = block_weight(150, 70, 4, 0.5)
     weight[:, 63] = 0  # so that no mask is negative
-    packed = BlockWeight.pack(weight, r=4)
+    packed = BlockWeight.pack(weight, r=4, c=1)
     if damage == "more_bits":
         packed.masks[0] = -1
     elif damage == "fewer_bits":

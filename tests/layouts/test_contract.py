@@ -20,9 +20,9 @@ FORMS = [
     ("dense", {"form": 1}, None),
     ("dense", {"form": 2}, None),
     ("bitmask", {}, None),
-    ("block", {"r": 2}, None),
-    ("block", {"r": 4}, None),
-    ("block", {"r": 8}, None),
+    ("block", {"r": 2, "c": 1}, None),
+    ("block", {"r": 4, "c": 1}, None),
+    ("block", {"r": 8, "c": 1}, None),
     ("nofm", {"n": 2, "m": 4}, (2, 4)),
     ("nofm", {"n": 1, "m": 16}, (1, 16)),
 ]

@@ -2,7 +2,6 @@
 
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,21 +10,25 @@ from rmtkern.layouts.strips import pack_strips, unpack_strips
 
 __all__ = ["BitmaskWeight"]
 
+WORDS = {torch.float32: 1, torch.bfloat16: 2}
+"""64-bit words of a segment's mask: 64 columns of float32, 128 of bfloat16, which kernels take in pairs."""
+
 
 class BitmaskWeight(PackedWeight):
     """Non-zero values and a bit for every entry.
 
-    The storage of strips.py with strips of one row.
+    The storage of strips.py with strips of one row and units of one column.
 
     Parts:
-        values: [nnz] float32, segment by segment, by column in it.
-        masks: [segments] int64; bit j of a segment is set where its column j is not zero.
+        values: [nnz] float32 or bfloat16, segment by segment, by column in it.
+        masks: [segments * words] int64; bit j of a segment is set where its column j is not zero.
         rows: [segments] uint8, the segment's row in its row block.
         starts: [groups + 1] int64, where a group's values begin.
     """
 
     layout = "bitmask"
     parts = ("values", "masks", "rows", "starts")
+    dtypes = (torch.float32, torch.bfloat16)
     values: Tensor
     masks: Tensor
     rows: Tensor
@@ -36,7 +39,7 @@ class BitmaskWeight(PackedWeight):
         """Store a dense weight.
 
         Args:
-            dense: [N, K] float32, finite.
+            dense: [N, K] float32 or bfloat16, finite.
             params: none; the layout has no choices.
 
         Returns:
@@ -49,13 +52,10 @@ class BitmaskWeight(PackedWeight):
         if params:
             raise ValueError(f"bitmask takes no params, got {sorted(params)}")
         check_dense(dense, cls.dtypes, cls.layout)
-        values, *rest = pack_strips(dense.detach().cpu().numpy(), 1)
-        tensors = tuple(
-            torch.from_numpy(np.ascontiguousarray(array)).to(dense.device) for array in (values[:, 0], *rest)
-        )
-        return cls((dense.shape[0], dense.shape[1]), {}, tensors)
+        values, *rest = pack_strips(dense, 1, words=WORDS[dense.dtype])
+        return cls((dense.shape[0], dense.shape[1]), {}, (values[:, 0], *rest))
 
     def unpack(self) -> Tensor:
-        """The dense weight [N, K] float32, bit for bit (-0.0 has become 0.0)."""
-        values, *rest = (part.cpu().numpy() for part in self.tensors())
-        return torch.from_numpy(unpack_strips(self.shape, 1, (values[:, None], *rest))).to(self.values.device)  # type: ignore[arg-type]
+        """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
+        parts = (self.values[:, None], self.masks, self.rows, self.starts)
+        return unpack_strips(self.shape, 1, parts, words=WORDS[self.values.dtype])

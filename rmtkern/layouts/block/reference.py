@@ -11,19 +11,22 @@ __all__ = ["linear", "supports"]
 def product(tokens: Float, w: PackedWeight) -> Float:
     """X Wᵀ [T, N] of tokens [T, K]."""
     n_rows, n_cols = w.shape
-    r = w.params["r"]
-    values, masks, rows, _ = (part.numpy() for part in w.tensors())
+    r, c = w.params["r"], w.params["c"]
+    values, masks, rows = w.tensors()[0].double().numpy(), w.tensors()[1].numpy(), w.tensors()[2].numpy()
     strips, tall = -(-n_rows // r), 128 // r
     y = np.zeros((len(tokens), strips * r))
+    tokens = np.pad(tokens, ((0, 0), (0, -n_cols % c)))
     at = segment = 0
     for first in range(0, strips, tall):
-        for first_col in range(0, n_cols, 64):
+        for first_col in range(0, n_cols, 64 * c):
             for _ in range(min(tall, strips - first)):
                 mask = int(masks[segment]) % 2**64
-                cols = [first_col + j for j in range(64) if mask >> j & 1]
                 top = (first + int(rows[segment])) * r
-                y[:, top : top + r] += tokens[:, cols] @ values[at : at + len(cols)].astype(np.float64)
-                at += len(cols)
+                for j in range(64):
+                    if mask >> j & 1:
+                        left = first_col + j * c
+                        y[:, top : top + r] += tokens[:, left : left + c] @ values[at].reshape(r, c).T
+                        at += 1
                 segment += 1
     return y[:, :n_rows]
 

@@ -1,9 +1,8 @@
-"""BlockWeight: how a weight of r x 1 mini-blocks is stored. It knows no kernel; csrc/linear/block.inl reads it."""
+"""BlockWeight: how a weight of r x c mini-blocks is stored. It knows no kernel; csrc/linear/block.inl reads it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,32 +11,37 @@ from rmtkern.layouts.strips import pack_strips, unpack_strips
 
 __all__ = ["BlockWeight"]
 
-SIZES = (2, 4, 8)
+SIZES = {torch.float32: ((2, 1), (4, 1), (8, 1)), torch.bfloat16: ((1, 2), (4, 2))}
+"""The mini-blocks (r rows, c columns) that kernels run for each dtype."""
 WASTE = 0.1
 """Share of stored entries that may be zero in a weight that is offered this layout without being asked."""
 
 
-def _check(params: Mapping[str, int]) -> int:
-    if set(params) != {"r"} or params["r"] not in SIZES:
-        raise ValueError(f"block: params must be r = 2, 4 or 8, got {dict(params)}")
-    return params["r"]
+def _check(params: Mapping[str, int], dtype: torch.dtype) -> tuple[int, int]:
+    size = (params["r"], params["c"]) if set(params) == {"r", "c"} else None
+    if size not in SIZES[dtype]:
+        wanted = ", ".join(str(valid) for valid in SIZES[dtype])
+        raise ValueError(f"block: params (r, c) must be one of {wanted} for {dtype}, got {dict(params)}")
+    return size  # type: ignore[return-value]
 
 
 class BlockWeight(PackedWeight):
-    """Columns of strips of r rows (r = 2, 4 or 8), stored whole if it has a non-zero: pattern "2x1", "4x1", "8x1".
+    """Mini-blocks of r rows and c columns, stored whole if they have a non-zero.
 
-    Any weight can be stored; a zero beside a non-zero in its mini-block is stored too, and multiplies like any entry.
-    The storage of strips.py with strips of r rows.
+    float32: patterns "2x1", "4x1", "8x1"; bfloat16: "1x2", "4x2". Any weight can be stored; a zero beside a non-zero in its
+    mini-block is stored too, and multiplies like any entry. The storage of strips.py with strips of r rows and units of c
+    columns.
 
     Parts:
-        values: [stored, r] float32, segment by segment, by column in it.
-        masks: [segments] int64; bit j of a segment is set where its column j is stored.
+        values: [stored, r * c] float32 or bfloat16, segment by segment, by unit in it, row by row in a mini-block.
+        masks: [segments] int64; bit j of a segment is set where its unit j is stored.
         rows: [segments] uint8, the segment's strip in its row block.
-        starts: [groups + 1] int64, where a group's values begin.
+        starts: [groups + 1] int64, where a group's mini-blocks begin.
     """
 
     layout = "block"
     parts = ("values", "masks", "rows", "starts")
+    dtypes = tuple(SIZES)
     values: Tensor
     masks: Tensor
     rows: Tensor
@@ -46,21 +50,23 @@ class BlockWeight(PackedWeight):
     @classmethod
     def reason_against(cls, dense: Tensor, **params: int) -> str | None:
         """None: any weight can be stored; ValueError for impossible params."""
-        _check(params)
+        check_dense(dense, cls.dtypes, cls.layout)
+        _check(params, dense.dtype)
         return None
 
     @classmethod
     def variants(cls, dense: Tensor) -> Iterable[dict[str, int]]:
-        """Each r whose mini-blocks are nearly full in this weight, so that it was pruned in that pattern or wider."""
+        """Each (r, c) whose mini-blocks are nearly full in this weight, so that it was pruned in that pattern or wider."""
         kept = dense.detach() != 0
-        n_rows, total = kept.shape[0], int(kept.sum())
+        (n_rows, n_cols), total = kept.shape, int(kept.sum())
         if total == kept.numel():
             return []
         found = []
-        for r in SIZES:
-            filled = torch.nn.functional.pad(kept, (0, 0, 0, -n_rows % r)).view(-1, r, kept.shape[1])
-            if 0 < total >= (1 - WASTE) * r * int(filled.any(1).sum()):
-                found.append({"r": r})
+        for r, c in SIZES.get(dense.dtype, ()):
+            padded = torch.nn.functional.pad(kept, (0, -n_cols % c, 0, -n_rows % r))
+            filled = padded.view(padded.shape[0] // r, r, -1, c)
+            if 0 < total >= (1 - WASTE) * r * c * int(filled.any(3).any(1).sum()):
+                found.append({"r": r, "c": c})
         return found
 
     @classmethod
@@ -68,8 +74,8 @@ class BlockWeight(PackedWeight):
         """Store a dense weight.
 
         Args:
-            dense: [N, K] float32, finite.
-            params: r, rows of a mini-block: 2, 4 or 8; N need not be divisible by it.
+            dense: [N, K] float32 or bfloat16, finite.
+            params: r and c, rows and columns of a mini-block, as the class says; N and K need not be divisible by them.
 
         Returns:
             The packed weight, on the device of `dense`.
@@ -78,14 +84,11 @@ class BlockWeight(PackedWeight):
             TypeError: `dense` is not a tensor.
             ValueError: a wrong shape, dtype or param, NaN or Inf.
         """
-        r = _check(params)
         check_dense(dense, cls.dtypes, cls.layout)
-        arrays = pack_strips(dense.detach().cpu().numpy(), r)
-        tensors = tuple(torch.from_numpy(np.ascontiguousarray(array)).to(dense.device) for array in arrays)
-        return cls((dense.shape[0], dense.shape[1]), {"r": r}, tensors)
+        r, c = _check(params, dense.dtype)
+        return cls((dense.shape[0], dense.shape[1]), {"r": r, "c": c}, pack_strips(dense, r, c))
 
     def unpack(self) -> Tensor:
-        """The dense weight [N, K] float32, bit for bit (-0.0 has become 0.0)."""
-        values, masks, rows, starts = (part.cpu().numpy() for part in self.tensors())
-        dense = unpack_strips(self.shape, self.params["r"], (values, masks, rows, starts))
-        return torch.from_numpy(dense).to(self.values.device)
+        """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
+        parts = (self.values, self.masks, self.rows, self.starts)
+        return unpack_strips(self.shape, self.params["r"], parts, self.params["c"])

@@ -19,28 +19,36 @@ _ONEDNN = {  # activation -> (attr, algorithm) of mkldnn._linear_pointwise
 
 def supports(w: DenseWeight, x: Tensor) -> str | None:
     """Why PyTorch's dense linears cannot compute x [T, K] times this weight, or None if they can."""
-    if x.dtype != torch.float32:
-        return f"x is {x.dtype}; cast to float32"
+    if x.dtype not in w.dtypes:
+        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes)}"
     weight = w.stored
     if weight.dtype != x.dtype:
-        return f"the weight is {weight.dtype}; cast the model back to float32 with .float()"
+        return f"x is {x.dtype}, the weight {weight.dtype}; cast one to the other's dtype"
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"x is on {x.device}, the weight on {weight.device}; move both to the cpu"
     return NO_ONEDNN if w.params["form"] else None
 
 
-def linear(x: Tensor, w: DenseWeight, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
-    """Apply a dense weight: y = activation(x Wᵀ + bias) + residual, with the library call that `w.label` names.
+def linear(
+    x: Tensor,
+    w: DenseWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Apply a dense weight: y = activation(x Wᵀ + bias) * scale + residual, with the library call that `w.label` names.
 
     Args:
-        x: [T, K] float32, contiguous.
+        x: [T, K] float32 or bfloat16, contiguous.
         w: DenseWeight [N, K].
-        bias: [N] float32 or None.
+        bias: [N] or None, dtype of `x` as all others.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu"; fused by oneDNN, a second pass in `F.linear`.
-        residual: [T, N] float32 or None, added last.
+        scale: [N] or None, multiplied after the activation.
+        residual: [T, N] or None, added last.
 
     Returns:
-        [T, N] float32.
+        [T, N].
     """
     if w.params["form"]:
         attr, algorithm = _ONEDNN[activation]
@@ -51,4 +59,6 @@ def linear(x: Tensor, w: DenseWeight, bias: Tensor | None, activation: str | Non
             y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
         elif activation is not None:
             y = F.relu_(y) if activation == "relu" else F.silu(y, inplace=True)
+    if scale is not None:
+        y = y.mul_(scale)
     return y if residual is None else y.add_(residual)

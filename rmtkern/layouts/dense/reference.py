@@ -1,4 +1,4 @@
-"""dense in NumPy float64: y = activation(x Wᵀ + bias) + residual from the definition."""
+"""dense in NumPy float64: the product of the definition."""
 
 import numpy as np
 

@@ -30,7 +30,7 @@ NO_ONEDNN = _why_no_onednn()
 
 
 class DenseWeight(PackedWeight):
-    """A dense weight [N, K] float32.
+    """A dense weight [N, K] float32 or bfloat16.
 
     `params["form"]` is the index in `FORMS` of the library call that runs it: 0 `torch` (`F.linear`), 1 `onednn`
     (oneDNN's linear, which reorders the weight at every call), 2 `onednn_prepacked` (reordered once; the opaque tensor
@@ -40,6 +40,7 @@ class DenseWeight(PackedWeight):
 
     layout = "dense"
     parts = ("dense",)
+    dtypes = (torch.float32, torch.bfloat16)
     dense: Tensor | None
     reordered: Tensor | None
 
