@@ -2,15 +2,18 @@
 
 import csv
 import datetime
+import functools
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rmtkern.environment import cpu_model, environment
 
-__all__ = ["results_file", "stamped", "write_rows"]
+__all__ = ["RESULTS", "ROOT", "read_rows", "results_file", "revision", "stamped", "write_rows"]
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def results_file(kind: str) -> Path:
@@ -19,9 +22,30 @@ def results_file(kind: str) -> Path:
     return RESULTS / f"{kind}-{slug}.csv"
 
 
+@functools.cache
+def revision(folder: Path = ROOT) -> str | None:
+    """Short git revision of a checkout, with "+" where the library differs from it; None outside of git."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "rmtkern", "csrc", "setup.py")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def stamped(row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """The row with CPU, threads, versions and date; what the row has already stays."""
-    return {**environment(), **more, "date": datetime.date.today().isoformat(), **row}
+    """The row with CPU, threads, versions, git revision and date; what the row has already stays."""
+    return {**environment(), "revision": revision(), **more, "date": datetime.date.today().isoformat(), **row}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All rows of a results file; an empty cell is ""."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> None:
@@ -29,17 +53,20 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], keys: Sequence[str
 
     Args:
         path: the CSV; its folder is created.
-        rows: all with the same columns.
+        rows: all with the same columns; None is an empty cell.
         keys: columns that identify a row.
     """
-    kept: list[dict[str, Any]] = []
+    kept: list[dict[str, str]] = []
     if keys and path.exists():
-        new = {tuple(str(row[key]) for key in keys) for row in rows}
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in new]
+        new = {tuple(_cell(row[key]) for key in keys) for row in rows}
+        kept = [row for row in read_rows(path) if tuple(row[key] for key in keys) not in new]
     path.parent.mkdir(exist_ok=True)
     columns = list(rows[0])
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows([*kept, *rows])
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)

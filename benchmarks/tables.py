@@ -7,25 +7,21 @@ A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is 
 """
 
 import argparse
-import csv
 import itertools
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
+from benchmarks.record import RESULTS, ROOT, read_rows
 from rmtkern.tables import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 CPU = "amd-epyc-family-25-model-17"
 """The results that README.md shows."""
 
 
 def rows(name: str) -> list[dict[str, str]]:
     """All rows of one results file."""
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(RESULTS / name)
 
 
 def _ratio(value: str) -> str:
@@ -51,37 +47,101 @@ def spectra() -> Table:
 
 
 def kernels() -> Table:
-    """The sparse layouts against the strongest dense linear, one thread."""
-    found = [row for row in rows(f"kernels-{CPU}.csv") if row["threads"] == "1" and not row["activation"]]
-    order = list(dict.fromkeys((row["layer"], row["T"], row["N"], row["K"]) for row in found))
-    by_case = {(row["layer"], row["T"], row["form"]): row for row in found}
+    """The sparse layouts against the strongest dense linear of the same precision, one thread.
+
+    Forms without one of the three sparsities (lowrank, spectral, own dense) are in the CSV only.
+    """
+    found = [row for row in rows(f"kernel-{CPU}.csv") if row["threads"] == "1" and not row["activation"]]
+    by_case = {(row["layer"], row["T"], row["dtype"], row["form"]): row for row in found}
+    order = list(dict.fromkeys((row["layer"], row["T"], row["dtype"], row["N"], row["K"]) for row in found))
+    forms = list(dict.fromkeys(_form(row) for row in found if row["layout"] != "dense"))
     cells = []
-    layouts = ("bitmask", "block 2x1", "block 4x1", "block 8x1", "nofm")
-    for (layer, tokens, n, k), layout in itertools.product(order, layouts):
-        chosen = [by_case.get((layer, tokens, f"{layout} {s}")) for s in ("0.5", "0.7", "0.9")]
+    for (layer, tokens, dtype, n, k), form in itertools.product(order, forms):
+        pruned = [f"{form} {s}" for s in ("0.5", "0.7", "0.9")]
+        chosen = [by_case.get((layer, tokens, dtype, name)) for name in pruned]
+        if form in FIXED:
+            chosen[0] = by_case.get((layer, tokens, dtype, form))
         pairs = [f"{_ratio(r['vs_onednn'])} / {_ratio(r['vs_strongest'])}" if r else None for r in chosen]
         if any(pairs):
-            cells.append([layer, f"{k} -> {n}", tokens, layout.replace("nofm", "nofm 2:4"), *pairs])
+            cells.append([layer, f"{k} -> {n}", tokens, dtype, form, *pairs])
     notes = [f"Ratio to oneDNN / to the strongest dense form (prepacked oneDNN included). 1 thread. {_where(found[0])}"]
-    return Table(["layer", "shape", "tokens", "layout", "50 %", "70 %", "90 %"], cells, notes)
+    return Table(["layer", "shape", "tokens", "dtype", "layout", "50 %", "70 %", "90 %"], cells, notes)
+
+
+FIXED = ("nofm 2:4", "nofm 2:4x4")
+"""Forms whose pattern says the sparsity, 50 %."""
+
+
+def _form(row: dict[str, str]) -> str:
+    """Layout and pattern: the form without its sparsity."""
+    return row["form"] if row["layout"] == "nofm" else row["form"].rpartition(" ")[0]
+
+
+MODEL_PEERS = {
+    "vs_torch_fp32": "torch fp32",
+    "vs_torch_bf16": "torch bf16",
+    "vs_compile_bf16": "compile bf16",
+    "vs_onnxruntime_fp32": "ORT fp32",
+    "vs_openvino_fp32": "OpenVINO fp32",
+    "vs_openvino_bf16": "OpenVINO bf16",
+    "vs_torch_int8": "torch int8",
+    "vs_openvino_int8": "OpenVINO int8",
+    "vs_dense": "strongest dense",
+}
+"""Ratio column -> its heading; a column without a value is left out."""
 
 
 def models() -> Table:
-    """Whole ViT-B/16, packed against dense."""
-    found = rows(f"models-{CPU}.csv")
+    """Whole models, packed against dense peers: how many times faster than each."""
+    found = [row for row in rows(f"model-{CPU}.csv") if row["pattern"]]
+    found.sort(
+        key=lambda r: (
+            r["model"], int(r["threads"]), -int(r["batch"]), r["dtype"] != "float32", r["pattern"] != "dense",
+            r["pattern"], float(r["sparsity"]),
+        )
+    )  # fmt: skip
+    ratios = {column: title for column, title in MODEL_PEERS.items() if any(row[column] for row in found)}
     cells = [
         [
+            row["model"].removesuffix("_patch16_224"),
             row["batch"],
             row["threads"],
+            row["dtype"],
+            row["pattern"],
             f"{float(row['sparsity']):.0%}",
-            f"{float(row['mlp_share_packed']):.0%}",
-            _ratio(row["vs_original"]),
-            _ratio(row["vs_strongest_dense"]),
+            *(_ratio(row[column]) if row[column] else None for column in ratios),
         ]
-        for row in sorted(found, key=lambda r: (int(r["threads"]), -int(r["batch"]), float(r["sparsity"])))
+        for row in found
     ]
-    columns = ["batch", "threads", "sparsity", "MLP weights packed", "x torch fp32", "x strongest dense"]
-    return Table(columns, cells, [f"timm vit_base_patch16_224, random weights, uniform magnitude. {_where(found[0])}"])
+    columns = ["model", "batch", "threads", "dtype", "pattern", "sparsity", *(f"x {name}" for name in ratios.values())]
+    note = (
+        f"timm, random weights, uniform magnitude; x: how many times faster than that dense model. {_where(found[0])}"
+    )
+    return Table(columns, cells, [note])
+
+
+def growth() -> Table:
+    """Time and bytes as tokens, sparsity and layer grow, one thread, unstructured; and where that stops being flat."""
+    found = [row for row in rows(f"growth-{CPU}.csv") if row["threads"] == "1" and row["layout"] == "bitmask"]
+    cells = [
+        [
+            row["sweep"],
+            row["layer"],
+            row["T"],
+            row["dtype"],
+            f"{float(row['sparsity']):.0%}",
+            f"{float(row['ns_per_token']):.0f}",
+            f"{float(row['ps_per_kept_product']):.1f}",
+            f"{float(row['bytes_per_token']):.0f}",
+            f"{float(row['bytes_per_kept']):.2f}",
+            row["flat"],
+        ]
+        for row in found
+    ]
+    columns = ["varies", "layer", "tokens", "dtype", "sparsity", "ns / token", "ps / kept weight and token"]
+    columns += ["bytes / token", "bytes / kept weight", "flat"]
+    note = f"flat: within 25 % of the best of the series, else the multiple of it. Layout bitmask. {_where(found[0])}"
+    return Table(columns, cells, [note])
 
 
 def accuracy() -> Table:
@@ -104,6 +164,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "spectra": spectra,
     "kernels": kernels,
     "models": models,
+    "growth": growth,
     "accuracy": accuracy,
 }
 

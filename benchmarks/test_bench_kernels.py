@@ -1,42 +1,41 @@
-"""The kernels under pytest-benchmark: pytest benchmarks/test_bench_kernels.py (not in the default suite)."""
+"""The kernel cases under pytest-benchmark; not in the default suite.
+
+    pytest benchmarks/test_bench_kernels.py -k "fc1 and T197 and bitmask"
+
+A test is one form of one case of cases.py; the layout's result is checked before it is timed.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.kernels import LAYERS, dense_calls, pack, random_weight
-from rmtkern.layouts import cpu
+from benchmarks.cases import kernel_cases
+from benchmarks.kernel import Layer
+
+DENSE = ("dense torch", "dense onednn", "dense onednn prepacked")
+FORMS = [
+    pytest.param(case, form, id=f"{case.name} {form}".replace("=", ""))
+    for case in kernel_cases()
+    for form in (*DENSE, *case.contenders)
+]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """All timings here are on one thread."""
+def settings():
+    """The thread count is the case's, without gradients; put back afterwards."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    with torch.no_grad():
+        yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("layout", "sparsity"), [("bitmask", 0.5), ("bitmask", 0.7), ("bitmask", 0.9), ("nofm", 0.5)])
-@pytest.mark.parametrize("tokens", [1, 197])
-@pytest.mark.parametrize("layer", ["vit_b.fc1", "vit_b.fc2"])
-def test_sparse(benchmark, layer, tokens, layout, sparsity):
-    """A packed layer, checked against the dense one."""
-    n_rows, n_cols = LAYERS[layer]
-    weight, bias, x = random_weight(n_rows, n_cols, layout, sparsity), torch.randn(n_rows), torch.randn(tokens, n_cols)
-    packed = pack(layout, weight)
-    got = benchmark(cpu.linear, x, packed, bias, None, None)
-    torch.testing.assert_close(got, torch.nn.functional.linear(x, weight, bias), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("form", ["dense torch", "dense onednn", "dense onednn prepacked"])
-@pytest.mark.parametrize("tokens", [1, 197])
-@pytest.mark.parametrize("layer", ["vit_b.fc1", "vit_b.fc2"])
-def test_dense(benchmark, layer, tokens, form):
-    """The dense forms, for the ratio."""
-    n_rows, n_cols = LAYERS[layer]
-    weight, bias, x = torch.randn(n_rows, n_cols), torch.randn(n_rows), torch.randn(tokens, n_cols)
-    with torch.no_grad():
-        calls = dense_calls(x, weight, bias, None)
-        if form not in calls:
-            pytest.skip("this torch has no oneDNN")
-        benchmark(calls[form])
+@pytest.mark.parametrize(("case", "form"), FORMS)
+def test_kernel(benchmark, case, form):
+    """One form of one case."""
+    missing = []
+    layer = Layer(replace(case, contenders=tuple({form} - set(DENSE))), missing.append)
+    if form not in layer.calls:
+        pytest.skip(" ".join(missing) or "this torch has no oneDNN")
+    benchmark.extra_info.update(case=case.name, form=form, **layer.facts[form])
+    benchmark.pedantic(layer.calls[form], rounds=7, iterations=layer.inner, warmup_rounds=1)

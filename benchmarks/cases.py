@@ -1,0 +1,208 @@
+"""Every case that is benchmarked: shapes, token counts, layouts, patterns, sparsities, dtypes and threads, once.
+
+It only names them. contenders.py makes the weights; kernel.py, growth.py and model.py measure; run.py selects.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+__all__ = [
+    "DTYPES",
+    "LAYERS",
+    "KernelCase",
+    "ModelCase",
+    "Pruned",
+    "growth_cases",
+    "kernel_cases",
+    "model_cases",
+    "only",
+]
+
+DTYPES = ("float32", "bfloat16")
+
+WIDTHS = {"vit_t": 192, "vit_s": 384, "vit_b": 768, "vit_l": 1024, "demo": 256}
+"""Width of DeiT-T / ViT-T, ViT-S, ViT-B, ViT-L and of the model of rmtkern.demo."""
+
+LAYERS: dict[str, tuple[int, int]] = {
+    f"{model}.{role}": (n * width, k * width)
+    for model, width in WIDTHS.items()
+    for role, (n, k) in {"qkv": (3, 1), "proj": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}.items()
+}
+"""Name -> (N, K), out and in features."""
+
+TARGET = "vit_b.fc1"
+IMAGE = 197  # tokens of one image, 224 x 224 in patches of 16
+BATCH = 8 * IMAGE
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One interleaved run of one layer: its dense forms and the contenders.
+
+    Args:
+        layer: a name in LAYERS.
+        tokens: T.
+        contenders: names as contenders.py reads them, such as "block 4x1 0.7".
+        dtype: of activations and weight, a name in DTYPES.
+        activation: absorbed after the linear, or None.
+        threads: of torch.
+        sweep: what the growth table varies in the series that this case belongs to; "" outside of that table.
+        quick: whether `--quick` runs it.
+    """
+
+    layer: str
+    tokens: int
+    contenders: tuple[str, ...]
+    dtype: str = "float32"
+    activation: str | None = None
+    threads: int = 1
+    sweep: str = ""
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as "vit_b.fc1 T=197 float32 gelu 2t"."""
+        parts = [self.sweep, self.layer, f"T={self.tokens}", self.dtype, self.activation, f"{self.threads}t"]
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A whole model pruned to a pattern and packed.
+
+    Args:
+        dtype: that pack_ is asked for, a name in DTYPES.
+        pattern: of prune_, or "dense" for a model that is not pruned.
+        sparsity: of prune_.
+    """
+
+    dtype: str
+    pattern: str = "dense"
+    sparsity: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Such as "float32 unstructured 0.5", "bfloat16 2:4" or "float32 dense"."""
+        fixed = self.pattern == "dense" or ":" in self.pattern
+        return f"{self.dtype} {self.pattern}" + ("" if fixed else f" {self.sparsity:g}")
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One interleaved run of one model: the peers, and the packed models.
+
+    Args:
+        model: a timm name; its weights are random.
+        batch: images.
+        contenders: what is packed, all of one dtype.
+        threads: of every contestant.
+        quick: whether `--quick` runs it.
+    """
+
+    model: str
+    batch: int
+    contenders: tuple[Pruned, ...]
+    threads: int = 1
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as "vit_base_patch16_224 B=8 1t"."""
+        return f"{self.model} B={self.batch} {self.threads}t"
+
+
+SPARSITIES = (0.5, 0.7, 0.9)
+
+
+def _at(layouts: Sequence[str], sparsities: Sequence[float] = SPARSITIES) -> tuple[str, ...]:
+    return tuple(f"{layout} {sparsity:g}" for layout in layouts for sparsity in sparsities)
+
+
+TARGETS = {
+    "float32": ("dense own", *_at(["bitmask", "block 2x1", "block 4x1", "block 8x1"]), "nofm 2:4", "nofm 2:4x4"),
+    "bfloat16": ("dense own", *_at(["bitmask", "block 1x2", "block 4x2"]), "nofm 2:4", "nofm 2:4x4"),
+}
+MORE = _at(["bitmask"], (0.0, 0.8, 0.95))
+FACTORED = ("lowrank 64", "lowrank 128", "lowrank 256", "spectral 64+0.9", "spectral 128+0.8")
+SHORT = {
+    "float32": (*_at(["bitmask", "block 4x1"]), "nofm 2:4"),
+    "bfloat16": (*_at(["bitmask", "block 1x2", "block 4x2"]), "nofm 2:4"),
+}
+
+
+def kernel_cases() -> Iterator[KernelCase]:
+    """The kernel level: the target's layer in everything, the other layers in what matters most."""
+    for dtype in DTYPES:
+        full = (*TARGETS[dtype], *FACTORED)
+        yield KernelCase(TARGET, BATCH, (*full, *MORE), dtype, quick=True)
+        yield KernelCase(TARGET, BATCH, TARGETS[dtype], dtype, activation="gelu")
+        for tokens in (1, 16, IMAGE):
+            yield KernelCase(TARGET, tokens, full, dtype)
+        for tokens in (IMAGE, BATCH):
+            yield KernelCase(TARGET, tokens, full, dtype, threads=2)
+        for layer in LAYERS:
+            if layer.startswith("demo."):
+                continue
+            for tokens in (IMAGE, BATCH):
+                if layer != TARGET:
+                    yield KernelCase(layer, tokens, SHORT[dtype], dtype)
+        for layer in ("demo.fc1", "demo.fc2"):
+            yield KernelCase(layer, 64 * 49, SHORT[dtype], dtype)
+
+
+GROWTH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, IMAGE, 2 * IMAGE, 4 * IMAGE, BATCH, 16 * IMAGE, 32 * IMAGE, 64 * IMAGE)
+GROWTH_SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+GROWTH_LAYERS = ("vit_t.fc1", "vit_s.fc1", "vit_b.fc1", "vit_l.fc1")
+GROWTH = {"float32": ("bitmask", "block 4x1"), "bfloat16": ("bitmask", "block 1x2", "block 4x2")}
+
+
+def growth_cases() -> Iterator[KernelCase]:
+    """The growth table: one thing varies at a time (tokens, sparsity, layer), from the target's shape."""
+    for dtype, layouts in GROWTH.items():
+        for threads in (1, 2):
+            for tokens in GROWTH_TOKENS:
+                forms = (*_at(layouts, (0.5, 0.9)), "nofm 2:4")
+                quick = threads == 1 and tokens in (1, 16, IMAGE)
+                yield KernelCase(TARGET, tokens, forms, dtype, threads=threads, sweep="tokens", quick=quick)
+            for tokens in (IMAGE, BATCH):
+                forms = _at(layouts, GROWTH_SPARSITIES)
+                yield KernelCase(TARGET, tokens, forms, dtype, threads=threads, sweep="sparsity")
+            for layer in GROWTH_LAYERS:
+                forms = (*_at(layouts, (0.5, 0.9)), "nofm 2:4")
+                yield KernelCase(layer, BATCH, forms, dtype, threads=threads, sweep="layer")
+
+
+PACKED = {
+    "float32": ("unstructured", "4x1"),
+    "bfloat16": ("unstructured", "1x2", "4x2"),
+}
+"""Patterns of the model level that come at each sparsity."""
+
+
+def _packed(dtype: str) -> tuple[Pruned, ...]:
+    free = [Pruned(dtype, pattern, sparsity) for pattern in PACKED[dtype] for sparsity in SPARSITIES]
+    return (Pruned(dtype), *free, Pruned(dtype, "2:4", 0.5), Pruned(dtype, "2:4x4", 0.5))
+
+
+def model_cases() -> Iterator[ModelCase]:
+    """The model level: ViT-B/16, ViT-S/16 and DeiT-T, a batch of 8 and single images, 1 and 2 threads."""
+    for model in ("vit_base_patch16_224", "vit_small_patch16_224", "deit_tiny_patch16_224"):
+        for batch in (8, 1):
+            for threads in (1, 2):
+                for dtype in DTYPES:
+                    quick = model.startswith("vit_base") and batch == 8 and threads == 1
+                    yield ModelCase(model, batch, _packed(dtype), threads, quick)
+
+
+def only(case: KernelCase | ModelCase, wanted: Sequence[str]) -> KernelCase | ModelCase | None:
+    """The case with those contenders whose "<case name> <contender name>" contains one of `wanted`; None if none does.
+
+    An empty `wanted` leaves the case as it is.
+    """
+
+    def fits(contender: str | Pruned) -> bool:
+        name = contender if isinstance(contender, str) else contender.name
+        return any(part.lower() in f"{case.name} {name}".lower() for part in wanted or [""])
+
+    kept = tuple(contender for contender in case.contenders if fits(contender))
+    return replace(case, contenders=kept) if kept else None

@@ -1,0 +1,54 @@
+"""Peak memory of a model that runs, in a process of its own that holds nothing else.
+
+The peak is VmHWM and not ru_maxrss, because that one starts at the peak of the process that started this one.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.record import ROOT
+
+__all__ = ["peak_mib"]
+
+
+def peak_mib(model: nn.Module, images: Tensor, threads: int) -> float:
+    """MiB at the highest, over loading the model and running it twice on the images; torch itself is in it.
+
+    Args:
+        model: that pickles.
+        images: what it is called with.
+        threads: of torch.
+
+    Raises:
+        RuntimeError: the other process failed; with its last lines.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        torch.save((model, images), path)
+        command = [sys.executable, "-m", "benchmarks.memory", str(path), str(threads)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the peak memory failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def _main(path: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    model, images = torch.load(path, weights_only=False)
+    with torch.no_grad():
+        for _ in range(2):
+            model(images)
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise RuntimeError("no VmHWM in /proc/self/status: peak memory needs Linux")
+    print(int(match[1]) / 1024)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
