@@ -16,23 +16,8 @@ inline __attribute__((always_inline)) Vector native_dot(Vector sum, Vector w, Ve
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
 }
 
-// For each code c0 | c1 << 2, the bytes of columns c0 and c1 among four bfloat16.
-constexpr uint32_t picked(int code) {
-    const uint32_t c0 = code & 3, c1 = code >> 2;
-    return 2 * c0 | (2 * c0 + 1) << 8 | 2 * c1 << 16 | (2 * c1 + 1) << 24;
-}
-alignas(64) constexpr uint32_t picks[16] = {picked(0),  picked(1),  picked(2),  picked(3),  picked(4),  picked(5),
-                                            picked(6),  picked(7),  picked(8),  picked(9),  picked(10), picked(11),
-                                            picked(12), picked(13), picked(14), picked(15)};
-
-template <class Code>
-inline __attribute__((always_inline)) F native_pick_control(const Code* codes) {
-    const __m512i lanes = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    return reinterpret_cast<F>(_mm512_maskz_permutexvar_epi32(0xffff, lanes, _mm512_load_si512(picks)));
-}
-
 template <class Quad>
-inline __attribute__((always_inline)) F native_pick(Quad quad, F control) {
+inline __attribute__((always_inline)) F native_pick(Quad quad, U control) {
     return reinterpret_cast<F>(_mm512_shuffle_epi8(_mm512_set1_epi64(int64_t(quad)), reinterpret_cast<__m512i>(control)));
 }
 

@@ -12,9 +12,9 @@ void nofm_check(const LinearArgs& a) {
                                     std::to_string(m));
     if (a.dtype == DType::bfloat16) {
         if (n != 2 || m != 4) throw std::invalid_argument("nofm: bfloat16 has 2:4 only; use bitmask for other n:m");
-        const int64_t groups = (a.N + 15) / 16 * (a.K / 4);
-        require_part(a, 0, "values", DType::bfloat16, groups, 32);
-        require_part(a, 1, "masks", DType::uint8, groups, 16);
+        const int64_t tiles = (a.N + 15) / 16, groups = a.K / 4;
+        require_part(a, 0, "values", DType::bfloat16, tiles * groups, 32);
+        require_part(a, 1, "masks", DType::uint8, tiles * ((groups + 1) / 2), 64);
         return;
     }
     require_part(a, 0, "values", DType::float32, a.N, a.K / m * n);

@@ -1,7 +1,8 @@
 // nofm: n kept entries in every group of m columns.
 // float32, any n:m: row-major values [N, K / m * n]; one bit per column in the masks.
-// bfloat16, 2:4: outputs in the lanes. Tiles of 16 rows: values [K / 4][16] pairs, and codes [K / 4][16] that say which two of
-// a group's four columns a pair multiplies. The four activations of a token are spread and each lane picks its two.
+// bfloat16, 2:4: outputs in the lanes. Tiles of 16 rows: values [K / 4][16] pairs, and which two of a group's four columns a
+// pair multiplies: bytes for the shuffle that picks them from a token's four activations, two groups to a byte, so that a
+// shift is all the decoding (a look-up costs 20 % of the time).
 
 struct NofM {
     using Number = Float32;
@@ -61,25 +62,18 @@ inline bool nofm_consistent(const NofM& s) {
     return !bad;
 }
 
-// From a byte c0 | c1 << 2 for each lane: what pick() needs to take columns c0 and c1 of a group.
-template <class Code>
-inline __attribute__((always_inline)) F native_pick_control(const Code* codes);  // defined where native_pairs
+// The two bfloat16 of `quad` (four of them) that each lane's control names: its bytes are 2 c0, 2 c0 + 1, 2 c1, 2 c1 + 1 in
+// their lowest four bits, and the highest bit is 0, as vpshufb has it.
 template <class Quad>
-inline __attribute__((always_inline)) F native_pick(Quad quad, F control);
+inline __attribute__((always_inline)) F native_pick(Quad quad, U control);  // defined where native_pairs
 
-inline __attribute__((always_inline)) F pick_control(const uint8_t* codes) {
-    if constexpr (native_pairs) return native_pick_control(codes);
-    else return reinterpret_cast<F>(__builtin_convertvector(*reinterpret_cast<const UnalignedBytes*>(codes), I));
-}
-
-// The two bfloat16 of `quad` (four of them) that each lane's control names.
-inline __attribute__((always_inline)) F pick(uint64_t quad, F control) {
+inline __attribute__((always_inline)) F pick(uint64_t quad, U control) {
     if constexpr (native_pairs) return native_pick(quad, control);
     else {
-        const U low = uint32_t(quad) - U{}, high = uint32_t(quad >> 32) - U{}, code = reinterpret_cast<U>(control);
-        const U first = (code & 2u) != 0u ? high : low, second = (code & 8u) != 0u ? high : low;
-        return reinterpret_cast<F>(((code & 1u) != 0u ? first >> 16 : first & 0xffffu) |
-                                   ((code & 4u) != 0u ? second & 0xffff0000u : second << 16));
+        const U low = uint32_t(quad) - U{}, high = uint32_t(quad >> 32) - U{};
+        const U first = (control & 4u) != 0u ? high : low, second = (control & 0x40000u) != 0u ? high : low;
+        return reinterpret_cast<F>(((control & 2u) != 0u ? first >> 16 : first & 0xffffu) |
+                                   ((control & 0x20000u) != 0u ? second & 0xffff0000u : second << 16));
     }
 }
 
@@ -90,10 +84,29 @@ constexpr int64_t chunk_bytes = 256 * 1024;                         // of x that
 
 struct TwoOfFour {
     const LinearArgs& a;
-    const float* values;
-    const uint8_t* codes;
+    const float* values;    // [tiles][groups][rows_of_tile] pairs
+    const float* controls;  // [tiles][(groups + 1) / 2][rows_of_tile] of 32 bits
     int64_t groups, steps;  // steps: tile_vectors * W outputs each; the last one may have a tile that is not there
     int token_threads;
+
+    // Adds group g; the control of an odd one is the upper half of each byte.
+    template <int M>
+    inline __attribute__((always_inline)) void add_group(const uint16_t* x, const float* const* w, int64_t g, const U* control,
+                                                         F* sums) const {
+        constexpr int per_tile = rows_of_tile / W;
+        F pairs[tile_vectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < tile_vectors; ++v) pairs[v] = load(w[v / per_tile] + g * rows_of_tile + v % per_tile * W);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            uint64_t quad;
+            __builtin_memcpy(&quad, x + m * a.K + 4 * g, 8);
+#pragma GCC unroll 8
+            for (int v = 0; v < tile_vectors; ++v)
+                sums[m * tile_vectors + v] =
+                    BFloat16::multiply_add(sums[m * tile_vectors + v], pairs[v], pick(quad, control[v]));
+        }
+    }
 
     // Tokens t0 ... t0 + M - 1, outputs of one step.
     template <int M>
@@ -101,31 +114,27 @@ struct TwoOfFour {
         constexpr int per_tile = rows_of_tile / W, tiles = tile_vectors / per_tile;
         const int64_t f0 = step * tile_vectors * W, all = (a.N + rows_of_tile - 1) / rows_of_tile;
         const uint16_t* x = static_cast<const uint16_t*>(a.x) + t0 * a.K;
-        const float* w[tiles];
-        const uint8_t* code[tiles];
+        const float *w[tiles], *c[tiles];
         for (int i = 0; i < tiles; ++i) {  // a tile that is not there repeats the last one; its sums are not stored
             const int64_t tile = step * tiles + i < all ? step * tiles + i : all - 1;
             w[i] = values + tile * groups * rows_of_tile;
-            code[i] = codes + tile * groups * rows_of_tile;
+            c[i] = controls + tile * ((groups + 1) / 2) * rows_of_tile;
         }
         F sums[M * tile_vectors] = {};
-        for (int64_t g = 0; g < groups; ++g) {
-            F pairs[tile_vectors], control[tile_vectors];
+        U control[tile_vectors];
+        for (int64_t g = 0; g + 1 < groups; g += 2) {
 #pragma GCC unroll 8
-            for (int v = 0; v < tile_vectors; ++v) {
-                const int64_t at = g * rows_of_tile + v % per_tile * W;
-                pairs[v] = load(w[v / per_tile] + at);
-                control[v] = pick_control(code[v / per_tile] + at);
-            }
-#pragma GCC unroll 16
-            for (int m = 0; m < M; ++m) {
-                uint64_t quad;
-                __builtin_memcpy(&quad, x + m * a.K + 4 * g, 8);
+            for (int v = 0; v < tile_vectors; ++v)
+                control[v] = reinterpret_cast<U>(load(c[v / per_tile] + g / 2 * rows_of_tile + v % per_tile * W));
+            add_group<M>(x, w, g, control, sums);
 #pragma GCC unroll 8
-                for (int v = 0; v < tile_vectors; ++v)
-                    sums[m * tile_vectors + v] =
-                        BFloat16::multiply_add(sums[m * tile_vectors + v], pairs[v], pick(quad, control[v]));
-            }
+            for (int v = 0; v < tile_vectors; ++v) control[v] >>= 4;
+            add_group<M>(x, w, g + 1, control, sums);
+        }
+        if (groups % 2) {
+            for (int v = 0; v < tile_vectors; ++v)
+                control[v] = reinterpret_cast<U>(load(c[v / per_tile] + groups / 2 * rows_of_tile + v % per_tile * W));
+            add_group<M>(x, w, groups - 1, control, sums);
         }
         finish_rows<BFloat16>(a, reinterpret_cast<const float*>(sums), tile_vectors * W, t0, M, f0);
     }
@@ -157,7 +166,7 @@ void two_of_four_thread(const void* arg, int i, int n) {
 }
 
 const char* two_of_four(const LinearArgs& a) {
-    TwoOfFour job{a, a.parts[0].as<float>(), a.parts[1].as<uint8_t>(), a.K / 4,
+    TwoOfFour job{a, a.parts[0].as<float>(), a.parts[1].as<float>(), a.K / 4,
                   (a.N + tile_vectors * W - 1) / (tile_vectors * W), 1};
     // tokens are split first, so that each thread's x stays its own; with few of them, the outputs
     int threads = a.threads;

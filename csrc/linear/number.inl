@@ -4,7 +4,6 @@
 using U = uint32_t __attribute__((vector_size(4 * W)));
 using H = uint16_t __attribute__((vector_size(2 * W)));
 using UnalignedH = uint16_t __attribute__((vector_size(2 * W), aligned(2), may_alias));
-using UnalignedBytes = uint8_t __attribute__((vector_size(W), aligned(1), may_alias));
 using UnalignedLanes = float __attribute__((vector_size(4 * W), aligned(2), may_alias));
 
 // The 32 bits at `p` in every lane. As integers, so that no pair is taken for a signalling NaN.

@@ -19,7 +19,9 @@ def product(tokens: Float, w: PackedWeight) -> Float:
         for row in range(n_rows):
             for group in range(groups):
                 line, lane = row // 16 * groups + group, row % 16
-                for i, column in enumerate(divmod(int(masks[line, lane]), 4)[::-1]):
+                for i in range(2):
+                    byte = int(masks[row // 16 * -(-groups // 2) + group // 2, 4 * lane + 2 * i])
+                    column = (byte >> 4 * (group % 2) & 15) // 2
                     y[:, row] += tokens[:, 4 * group + column] * values[line, 2 * lane + i]
         return y
     for row in range(n_rows):

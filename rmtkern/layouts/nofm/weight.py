@@ -47,9 +47,11 @@ class NofMWeight(PackedWeight):
         values: [N, K / m * n] float32, the kept entries of a row, by column.
         masks: [N, ceil(K / 64)] int64; bit j of word b is set where column 64 b + j is kept.
 
-    Parts, bfloat16 (2:4): rows lie in tiles of 16, the last one filled up with zeros; a line is one group of one tile.
-        values: [lines, 32] bfloat16, line t K / 4 + g: for each row of tile t, its two kept entries of group g, by column.
-        masks: [lines, 16] uint8, for each row c0 + 4 c1, the columns in the group (0 to 3) of those two.
+    Parts, bfloat16 (2:4): rows lie in tiles of 16, the last one filled up with zeros. 3/4 of the dense bytes.
+        values: [tiles * K / 4, 32] bfloat16, line t K / 4 + g: for each row of tile t, its two kept entries of group g.
+        masks: [tiles * ceil(K / 8), 64] uint8, line t ceil(K / 8) + h: for each row of tile t four bytes that say which
+            columns c0 < c1 (0 to 3) of groups 2 h and 2 h + 1 are kept: byte i holds 2 c + i % 2, c = c0 for i = 0, 1 and
+            c1 for i = 2, 3, of the first group in its lower and of the second in its upper four bits.
     """
 
     layout = "nofm"
@@ -115,8 +117,10 @@ class NofMWeight(PackedWeight):
         kept = np.sort(np.argsort(groups == 0, axis=2, kind="stable")[:, :, :n], axis=2)  # non-zeros, then zeros
         values = np.take_along_axis(groups, kept, axis=2)
         if dense.dtype == torch.bfloat16:
-            codes = (kept[..., 0] + 4 * kept[..., 1]).astype(np.uint8)
-            arrays = (_tiled(values).reshape(-1, 2 * TILE), _tiled(codes[..., None]).reshape(-1, TILE))
+            picked = (2 * np.repeat(kept, 2, axis=2) + np.array([0, 1, 0, 1])).astype(np.uint8)  # [N, groups, 4]
+            picked = np.pad(picked, ((0, 0), (0, picked.shape[1] % 2), (0, 0)))
+            masks = picked[:, ::2] | picked[:, 1::2] << 4
+            arrays = (_tiled(values).reshape(-1, 2 * TILE), _tiled(masks).reshape(-1, 4 * TILE))
             return cls._of(dense, {"n": n, "m": m}, arrays)
         inside = np.zeros(groups.shape, bool)
         np.put_along_axis(inside, kept, True, axis=2)
@@ -136,8 +140,8 @@ class NofMWeight(PackedWeight):
         if self.values.dtype == torch.bfloat16:
             groups = n_cols // 4
             pairs = self.values.view(torch.int16).view(-1, groups, TILE, 2).transpose(1, 2).reshape(-1, groups, 2)
-            codes = self.masks.view(-1, groups, TILE).transpose(1, 2).reshape(-1, groups).long()
-            columns = torch.stack([codes % 4, codes // 4], -1)
+            masks = self.masks.view(-1, -(-groups // 2), TILE, 4).transpose(1, 2).reshape(len(pairs), -1, 4)[..., ::2]
+            columns = torch.stack([masks % 16 // 2, masks // 32], 2).view(len(pairs), -1, 2)[:, :groups].long()
             full = pairs.new_zeros(len(pairs), groups, 4).scatter(-1, columns, pairs)
             return full[:n_rows].reshape(n_rows, n_cols).view(torch.bfloat16)
         values, masks = (part.cpu().numpy() for part in self.tensors())
