@@ -19,6 +19,7 @@ from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.ops import linear
+from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
 from rmtkern.packing_report import EndToEnd, LayerReport, PackReport
 from rmtkern.packing_watch import Seen, reason_to_leave, watch
 from rmtkern.progress import progress
@@ -31,10 +32,11 @@ Example = tuple[tuple[Any, ...], dict[str, Any]]
 Slots = dict[str, nn.Module]  # module name -> what stands there
 
 PLAIN = "dense/torch"  # the candidate that leaves the nn.Linear alone
-OUTPUT_TOLERANCE = 1e-4
+OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Largest change of the model's output, relative to its largest magnitude. Two dense fp32 libraries differ by 1e-6 to
-1e-5 after 12 blocks; a wrong activation or a lost weight shows at 1e-2 and above. Every sparse layer is held to the
-accuracy rule by itself before; the dense forms are PyTorch's own ops, which the rule takes as its yardstick."""
+1e-5 after 12 blocks, two bf16 ones by 1e-2; a wrong activation or a lost weight shows at 1e-2 and above. Every sparse
+layer is held to the accuracy rule by itself before, which is what counts in bf16; the dense forms are PyTorch's own,
+which the rule takes as its yardstick."""
 GUARD_NOISE = 0.01
 """How much slower than the faster dense model the packed model may time before the guard calls it slower."""
 SPARSITY_STEP = 0.05
@@ -174,17 +176,21 @@ def _place(model: nn.Module, slots: Slots) -> None:
         model.get_submodule(parent)._modules[key] = module
 
 
-def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float) -> list[str]:
+def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float, dtype: torch.dtype | None) -> list[str]:
     """Refuse bad arguments; the sparse layouts to try."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: expected {' or '.join(map(str, DTYPES))} or None, got {dtype!r}")
+    if dtype == torch.float32 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise ValueError("dtype: torch.float32 for a model with torch.bfloat16 weights; call model.float() first")
     if not 0 <= margin < 1:
         raise ValueError(f"margin: expected 0 <= margin < 1, got {margin}")
     names = list(LAYOUTS) if layouts is None else list(layouts)
     for name in names:
         if name not in LAYOUTS:
             raise ValueError(f"unknown layout {name!r}; valid: {', '.join(LAYOUTS)}")
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if is_cast(model) or any(isinstance(module, PackedLinear) for module in model.modules()):
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first")
     if isinstance(model, nn.Linear):
         raise ValueError("model: a lone nn.Linear cannot be swapped in place; wrap it in nn.Sequential")
@@ -245,7 +251,7 @@ def _measure(group: _Group, budget_ms: float, timer: Timer) -> None:
         recipes[form.label] = (layout, params)
     generator = torch.Generator().manual_seed(0)
     for tokens in group.first.tokens:
-        x = torch.randn(tokens, module.in_features, generator=generator)
+        x = torch.randn(tokens, module.in_features, generator=generator).to(weight.dtype)
         calls: dict[str, Callable[[], object]] = {}
         for label, form in forms.items():
             if label == PLAIN:
@@ -280,7 +286,7 @@ def _pack_layer(layer: _Layer, choice: Mapping[int, str]) -> PackedLinear | None
         layout, params = layer.group.recipes[label]
         forms[label] = LAYOUTS[layout].pack(weight, **params)
         if layout != "dense":
-            x = torch.randn(32, module.in_features, generator=torch.Generator().manual_seed(1))
+            x = torch.randn(32, module.in_features, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
             y = linear(x, forms[label], bias, activation=layer.seen.activation)
             if (excess := accuracy_excess(y, x, weight, bias, layer.seen.activation)) > 1:
                 layer.note = f"{label} misses the accuracy rule by a factor {excess:.2g}"
@@ -335,13 +341,15 @@ class _Swaps:
 
 
 def _verify(swaps: _Swaps, examples: Sequence[Example], expected: Sequence[Sequence[Tensor]], slots: Slots) -> None:
+    low = any(parameter.dtype == torch.bfloat16 for parameter in swaps.model.parameters())
+    tolerance = OUTPUT_TOLERANCE[torch.bfloat16 if low else torch.float32]
     for index, (example, wanted) in enumerate(zip(examples, expected, strict=True)):
         for got, want in zip(swaps.run(slots, example), wanted, strict=True):
             if not want.is_floating_point():
                 continue
             scale = float(want.abs().max()) if want.numel() else 0.0
             error = float((got - want).abs().max()) if want.numel() else 0.0
-            if not error <= OUTPUT_TOLERANCE * scale:
+            if not error <= tolerance * scale:
                 raise PackedModelError(
                     f"the packed model's output on example {index} differs by {error:.3g} where its scale is"
                     f" {scale:.3g}; nothing was changed; is the model deterministic in eval mode?"
@@ -453,6 +461,7 @@ def pack_(
     model: nn.Module,
     example: Any,
     *,
+    dtype: torch.dtype | None = None,
     layouts: Sequence[str] | None = None,
     margin: float = 0.03,
     budget_ms: float = 600.0,
@@ -470,9 +479,12 @@ def pack_(
     linear in its strongest dense form; choices that made it slower are put back.
 
     Args:
-        model: in eval mode, on the CPU, float32 linears; changed in place, but not at all if anything fails.
+        model: in eval mode, on the CPU, with float32 or bfloat16 linears; changed in place, but not at all on failure.
         example: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments; a list
             of these gives several examples, such as several batch sizes.
+        dtype: torch.bfloat16 turns the whole float32 model into bfloat16 (its linears sum in float32) behind its own
+            interface: floating inputs are cast on the way in, outputs come back as float32. It is then compared with
+            the dense model in bfloat16. Default: as the model is.
         layouts: names in LAYOUTS that may be chosen; default, all. Dense forms are always tried.
         margin: by what fraction sparse must be faster than the strongest dense form, [0, 1).
         budget_ms: time spent on each distinct measurement [ms]; the whole model gets five times as much per example.
@@ -487,10 +499,27 @@ def pack_(
         ValueError: nothing to pack, a bad option, an example that the model cannot run, or NaN weights.
         PackedModelError: train mode, packed already, or the output would change.
     """
-    layouts = _check(model, layouts, margin)
+    layouts = _check(model, layouts, margin, dtype)
     examples = _examples(example)
+    restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
+    try:
+        return _pack(model, examples, layouts, margin, budget_ms, timer or interleaved_ms, show_progress)
+    except BaseException:
+        if restore is not None:
+            restore()
+        raise
+
+
+def _pack(
+    model: nn.Module,
+    examples: list[Example],
+    layouts: Sequence[str],
+    margin: float,
+    budget_ms: float,
+    time_calls: Timer,
+    show_progress: bool | None,
+) -> PackReport:
     layers = _find(model)
-    time_calls = timer or interleaved_ms
     movable = [layer for layer in layers if layer.reason is None]
     expected = []
     with watch(model, {layer.name: layer.module for layer in movable}) as watched:
@@ -544,14 +573,15 @@ def pack_(
 
 
 def unpack_(model: nn.Module) -> int:
-    """Turn every PackedLinear back into a plain nn.Linear and restore the absorbed activations.
+    """Turn every PackedLinear back into a plain nn.Linear; restore the absorbed activations and a changed dtype.
 
     Args:
         model: a model that pack_ changed, or a copy of one; changed in place.
 
     Returns:
         How many layers were unpacked; 0 if none was packed. Weights are bit-exact at the packed dtype (-0.0 becomes
-        0.0) and require grad as before.
+        0.0) and require grad as before; a model that was packed with `dtype` is float32 again, with the precision that
+        `dtype` left.
 
     Raises:
         TypeError: `model` is not a module.
@@ -570,4 +600,5 @@ def unpack_(model: nn.Module) -> int:
         elif isinstance(module, AbsorbedActivation):
             slots[name] = module.original.train(module.training)
     _place(model, slots)
+    uncast_(model)
     return count

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.activations import FUNCTIONS
+from rmtkern.packing_dtype import DTYPES
 
 __all__ = ["Seen", "reason_to_leave", "watch"]
 
@@ -63,8 +64,8 @@ def reason_to_leave(model: nn.Module, name: str, module: nn.Linear) -> str | Non
     ]
     if sharers:
         return f"its parameter is tied to {', '.join(sharers)}"
-    if weight.dtype != torch.float32:
-        return f"dtype {weight.dtype}; the layouts hold torch.float32: call model.float() to pack it"
+    if weight.dtype not in DTYPES or (module.bias is not None and module.bias.dtype != weight.dtype):
+        return f"dtype {weight.dtype}; the layouts hold torch.float32 and torch.bfloat16: call model.float() to pack it"
     if weight.device.type != "cpu":
         return f"device {weight.device}; there are CPU kernels only: call model.cpu() to pack it"
     if 0 in weight.shape:

@@ -56,9 +56,9 @@ def accuracy_excess(
         wide = [None if t is None else t.double() for t in (x, w, bias, residual, scale)]
         exact = _dense(wide[0], wide[1], wide[2], activation, wide[3], wide[4])  # type: ignore[arg-type]
         dense = float((_dense(x, w, bias, activation, residual, scale).double() - exact).abs().max())
-        scale = float(exact.abs().max())
+        largest = float(exact.abs().max())
         error = float((y.double() - exact).abs().max())
-    allowed = 2 * dense + 4 * torch.finfo(x.dtype).eps * scale
+    allowed = 2 * dense + 4 * torch.finfo(x.dtype).eps * largest
     if error != error or error == float("inf"):
         return float("inf")
     return error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))

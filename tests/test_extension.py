@@ -132,7 +132,7 @@ def test_reason_when_the_extension_is_missing(tmp_path):
 
 
 def test_wide_registers_stay_in_their_region():
-    """Only functions of rk::avx512 and rk::avx512_bf16 touch zmm or mask registers, only those and rk::avx2 touch ymm: nothing leaks."""
+    """Only rk::avx512 and rk::avx512_bf16 touch zmm registers, only those and rk::avx2 touch ymm: nothing leaks."""
     objdump = shutil.which("objdump")
     if objdump is None:
         pytest.skip("objdump (binutils) is not installed")
@@ -144,7 +144,10 @@ def test_wide_registers_stay_in_their_region():
         if header:
             symbol = header.group(1)
             continue
-        for register, owners in (("%zmm", ("rk::avx512::", "rk::avx512_bf16::")), ("%ymm", ("rk::avx512::", "rk::avx512_bf16::", "rk::avx2::"))):
+        for register, owners in (
+            ("%zmm", ("rk::avx512::", "rk::avx512_bf16::")),
+            ("%ymm", ("rk::avx512::", "rk::avx512_bf16::", "rk::avx2::")),
+        ):
             if register in line.split("<")[0]:
                 found.add(register)
                 if not any(owner in symbol for owner in owners):

@@ -5,7 +5,6 @@ It knows neither PackedWeight nor kernels; csrc/linear/strips.inl reads the arra
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["BLOCK_ROWS", "pack_strips", "unpack_strips"]
@@ -20,11 +19,11 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # entries tra
 def pack_strips(dense: Tensor, r: int, c: int = 1, words: int = 1) -> Parts:
     """Store a weight: only the units of a strip that have a non-zero.
 
-    A strip is r consecutive rows, a unit c consecutive columns of it (the last ones are filled up with zeros). A segment
-    is a strip's 64 * words consecutive units (the last one may be shorter). A group is the segments of one row block
-    (BLOCK_ROWS rows) and one column block. Groups lie row block by row block, and in it column block by column block; in
-    a group the segments that cost more come first, equal ones by row, which lets a kernel predict its loops. The cost is
-    the number of units, and with two words (bfloat16 entries that a kernel pairs up) that of pairs of units.
+    A strip is r consecutive rows, a unit c consecutive columns of it (the last ones are filled up with zeros). A
+    segment is a strip's 64 * words consecutive units (the last one may be shorter). A group is the segments of one row
+    block (BLOCK_ROWS rows) and one column block. Groups lie row block by row block, and in it column block by column
+    block; in a group the segments that cost more come first, equal ones by row, which lets a kernel predict its loops.
+    The cost is the number of units, and with two words (bfloat16 entries that a kernel pairs up) that of their pairs.
 
     Args:
         dense: [N, K] float32 or bfloat16, any device.
@@ -34,8 +33,8 @@ def pack_strips(dense: Tensor, r: int, c: int = 1, words: int = 1) -> Parts:
 
     Returns:
         values [stored, r * c] in the dtype of `dense`, segment by segment, by unit in it, row by row in a unit; masks
-        [segments * words] int64, bit j set where unit j is stored; rows [segments] uint8, the segment's strip in its row
-        block; starts [groups + 1] int64, where a group's units begin.
+        [segments * words] int64, bit j set where unit j is stored; rows [segments] uint8, the segment's strip in its
+        row block; starts [groups + 1] int64, where a group's units begin.
     """
     n_rows, n_cols = dense.shape
     bits = (dense.detach() + 0.0).cpu().contiguous().view(_BITS[dense.dtype]).numpy()  # -0.0 + 0.0 is 0.0

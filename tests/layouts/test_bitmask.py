@@ -68,18 +68,17 @@ def test_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, sparsity):
         assert_as_accurate_as_dense(got, x, weight, bias, activation, residual, exact)
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97, 1])
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 197])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97])
+@pytest.mark.parametrize("tokens", [1, 17, 197])
 @pytest.mark.parametrize(("n_rows", "n_cols"), [(131, 67), (128, 256), (1, 131), (259, 300), (5, 1)])
 def test_bfloat16_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, sparsity):
     torch.manual_seed(tokens)
     weight = random_weight(n_rows, n_cols, sparsity).bfloat16()
     packed = BitmaskWeight.pack(weight)
     x, scale = torch.randn(tokens, n_cols).bfloat16(), torch.randn(n_rows).bfloat16()
-    for bias, activation, residual in epilogues(tokens, n_rows):
-        bias, residual = (None if t is None else t.bfloat16() for t in (bias, residual))
-        got = cpu.linear(x, packed, bias, activation, residual, scale)
-        rule(got, x, weight, bias, activation, residual, scale)
+    bias, residual = torch.randn(n_rows).bfloat16(), torch.randn(tokens, n_rows).bfloat16()
+    for tail in ((None, None, None, None), (bias, "gelu", residual, scale)):
+        rule(cpu.linear(x, packed, *tail), x, weight, *tail)
 
 
 @pytest.mark.parametrize("tokens", [5, 100])
@@ -205,7 +204,9 @@ def test_pack_keeps_device_and_names_what_it_refuses():
 def test_supports_gives_the_reason():
     packed = BitmaskWeight.pack(torch.ones(4, 4))
     assert cpu.supports(packed, torch.ones(1, 4)) is None
-    assert "torch.float64; cast to torch.float32 or torch.bfloat16" in cpu.supports(packed, torch.ones(1, 4, dtype=torch.float64))
+    assert "torch.float64; cast to torch.float32 or torch.bfloat16" in cpu.supports(
+        packed, torch.ones(1, 4, dtype=torch.float64)
+    )
     reason = cpu.supports(packed, torch.ones(1, 4).bfloat16())
     assert reason is not None and "x is torch.bfloat16, the weight torch.float32; cast x, or pack" in reason
     assert "device meta" in cpu.supports(packed, torch.ones(1, 4, device="meta"))

@@ -45,18 +45,19 @@ def pair_weight(n_rows, n_cols, r, sparsity, seed=0):
     return (torch.randn(n_rows, n_cols, generator=generator) * kept).bfloat16()
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97, 1])
-@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 197])
-@pytest.mark.parametrize(("n_rows", "n_cols", "r"), [(131, 67, 1), (131, 135, 4), (128, 256, 4), (3, 1, 4), (259, 61, 1)])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97])
+@pytest.mark.parametrize("tokens", [1, 17, 197])
+@pytest.mark.parametrize(
+    ("n_rows", "n_cols", "r"), [(131, 67, 1), (131, 135, 4), (128, 256, 4), (3, 1, 4), (259, 61, 1)]
+)
 def test_bfloat16_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, r, sparsity):  # noqa: F811
     torch.manual_seed(tokens)
     weight = pair_weight(n_rows, n_cols, r, sparsity)
     packed = BlockWeight.pack(weight, r=r, c=2)
     x, scale = torch.randn(tokens, n_cols).bfloat16(), torch.randn(n_rows).bfloat16()
-    for bias, activation, residual in epilogues(tokens, n_rows):
-        bias, residual = (None if t is None else t.bfloat16() for t in (bias, residual))
-        got = cpu.linear(x, packed, bias, activation, residual, scale)
-        rule(got, x, weight, bias, activation, residual, scale)
+    bias, residual = torch.randn(n_rows).bfloat16(), torch.randn(tokens, n_rows).bfloat16()
+    for tail in ((None, None, None, None), (bias, "gelu", residual, scale)):
+        rule(cpu.linear(x, packed, *tail), x, weight, *tail)
 
 
 @pytest.mark.parametrize(("r", "n_rows", "n_cols"), [(1, 150, 131), (4, 150, 131), (4, 3, 1)])
@@ -132,7 +133,9 @@ def test_variants_recognise_the_pattern_from_the_weight():
 
 def test_refusals_name_what_is_wrong():
     for params in ({}, {"r": 3}, {"r": 4, "c": 2}):
-        with pytest.raises(ValueError, match=r"params \(r, c\) must be one of \(2, 1\), \(4, 1\), \(8, 1\) for torch.float32"):
+        with pytest.raises(
+            ValueError, match=r"params \(r, c\) must be one of \(2, 1\), \(4, 1\), \(8, 1\) for torch.float32"
+        ):
             BlockWeight.pack(torch.zeros(4, 4), **params)
     with pytest.raises(ValueError, match=r"must be one of \(1, 2\), \(4, 2\) for torch.bfloat16, got"):
         BlockWeight.pack(torch.zeros(4, 4).bfloat16(), r=4, c=1)

@@ -14,7 +14,7 @@ from rmtkern.layouts import LAYOUTS, cpu
 from rmtkern.nn import PackedLinear
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
-# layout, params, the n:m that its weights must have
+# layout, params, the n:m that its weights must have; and the dtype, which is float32 where none is named
 FORMS = [
     ("dense", {"form": 0}, None),
     ("dense", {"form": 1}, None),
@@ -25,6 +25,15 @@ FORMS = [
     ("block", {"r": 8, "c": 1}, None),
     ("nofm", {"n": 2, "m": 4}, (2, 4)),
     ("nofm", {"n": 1, "m": 16}, (1, 16)),
+]
+BF16 = [
+    ("dense", {"form": 0}, None),
+    ("dense", {"form": 1}, None),
+    ("dense", {"form": 2}, None),
+    ("bitmask", {}, None),
+    ("block", {"r": 1, "c": 2}, None),
+    ("block", {"r": 4, "c": 2}, None),
+    ("nofm", {"n": 2, "m": 4}, (2, 4)),
 ]
 IDS = [f"{layout}-{'-'.join(f'{k}{v}' for k, v in params.items())}" for layout, params, _ in FORMS]
 
@@ -64,6 +73,35 @@ def test_accuracy_with_every_epilogue(layout, params, nofm, backend, isa, t, n, 
     for activation, bias, residual in itertools.product(ops.ACTIVATIONS, (None, b), (None, r)):
         y = ops.linear(x, packed, bias, activation=activation, residual=residual, backend=backend)
         assert_as_accurate_as_dense(y, x, w, bias, activation, residual)
+
+
+@pytest.mark.parametrize("isa", ["reference", *cpu.isas()])
+@pytest.mark.parametrize(("layout", "params", "nofm"), BF16)
+@pytest.mark.parametrize(("t", "n", "k"), [(37, 53, 80), (1, 96, 128), (3, 131, 208), (197, 17, 64)])
+def test_bfloat16_accuracy_with_every_epilogue(layout, params, nofm, isa, t, n, k, monkeypatch):
+    backend = "reference" if isa == "reference" else "cpu"
+    monkeypatch.setenv("RMTKERN_ISA", "" if isa == "reference" else isa)
+    w = weight((n, k), nofm).bfloat16()
+    packed = LAYOUTS[layout].pack(w, **params)
+    assert packed.unpack().dtype == torch.bfloat16 and torch.equal(packed.unpack(), w)
+    generator = torch.Generator().manual_seed(t)
+    x, b, s, r = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((t, k), (n,), (n,), (t, n)))
+    for activation, scale, residual in itertools.product(ops.ACTIVATIONS, (None, s), (None, r)):
+        y = ops.linear(x, packed, b, activation=activation, scale=scale, residual=residual, backend=backend)
+        assert_as_accurate_as_dense(y, x, w, b, activation, residual, scale)
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm"), BF16)
+def test_bfloat16_extremes_and_copies(layout, params, nofm):
+    x = torch.randn(9, 64).bfloat16()
+    for sparsity in (0.0, 0.97, 1.0):
+        w = (weight((20, 64), nofm, sparsity) * (1 - int(sparsity))).bfloat16()
+        packed = LAYOUTS[layout].pack(w, **params)
+        assert_as_accurate_as_dense(ops.linear(x, packed), x, w)
+        twin = copy.deepcopy(packed)
+        assert torch.equal(twin.unpack(), w) and torch.equal(ops.linear(x, twin), ops.linear(x, packed))
+    with pytest.raises(ops.KernelUnavailable, match=r"x is torch.float32, the weight torch.bfloat16; cast"):
+        ops.linear(x.float(), packed)
 
 
 @pytest.mark.parametrize(("layout", "params", "nofm", "backend", "isa"), list(variants()))
@@ -172,10 +210,11 @@ def test_what_no_layout_stores(layout, params, nofm):
             pack(w, **params)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_variants_can_be_packed(layout):
+def test_variants_can_be_packed(layout, dtype):
     for nofm in ((2, 4), (3, 8), None):
-        w = weight((16, 64), nofm, 0.3)
+        w = weight((16, 64), nofm, 0.3).to(dtype)
         for params in LAYOUTS[layout].variants(w):
             assert torch.equal(LAYOUTS[layout].pack(w, **params).unpack(), w + 0.0)
 

@@ -22,15 +22,15 @@ def _check(params: Mapping[str, int], dtype: torch.dtype) -> tuple[int, int]:
     if size not in SIZES[dtype]:
         wanted = ", ".join(str(valid) for valid in SIZES[dtype])
         raise ValueError(f"block: params (r, c) must be one of {wanted} for {dtype}, got {dict(params)}")
-    return size  # type: ignore[return-value]
+    return size
 
 
 class BlockWeight(PackedWeight):
     """Mini-blocks of r rows and c columns, stored whole if they have a non-zero.
 
-    float32: patterns "2x1", "4x1", "8x1"; bfloat16: "1x2", "4x2". Any weight can be stored; a zero beside a non-zero in its
-    mini-block is stored too, and multiplies like any entry. The storage of strips.py with strips of r rows and units of c
-    columns.
+    float32: patterns "2x1", "4x1", "8x1"; bfloat16: "1x2", "4x2". Any weight can be stored; a zero beside a non-zero
+    in its mini-block is stored too, and multiplies like any entry. The storage of strips.py with strips of r rows and
+    units of c columns.
 
     Parts:
         values: [stored, r * c] float32 or bfloat16, segment by segment, by unit in it, row by row in a mini-block.
@@ -56,7 +56,7 @@ class BlockWeight(PackedWeight):
 
     @classmethod
     def variants(cls, dense: Tensor) -> Iterable[dict[str, int]]:
-        """Each (r, c) whose mini-blocks are nearly full in this weight, so that it was pruned in that pattern or wider."""
+        """Each (r, c) whose mini-blocks are nearly full here, so that it was pruned in that pattern or wider."""
         kept = dense.detach() != 0
         (n_rows, n_cols), total = kept.shape, int(kept.sum())
         if total == kept.numel():
@@ -75,7 +75,7 @@ class BlockWeight(PackedWeight):
 
         Args:
             dense: [N, K] float32 or bfloat16, finite.
-            params: r and c, rows and columns of a mini-block, as the class says; N and K need not be divisible by them.
+            params: r and c, rows and columns of a mini-block, as the class says; they need not divide N and K.
 
         Returns:
             The packed weight, on the device of `dense`.

@@ -48,10 +48,10 @@ class NofMWeight(PackedWeight):
         masks: [N, ceil(K / 64)] int64; bit j of word b is set where column 64 b + j is kept.
 
     Parts, bfloat16 (2:4): rows lie in tiles of 16, the last one filled up with zeros. 3/4 of the dense bytes.
-        values: [tiles * K / 4, 32] bfloat16, line t K / 4 + g: for each row of tile t, its two kept entries of group g.
-        masks: [tiles * ceil(K / 8), 64] uint8, line t ceil(K / 8) + h: for each row of tile t four bytes that say which
-            columns c0 < c1 (0 to 3) of groups 2 h and 2 h + 1 are kept: byte i holds 2 c + i % 2, c = c0 for i = 0, 1 and
-            c1 for i = 2, 3, of the first group in its lower and of the second in its upper four bits.
+        values: [tiles * K / 4, 32] bfloat16, line t K / 4 + g: for each row of tile t, its kept entries of group g.
+        masks: [tiles * ceil(K / 8), 64] uint8, line t ceil(K / 8) + h: for each row of tile t four bytes that say
+            columns c0 < c1 (0 to 3) of groups 2 h and 2 h + 1 are kept: byte i holds 2 c + i % 2, c = c0 for i = 0, 1,
+            and c = c1 for i = 2, 3; the first group lies in the lower four bits and the second in the upper four.
     """
 
     layout = "nofm"
@@ -140,8 +140,8 @@ class NofMWeight(PackedWeight):
         if self.values.dtype == torch.bfloat16:
             groups = n_cols // 4
             pairs = self.values.view(torch.int16).view(-1, groups, TILE, 2).transpose(1, 2).reshape(-1, groups, 2)
-            masks = self.masks.view(-1, -(-groups // 2), TILE, 4).transpose(1, 2).reshape(len(pairs), -1, 4)[..., ::2]
-            columns = torch.stack([masks % 16 // 2, masks // 32], 2).view(len(pairs), -1, 2)[:, :groups].long()
+            picked = self.masks.view(-1, -(-groups // 2), TILE, 4).transpose(1, 2).reshape(len(pairs), -1, 4)[..., ::2]
+            columns = torch.stack([picked % 16 // 2, picked // 32], 2).view(len(pairs), -1, 2)[:, :groups].long()
             full = pairs.new_zeros(len(pairs), groups, 4).scatter(-1, columns, pairs)
             return full[:n_rows].reshape(n_rows, n_cols).view(torch.bfloat16)
         values, masks = (part.cpu().numpy() for part in self.tensors())
