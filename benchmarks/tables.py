@@ -47,11 +47,16 @@ def spectra() -> Table:
 
 
 def kernels() -> Table:
-    """The sparse layouts against the strongest dense linear of the same precision, one thread.
+    """The sparse layouts against the strongest dense linear of the same precision, one thread, the layers of a ViT-B.
 
-    Forms without one of the three sparsities (lowrank, spectral, own dense) are in the CSV only.
+    Other layers, thread counts and forms without one of the three sparsities (lowrank, spectral, own dense) are in the
+    CSV only.
     """
-    found = [row for row in rows(f"kernel-{CPU}.csv") if row["threads"] == "1" and not row["activation"]]
+    found = [
+        row
+        for row in rows(f"kernel-{CPU}.csv")
+        if row["threads"] == "1" and not row["activation"] and row["layer"] in SHOWN_LAYERS
+    ]
     by_case = {(row["layer"], row["T"], row["dtype"], row["form"]): row for row in found}
     order = list(dict.fromkeys((row["layer"], row["T"], row["dtype"], row["N"], row["K"]) for row in found))
     forms = list(dict.fromkeys(_form(row) for row in found if row["layout"] != "dense"))
@@ -67,6 +72,8 @@ def kernels() -> Table:
     notes = [f"Ratio to oneDNN / to the strongest dense form (prepacked oneDNN included). 1 thread. {_where(found[0])}"]
     return Table(["layer", "shape", "tokens", "dtype", "layout", "50 %", "70 %", "90 %"], cells, notes)
 
+
+SHOWN_LAYERS = ("vit_b.fc1", "vit_b.fc2", "vit_b.qkv", "vit_b.proj")
 
 FIXED = ("nofm 2:4", "nofm 2:4x4")
 """Forms whose pattern says the sparsity, 50 %."""

@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _prune_arguments(bench)
     bench.add_argument("--keep-zeros", action="store_true", help="do not prune: take the zeros of the checkpoint")
     bench.add_argument("--batch", type=int, nargs="+", default=[8], help="batch sizes")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="both sides run in it")
 
     verb("info", "versions, this CPU, and which layouts run here and why not the others")
     return parser
@@ -188,7 +189,7 @@ def _bench(args: argparse.Namespace) -> int:
     packed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
-    report = pack_(packed, examples)
+    report = pack_(packed, examples, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None)
     if args.json:
         _print_json({"environment": environment(), **json.loads(report.to_json())})
     else:
