@@ -58,15 +58,63 @@ rk::Activation as_activation(const std::optional<std::string>& name) {
     throw std::invalid_argument("unknown activation '" + *name + "'; valid: None, gelu, gelu_tanh, relu, silu");
 }
 
+std::string isa_or_environment(const std::optional<std::string>& isa) {
+    const char* env = std::getenv("RMTKERN_ISA");
+    return isa ? *isa : env ? env : "";
+}
+
+// Four dimensions, the last one contiguous; strides in items go to `strides`.
+const void* as_heads(const py::array& a, const std::string& name, const py::dtype& dtype, const int64_t (&shape)[4],
+                     int64_t (&strides)[3]) {
+    if (!a.dtype().is(dtype) && a.dtype().num() != dtype.num())
+        throw rk::TypeMismatch(name + " must be " + std::string(py::str(dtype)) + " as q is, got " +
+                               std::string(py::str(a.dtype())));
+    bool fits = a.ndim() == 4;
+    for (int i = 0; fits && i < 4; ++i) fits = a.shape(i) == shape[i];
+    if (!fits) {
+        std::string wanted;
+        for (const int64_t n : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(n);
+        throw std::invalid_argument(name + " must have shape (" + wanted + "), got " + shape_text(a));
+    }
+    const int64_t size = a.itemsize();
+    if (shape[3] > 1 && a.strides(3) != size)
+        throw rk::TypeMismatch(name + " must be contiguous in its last dimension; call .contiguous() first");
+    for (int i = 0; i < 3; ++i) strides[i] = a.strides(i) / size;
+    return a.data();
+}
+
+void attention(const py::array& q, const py::array& k, const py::array& v, const std::optional<py::array>& mask,
+               py::array& y, double scale, int threads, const std::optional<std::string>& isa) {
+    const rk::Table& table = rk::table_of(isa_or_environment(isa));
+    rk::AttentionArgs a;
+    const py::dtype dtype = q.dtype();
+    if (dtype.kind() == 'u' && dtype.itemsize() == 2) a.dtype = rk::DType::bfloat16;
+    else if (dtype.kind() != 'f' || dtype.itemsize() != 4)
+        throw rk::TypeMismatch("q must be float32 or bfloat16 (as uint16), got " + std::string(py::str(dtype)));
+    if (q.ndim() != 4 || k.ndim() != 4)
+        throw std::invalid_argument("q and k must have shape (B, H, T, d), got " + shape_text(q) + " and " + shape_text(k));
+    a.B = q.shape(0), a.H = q.shape(1), a.Tq = q.shape(2), a.d = q.shape(3), a.Tk = k.shape(2);
+    if (a.Tk < 1 || a.d < 1) throw std::invalid_argument("attention needs at least one key and d >= 1, got " + shape_text(k));
+    a.q = as_heads(q, "q", dtype, {a.B, a.H, a.Tq, a.d}, a.q_stride);
+    a.k = as_heads(k, "k", dtype, {a.B, a.H, a.Tk, a.d}, a.k_stride);
+    a.v = as_heads(v, "v", dtype, {a.B, a.H, a.Tk, a.d}, a.v_stride);
+    if (mask) a.mask = as_heads(*mask, "mask", dtype, {a.B, a.H, a.Tq, a.Tk}, a.mask_stride);
+    int64_t strides[3];
+    as_heads(y, "y", dtype, {a.B, a.Tq, a.H, a.d}, strides);
+    if (!(y.flags() & py::array::c_style)) throw rk::TypeMismatch("y must be C-contiguous");
+    a.y = y.mutable_data();
+    a.scale = float(scale);
+    if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
+    a.threads = threads;
+    py::gil_scoped_release release;
+    if (a.B && a.H && a.Tq) table.attention(a);
+}
+
 void linear(const std::string& layout, const py::array& x, const std::vector<py::array>& parts,
             const std::vector<int64_t>& params, const std::optional<py::array>& bias,
             const std::optional<py::array>& scale, const std::optional<py::array>& residual, py::array& y,
-            const std::optional<std::string>& activation, int threads, std::optional<std::string> isa) {
-    if (!isa) {
-        const char* env = std::getenv("RMTKERN_ISA");
-        isa = env ? env : "";
-    }
-    const rk::Kernel kernel = rk::find(layout, *isa);
+            const std::optional<std::string>& activation, int threads, const std::optional<std::string>& isa) {
+    const rk::Kernel kernel = rk::find(layout, isa_or_environment(isa));
     rk::LinearArgs a;
     const rk::Array xa = as_array(x, "x"), ya = as_array(y, "y");
     if (xa.ndim != 2) throw std::invalid_argument("x must have shape (T, K), got " + shape_text(x));
@@ -117,6 +165,9 @@ PYBIND11_MODULE(_C, m) {
         }
     });
     m.def("isas", &isas);
+    m.def("attention", &attention, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
+          py::arg("mask").noconvert().none(true), py::arg("y").noconvert(), py::arg("scale"), py::arg("threads"),
+          py::arg("isa") = py::none());
     m.def("linear", &linear, py::arg("layout"), py::arg("x").noconvert(), py::arg("parts").noconvert(), py::arg("params"),
           py::arg("bias").noconvert().none(true), py::arg("scale").noconvert().none(true), py::arg("residual").noconvert().none(true),
           py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"), py::arg("isa") = py::none());

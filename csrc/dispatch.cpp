@@ -79,17 +79,20 @@ const Table* const* tables() {
     return found.list;
 }
 
-Kernel find(const std::string& layout, const std::string& isa) {
-    const Table* table = nullptr;
+const Table& table_of(const std::string& isa) {
     std::string names;
     for (auto t = tables(); *t; ++t) {
-        if (!table && (isa.empty() || isa == (*t)->isa)) table = *t;
+        if (isa.empty() || isa == (*t)->isa) return **t;
         names += (names.empty() ? "" : ", ") + std::string((*t)->isa);
     }
-    if (!table) throw std::invalid_argument("unknown instruction set '" + isa + "'; this CPU runs: " + names);
-    names.clear();
+    throw std::invalid_argument("unknown instruction set '" + isa + "'; this CPU runs: " + names);
+}
+
+Kernel find(const std::string& layout, const std::string& isa) {
+    const Table& table = table_of(isa);
+    std::string names;
     for (const Layout& l : layouts) {
-        if (layout == l.name) return {l.check, table->*l.run};
+        if (layout == l.name) return {l.check, table.*l.run};
         names += (names.empty() ? "" : ", ") + std::string(l.name);
     }
     throw std::invalid_argument("no CPU kernel for layout '" + layout + "'; layouts with one: " + names);

@@ -68,9 +68,23 @@ struct LinearArgs {
 using LinearFn = const char* (*)(const LinearArgs&);
 using CheckFn = void (*)(const LinearArgs&);
 
+// y [B, Tq, H, d] = softmax(q k^T * scale + mask) v; q [B, H, Tq, d], k and v [B, H, Tk, d] with strides in items over all
+// dimensions but the last, which is contiguous; mask (may be null) [B, H, Tq, Tk] likewise, where strides may be 0.
+struct AttentionArgs {
+    int64_t B = 0, H = 0, Tq = 0, Tk = 0, d = 0;
+    DType dtype = DType::float32;  // of all arrays: float32 or bfloat16
+    const void *q = nullptr, *k = nullptr, *v = nullptr, *mask = nullptr;
+    int64_t q_stride[3] = {}, k_stride[3] = {}, v_stride[3] = {}, mask_stride[3] = {};
+    void* y = nullptr;
+    float scale = 1;
+    int threads = 1;
+};
+using AttentionFn = void (*)(const AttentionArgs&);
+
 #define RK_FIELD(name) LinearFn name;
 struct Table {
     const char* isa;
+    AttentionFn attention;
     RK_LAYOUTS(RK_FIELD)
 };
 #undef RK_FIELD
@@ -97,5 +111,8 @@ struct Kernel {
     LinearFn run;
 };
 Kernel find(const std::string& layout, const std::string& isa);
+
+// The table of an instruction set; empty means the best. ValueError with the valid names otherwise.
+const Table& table_of(const std::string& isa);
 
 }  // namespace rk

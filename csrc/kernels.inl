@@ -10,5 +10,7 @@
 #include "linear/bitmask.inl"
 #include "linear/block.inl"
 #include "linear/nofm.inl"
+#include "attention.inl"
 #define RK_FIELD(name) name##_linear,
+#define RK_TABLE(isa) {isa, attention, RK_LAYOUTS(RK_FIELD)}
 #endif

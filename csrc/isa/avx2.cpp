@@ -14,6 +14,6 @@ constexpr bool native_pairs = false;  // bfloat16 by shifts and float FMAs
 #include "../kernels.inl"
 }  // namespace
 extern const Table table;
-const Table table = {"avx2", RK_LAYOUTS(RK_FIELD)};
+const Table table = RK_TABLE("avx2");
 }  // namespace rk::avx2
 RK_TARGET_END

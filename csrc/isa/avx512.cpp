@@ -11,6 +11,6 @@ constexpr bool native_pairs = false;  // bfloat16 by shifts and float FMAs
 #include "avx512.inl"
 }  // namespace
 extern const Table table;
-const Table table = {"avx512", RK_LAYOUTS(RK_FIELD)};
+const Table table = RK_TABLE("avx512");
 }  // namespace rk::avx512
 RK_TARGET_END

@@ -16,6 +16,11 @@ inline __attribute__((always_inline)) Vector native_dot(Vector sum, Vector w, Ve
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
 }
 
+template <class Vector>
+inline __attribute__((always_inline)) H native_to_bfloat16(Vector x) {
+    return reinterpret_cast<H>(_mm512_cvtneps_pbh(x));
+}
+
 template <class Quad>
 inline __attribute__((always_inline)) F native_pick(Quad quad, U control) {
     return reinterpret_cast<F>(_mm512_shuffle_epi8(_mm512_set1_epi64(int64_t(quad)), reinterpret_cast<__m512i>(control)));
@@ -41,6 +46,6 @@ uint64_t native_pair_up(const uint64_t* mask, const Entry* values, uint32_t* pai
 }
 }  // namespace
 extern const Table table;
-const Table table = {"avx512_bf16", RK_LAYOUTS(RK_FIELD)};
+const Table table = RK_TABLE("avx512_bf16");
 }  // namespace rk::avx512_bf16
 RK_TARGET_END

@@ -13,5 +13,5 @@ constexpr bool native_pairs = false;  // bfloat16 by shifts and float FMAs
 #include "../kernels.inl"
 }  // namespace
 extern const Table table;
-const Table table = {"portable", RK_LAYOUTS(RK_FIELD)};
+const Table table = RK_TABLE("portable");
 }  // namespace rk::portable

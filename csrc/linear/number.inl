@@ -25,8 +25,12 @@ inline U special_pairs(F pairs) {
     return (((bits & 0x7f807f80u) + 0x00800080u) & 0x80008000u);
 }
 
+template <class Vector>
+inline __attribute__((always_inline)) H native_to_bfloat16(Vector x);  // defined where native_pairs
+
 // The nearest bfloat16, ties to even; NaN stays NaN (quiet).
 inline H to_bfloat16(F x) {
+    if constexpr (native_pairs) return native_to_bfloat16(x);
     const U bits = reinterpret_cast<U>(x);
     const U nearest = bits + 0x7fffu + (bits >> 16 & 1u), quiet = bits | 0x400000u;
     return __builtin_convertvector((x == x ? nearest : quiet) >> 16, H);

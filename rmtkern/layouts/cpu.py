@@ -21,7 +21,7 @@ except ImportError as error:
         " or run `python setup.py build_ext --inplace` in a checkout"
     )
 
-__all__ = ["isas", "linear", "supports"]
+__all__ = ["as_array", "extension", "isas", "linear", "supports"]
 
 
 def isas() -> list[str]:
@@ -43,7 +43,14 @@ def supports(w: PackedWeight, x: Tensor) -> str | None:
     return None
 
 
-def _array(tensor: Tensor) -> NDArray[Any]:
+def extension() -> Any:
+    """The module rmtkern._C; KernelUnavailable, with the remedy, if it was not built."""
+    if _C is None:
+        raise KernelUnavailable(MISSING)
+    return _C
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
     """A view for the extension; bfloat16, which NumPy lacks, crosses as uint16."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -60,18 +67,16 @@ def _cpu_linear(
     residual: Tensor | None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    if _C is None:
-        raise KernelUnavailable(MISSING)
     y = torch.empty(x.shape[0], features, dtype=x.dtype)
-    _C.linear(
+    extension().linear(
         layout,
-        _array(x),
-        [_array(part) for part in parts],
+        as_array(x),
+        [as_array(part) for part in parts],
         list(params),
-        None if bias is None else _array(bias),
-        None if scale is None else _array(scale),
-        None if residual is None else _array(residual),
-        _array(y),
+        None if bias is None else as_array(bias),
+        None if scale is None else as_array(scale),
+        None if residual is None else as_array(residual),
+        as_array(y),
         activation,
         torch.get_num_threads(),
     )
