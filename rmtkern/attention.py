@@ -80,7 +80,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
     keys = k.shape[2] if k.ndim == 4 else 0
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != (batch, heads, keys, d) or keys == 0 or d == 0:
-            raise ValueError(f"{name}: expected [{batch}, {heads}, Tk >= 1, {d}] as q and k say, got {list(tensor.shape)}")
+            raise ValueError(
+                f"{name}: expected [{batch}, {heads}, Tk >= 1, {d}] as q and k say, got {list(tensor.shape)}"
+            )
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name}: expected {q.dtype} as q is, got {tensor.dtype}")
     reason = reason_against(q, k, v, mask)
@@ -96,5 +98,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
             raise ValueError(f"mask: expected a shape broadcastable to {wanted}, got {list(mask.shape)}") from error
         if mask.stride(-1) != 1 and keys > 1:  # one value for all keys
             mask = mask.contiguous()
-    y = torch.ops.rmtkern.cpu_attention(_rows(q), _rows(k), _rows(v), mask, 1 / math.sqrt(d) if scale is None else scale)
+    if 0 in (batch, heads, tokens):
+        return torch.empty_like(q)
+    y = torch.ops.rmtkern.cpu_attention(
+        _rows(q), _rows(k), _rows(v), mask, 1 / math.sqrt(d) if scale is None else scale
+    )
     return y.transpose(1, 2)

@@ -19,8 +19,9 @@ from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.ops import linear
+from rmtkern.packing_attention import AttentionCall, disable, enable, enabled, watch_attention
 from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
-from rmtkern.packing_report import EndToEnd, LayerReport, PackReport
+from rmtkern.packing_report import AttentionReport, EndToEnd, LayerReport, PackReport
 from rmtkern.packing_watch import Seen, reason_to_leave, watch
 from rmtkern.progress import progress
 from rmtkern.testing import accuracy_excess
@@ -190,7 +191,7 @@ def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float, dtype
     for name in names:
         if name not in LAYOUTS:
             raise ValueError(f"unknown layout {name!r}; valid: {', '.join(LAYOUTS)}")
-    if is_cast(model) or any(isinstance(module, PackedLinear) for module in model.modules()):
+    if is_cast(model) or enabled(model) or any(isinstance(module, PackedLinear) for module in model.modules()):
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first")
     if isinstance(model, nn.Linear):
         raise ValueError("model: a lone nn.Linear cannot be swapped in place; wrap it in nn.Sequential")
@@ -315,6 +316,7 @@ class _Swaps:
                 self.original[layer.seen.follower] = model.get_submodule(layer.seen.follower)
         self.dense: Slots = dict(self.original)
         self.packed: Slots = dict(self.original)
+        self.attention: list[nn.Module] = []  # modules that use the attention kernel in the packed state
         self.now: Slots | None = self.original
 
     def put(self, slots: Slots, layer: _Layer, module: PackedLinear | None) -> None:
@@ -332,10 +334,17 @@ class _Swaps:
                 slots[name] = source[name]
         self.now = None  # the state that stands may be the one that changed
 
+    def drop_attention(self) -> None:
+        """PyTorch's attention in every state."""
+        disable(self.attention)
+        self.attention = []
+        self.now = None
+
     def run(self, slots: Slots, example: Example) -> list[Tensor]:
         """The model's output in one of the states."""
         if self.now is not slots:
             _place(self.model, slots)
+            (enable if slots is self.packed else disable)(self.attention)
             self.now = slots
         return _run(self.model, example)
 
@@ -371,7 +380,7 @@ def _guard(
             states = {"original": swaps.original}
             if swaps.dense != swaps.original:
                 states["dense"] = swaps.dense
-            if swaps.packed not in (swaps.original, swaps.dense):
+            if swaps.attention or swaps.packed not in (swaps.original, swaps.dense):
                 states["packed"] = swaps.packed
             calls = {name: lambda s=slots, e=example: swaps.run(s, e) for name, slots in states.items()}
             ms = timer(calls, budget_ms)
@@ -390,8 +399,13 @@ def _guard(
     while slower(times):
         packed = [layer for layer in layers if swaps.packed[layer.name] is not swaps.dense[layer.name]]
         groups = list({id(layer.group): layer.group for layer in packed if layer.group is not None}.values())
-        if not groups:
+        if not groups and not swaps.attention:
             break
+        if not groups:
+            swaps.drop_attention()
+            notes.append("end to end the attention kernel made the model slower: PyTorch's was put back")
+            times = measure()
+            continue
         worst = min(groups, key=lambda group: group.speedup(group.first.choice))
         for layer in worst.layers:
             layer.choice = dict(layer.dense)
@@ -405,10 +419,49 @@ def _guard(
     if slower(times) and original_behind < dense_behind:
         for layer in layers:
             layer.choice = dict.fromkeys(layer.tokens, PLAIN)
+        swaps.drop_attention()
         swaps.packed = dict(swaps.original)  # a new state, so it is placed before it runs
         notes.append("end to end the swapped linears were slower than the original model: all were put back")
         times = [replace(t, packed_ms=t.original_ms) for t in times]
     return times, notes
+
+
+def _measure_attention(
+    calls: Mapping[str, Sequence[AttentionCall]], margin: float, budget_ms: float, timer: Timer
+) -> list[AttentionReport]:
+    """Check and time our kernel against PyTorch's on the calls that each module made."""
+    ms: dict[int, Mapping[str, float]] = {}
+    why: dict[int, str] = {}
+    for call in {id(call): call for found in calls.values() for call in found}.values():
+        if call.reason is not None:
+            why[id(call)] = call.reason
+            continue
+        with torch.no_grad():
+            if (excess := call.excess()) > 1:
+                why[id(call)] = f"the kernel misses the accuracy rule by a factor {excess:.2g}"
+                continue
+            times = timer({"attention/torch": call.torch, "attention/kernel": call.kernel}, budget_ms)
+        ms[id(call)] = times
+        gain = times["attention/torch"] / times["attention/kernel"]
+        if times["attention/kernel"] > (1 - margin) * times["attention/torch"]:
+            why[id(call)] = f"{gain:.2f}x PyTorch's, short of the margin ({100 * margin:g} % less time)"
+    reports = []
+    for name, found in calls.items():
+        measured = [ms[id(call)] for call in found if id(call) in ms]
+        slowest = max(measured, key=lambda times: times["attention/torch"], default=None)
+        against = [why[id(call)] for call in found if id(call) in why]
+        gains = sorted({f"{times['attention/torch'] / times['attention/kernel']:.2f}x" for times in measured})
+        reports.append(
+            AttentionReport(
+                name,
+                tuple(dict.fromkeys((tuple(call.q.shape), tuple(call.k.shape)) for call in found)),
+                None if slowest is None else slowest["attention/torch"],
+                None if slowest is None else slowest["attention/kernel"],
+                not against,
+                "; ".join(dict.fromkeys(against)) or f"{' and '.join(gains)} PyTorch's",
+            )
+        )
+    return reports
 
 
 def _why(layer: _Layer, margin: float) -> str:
@@ -463,6 +516,7 @@ def pack_(
     *,
     dtype: torch.dtype | None = None,
     layouts: Sequence[str] | None = None,
+    attention: bool = True,
     margin: float = 0.03,
     budget_ms: float = 600.0,
     timer: Timer | None = None,
@@ -486,6 +540,8 @@ def pack_(
             interface: floating inputs are cast on the way in, outputs come back as float32. It is then compared with
             the dense model in bfloat16. Default: as the model is.
         layouts: names in LAYOUTS that may be chosen; default, all. Dense forms are always tried.
+        attention: whether modules that call PyTorch's scaled_dot_product_attention may use our kernel, where it is
+            measured faster by the margin.
         margin: by what fraction sparse must be faster than the strongest dense form, [0, 1).
         budget_ms: time spent on each distinct measurement [ms]; the whole model gets five times as much per example.
         timer: (name -> call, budget_ms) -> (name -> ms); default `interleaved_ms`.
@@ -503,7 +559,7 @@ def pack_(
     examples = _examples(example)
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
     try:
-        return _pack(model, examples, layouts, margin, budget_ms, timer or interleaved_ms, show_progress)
+        return _pack(model, examples, layouts, attention, margin, budget_ms, timer or interleaved_ms, show_progress)
     except BaseException:
         if restore is not None:
             restore()
@@ -514,6 +570,7 @@ def _pack(
     model: nn.Module,
     examples: list[Example],
     layouts: Sequence[str],
+    attention: bool,
     margin: float,
     budget_ms: float,
     time_calls: Timer,
@@ -522,7 +579,7 @@ def _pack(
     layers = _find(model)
     movable = [layer for layer in layers if layer.reason is None]
     expected = []
-    with watch(model, {layer.name: layer.module for layer in movable}) as watched:
+    with watch(model, {layer.name: layer.module for layer in movable}) as watched, watch_attention(model) as calls:
         for index, one in enumerate(examples):
             try:
                 output = _run(model, one)
@@ -545,7 +602,9 @@ def _pack(
             layer.choice = _choose(group.ms, margin)
             layer.dense = _choose(group.ms, margin, dense_only=True)
 
+    sites = _measure_attention(calls, margin, budget_ms, time_calls) if attention else []
     swaps = _Swaps(model, movable)
+    swaps.attention = [model.get_submodule(site.name) for site in sites if site.used]
     end_to_end: list[EndToEnd] = []
     notes: list[str] = []
     try:
@@ -555,7 +614,7 @@ def _pack(
                 swaps.copy(swaps.packed, layer, swaps.dense)
             else:
                 swaps.put(swaps.packed, layer, _pack_layer(layer, layer.choice))
-        if movable:
+        if movable or swaps.attention:
             _verify(swaps, examples, expected, swaps.dense)
             _verify(swaps, examples, expected, swaps.packed)
             end_to_end, notes = _guard(swaps, movable, examples, 5 * budget_ms, time_calls)
@@ -564,16 +623,21 @@ def _pack(
             tuple(end_to_end),
             torch.get_num_threads(),
             tuple(notes),
+            tuple(site if site.used and swaps.attention else replace(site, used=False) for site in sites),
         )
     except BaseException:
         _place(model, swaps.original)
+        disable(swaps.attention)
         raise
     _place(model, swaps.packed)
+    enable(swaps.attention)
     return report
 
 
 def unpack_(model: nn.Module) -> int:
-    """Turn every PackedLinear back into a plain nn.Linear; restore the absorbed activations and a changed dtype.
+    """Turn every PackedLinear back into a plain nn.Linear.
+
+    Absorbed activations, PyTorch's attention and a dtype that pack_ changed come back too.
 
     Args:
         model: a model that pack_ changed, or a copy of one; changed in place.
@@ -600,5 +664,6 @@ def unpack_(model: nn.Module) -> int:
         elif isinstance(module, AbsorbedActivation):
             slots[name] = module.original.train(module.training)
     _place(model, slots)
+    disable(enabled(model))
     uncast_(model)
     return count

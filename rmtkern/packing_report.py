@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from rmtkern.tables import Table
 
-__all__ = ["EndToEnd", "LayerReport", "PackReport"]
+__all__ = ["AttentionReport", "EndToEnd", "LayerReport", "PackReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,27 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionReport:
+    """One module that calls PyTorch's scaled_dot_product_attention.
+
+    Args:
+        name: module name.
+        shapes: q and k [B, H, T, d] of its calls on the examples.
+        torch_ms: PyTorch's time for one of its calls, the largest of all shapes; None if not measured.
+        kernel_ms: the same of our kernel.
+        used: whether the kernel runs now.
+        reason: why, in words.
+    """
+
+    name: str
+    shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    torch_ms: float | None
+    kernel_ms: float | None
+    used: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EndToEnd:
     """Whole-model times on one example [ms].
 
@@ -76,12 +97,14 @@ class PackReport:
         end_to_end: one entry per example; empty if nothing could be measured.
         threads: of torch during the measurement.
         notes: what the end-to-end guard did, in words.
+        attention: one entry per module that calls scaled_dot_product_attention.
     """
 
     layers: tuple[LayerReport, ...]
     end_to_end: tuple[EndToEnd, ...]
     threads: int
     notes: tuple[str, ...] = ()
+    attention: tuple[AttentionReport, ...] = ()
 
     @property
     def packed_layers(self) -> int:
@@ -130,6 +153,10 @@ class PackReport:
             f"{self.packed_layers} of {len(self.layers)} layers packed, {100 * self.packed_share:.1f} % of the linear"
             f" weights; {before:.1f} -> {after:.1f} MiB; {self.threads} thread(s)"
         ]
+        if self.attention:
+            used = sum(site.used for site in self.attention)
+            why = "; ".join(dict.fromkeys(site.reason for site in self.attention))
+            lines.append(f"attention kernel in {used} of {len(self.attention)} modules: {why}")
         for times in self.end_to_end:
             lines.append(
                 f"example {times.example}: original {times.original_ms:.4g} ms, strongest dense (each linear in its"
