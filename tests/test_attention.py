@@ -221,7 +221,8 @@ def test_real_models_call_the_kernel(build, sites):
             torch.testing.assert_close(first(twin(*x)), after, rtol=0, atol=1e-5 * float(after.abs().max()))
     disable(modules)
     with torch.no_grad():
-        assert enabled(model) == [] and torch.equal(first(model(*x)), before)
+        assert enabled(model) == []
+        torch.testing.assert_close(first(model(*x)), before, rtol=0, atol=1e-5 * float(before.abs().max()))
 
 
 def test_training_keeps_pytorchs_attention():

@@ -192,7 +192,7 @@ def test_bench_fails_if_the_packed_model_is_slower(work, capsys, monkeypatch):
     report = SimpleNamespace(
         end_to_end=[SimpleNamespace(speedup=1.3), SimpleNamespace(speedup=0.9)], to_json=lambda: "{}"
     )
-    monkeypatch.setattr(cli, "pack_", lambda model, examples: report)
+    monkeypatch.setattr(cli, "pack_", lambda model, examples, **options: report)
     assert main(["bench", "clitoys:toy", "--json", *FC]) == 1
     out, err = capsys.readouterr()
     assert strict_json(out) and err == "rmtkern bench: the packed model is slower than the strongest dense form\n"
