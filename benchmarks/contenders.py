@@ -3,7 +3,6 @@
 It asks the layouts what they take, so a layout or a dtype that is added later is picked up. It times nothing.
 """
 
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
+from rmtkern.layouts.dense.weight import FORMS
+from rmtkern.ops import KERNELS, load_kernels
 
 __all__ = ["Contender", "Unavailable", "kernel_of", "pack", "parse", "random_weight"]
 
@@ -133,8 +134,7 @@ def _params(contender: Contender, kind: type[PackedWeight], weight: Tensor) -> d
 
 
 def _is_own(params: dict[str, int]) -> bool:
-    forms = importlib.import_module("rmtkern.layouts.dense.weight").FORMS
-    return forms[params["form"]] == "own"
+    return FORMS[params["form"]] == "own"
 
 
 def _same(params: dict[str, int], numbers: dict[str, int]) -> bool:
@@ -147,8 +147,9 @@ def _same(params: dict[str, int], numbers: dict[str, int]) -> bool:
 
 def kernel_of(packed: PackedWeight, x: Tensor) -> Callable[..., Tensor]:
     """The CPU kernel `linear(x, w, bias, activation, residual)` of a packed weight; Unavailable if it refuses x."""
-    kernel = importlib.import_module(f"rmtkern.layouts.{packed.layout}.cpu")
-    reason = kernel.supports(packed, x)
+    load_kernels(packed.layout)
+    kernel = KERNELS[packed.layout]["cpu"]
+    reason = kernel if isinstance(kernel, str) else kernel.supports(packed, x)
     if reason is not None:
         raise Unavailable(f"{packed.label}: {reason}")
     linear: Callable[..., Tensor] = kernel.linear

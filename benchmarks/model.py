@@ -4,7 +4,6 @@ It measures one case of cases.py and returns its rows; how a peer is set up is i
 """
 
 import copy
-import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,6 @@ from rmtkern.api import prune_
 from rmtkern.environment import version
 from rmtkern.layouts.cpu import isas
 from rmtkern.packing import OUTPUT_TOLERANCE, pack_
-from rmtkern.packing_report import PackReport
 from rmtkern.pruning.pattern import parse_pattern
 
 __all__ = ["KEYS", "SHOWN", "measure", "ratio_column"]
@@ -86,24 +84,15 @@ def _allowed(dtype: str, model: nn.Module, images: Tensor, exact: Tensor) -> flo
     twice its error and 4 eps.
     """
     if dtype == "float32":
-        return OUTPUT_TOLERANCE
+        return OUTPUT_TOLERANCE[torch.float32]
     if dtype == "int8":
         return INT8_TOLERANCE
     torchs = _relative_error(copy.deepcopy(model).bfloat16()(images.bfloat16()), exact)
     return 2 * torchs + 4 * torch.finfo(torch.bfloat16).eps
 
 
-def _pack(pruned: Pruned, model: nn.Module, images: Tensor) -> PackReport:
-    """prune_ and pack_; Unavailable if this library does not have the dtype."""
-    options: dict[str, Any] = {}
-    if pruned.dtype != "float32":
-        if "dtype" not in inspect.signature(pack_).parameters:
-            raise Unavailable(f"{pruned.name}: pack_ takes no dtype")
-        options["dtype"] = getattr(torch, pruned.dtype)
-    return pack_(model, images, show_progress=False, **options)
-
-
 def _prune(pruned: Pruned, model: nn.Module) -> None:
+    """prune_; Unavailable if this library does not have the pattern."""
     if pruned.pattern == "dense":
         return
     try:
@@ -152,7 +141,7 @@ class _Contest:
             exact, executed = model(self.images), self.work.executed(model)
             original = copy.deepcopy(model)
             start = time.perf_counter()
-            report = _pack(pruned, model, self.images)
+            report = pack_(model, self.images, dtype=getattr(torch, pruned.dtype), show_progress=False)
             seconds = time.perf_counter() - start
         except Unavailable as reason:
             self.say(f"skip {reason}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import cases, contenders, growth, kernel, peers, record, run, tables, timing
+from benchmarks import model as models
 from benchmarks.cases import KernelCase
 
 
@@ -134,6 +135,14 @@ def test_torch_peers_run_the_same_model():
         for name, allowed in (("torch-fp32", 0.0), ("torch-bf16", 0.03), ("torch-int8", 0.1)):
             got = peers.prepare(name, model, images, torch.get_num_threads())().float()
             assert (got - exact).abs().max() <= allowed * exact.abs().max()
+
+
+def test_a_model_output_is_held_to_its_precision():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        allowed = [models._allowed(dtype, model, images, model(images)) for dtype in ("float32", "bfloat16", "int8")]
+    assert allowed[0] == 1e-4 < 4 * torch.finfo(torch.bfloat16).eps < allowed[1] < allowed[2] == models.INT8_TOLERANCE
 
 
 def test_options_select_cases():
