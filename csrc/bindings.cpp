@@ -49,6 +49,13 @@ rk::Array as_values(const py::array& a, const std::string& name, rk::DType dtype
     return out;
 }
 
+// float32, or bfloat16, which crosses as uint16.
+rk::DType activations_dtype(const py::dtype& dtype, const std::string& name) {
+    if (dtype.kind() == 'f' && dtype.itemsize() == 4) return rk::DType::float32;
+    if (dtype.kind() == 'u' && dtype.itemsize() == 2) return rk::DType::bfloat16;
+    throw rk::TypeMismatch(name + " must be float32 or bfloat16 (as uint16), got " + std::string(py::str(dtype)));
+}
+
 rk::Activation as_activation(const std::optional<std::string>& name) {
     if (!name) return rk::Activation::none;
     if (*name == "gelu") return rk::Activation::gelu;
@@ -66,7 +73,7 @@ std::string isa_or_environment(const std::optional<std::string>& isa) {
 // Four dimensions, the last one contiguous; strides in items go to `strides`.
 const void* as_heads(const py::array& a, const std::string& name, const py::dtype& dtype, const int64_t (&shape)[4],
                      int64_t (&strides)[3]) {
-    if (!a.dtype().is(dtype) && a.dtype().num() != dtype.num())
+    if (a.dtype().num() != dtype.num())
         throw rk::TypeMismatch(name + " must be " + std::string(py::str(dtype)) + " as q is, got " +
                                std::string(py::str(a.dtype())));
     bool fits = a.ndim() == 4;
@@ -88,9 +95,7 @@ void attention(const py::array& q, const py::array& k, const py::array& v, const
     const rk::Table& table = rk::table_of(isa_or_environment(isa));
     rk::AttentionArgs a;
     const py::dtype dtype = q.dtype();
-    if (dtype.kind() == 'u' && dtype.itemsize() == 2) a.dtype = rk::DType::bfloat16;
-    else if (dtype.kind() != 'f' || dtype.itemsize() != 4)
-        throw rk::TypeMismatch("q must be float32 or bfloat16 (as uint16), got " + std::string(py::str(dtype)));
+    a.dtype = activations_dtype(dtype, "q");
     if (q.ndim() != 4 || k.ndim() != 4)
         throw std::invalid_argument("q and k must have shape (B, H, T, d), got " + shape_text(q) + " and " + shape_text(k));
     a.B = q.shape(0), a.H = q.shape(1), a.Tq = q.shape(2), a.d = q.shape(3), a.Tk = k.shape(2);
@@ -123,9 +128,7 @@ void linear(const std::string& layout, const py::array& x, const std::vector<py:
     a.K = xa.shape[1];
     a.N = ya.shape[1];
     if (a.N < 1 || a.K < 1) throw std::invalid_argument("a weight needs N, K >= 1");
-    a.dtype = xa.dtype;
-    if (a.dtype != rk::DType::float32 && a.dtype != rk::DType::bfloat16)
-        throw rk::TypeMismatch("x must be float32 or bfloat16 (as uint16), got " + std::string(py::str(x.dtype())));
+    a.dtype = activations_dtype(x.dtype(), "x");
     a.x = xa.data;
     as_values(y, "y", a.dtype, a.T, a.N);
     a.y = y.mutable_data();  // refuses a read-only array

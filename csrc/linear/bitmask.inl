@@ -50,29 +50,8 @@ struct BitmaskPairs {
         }
     }
 
-    // Whether walking the groups stays inside values (`stored` of them), C and P, whatever the parts contain.
     bool consistent(int64_t stored, int64_t K) const {
-        uint64_t outside[2] = {};  // columns that the last block does not have
-        for (int64_t c = K - (col_blocks - 1) * 128; c < 128; ++c) outside[c / 64] |= uint64_t(1) << c % 64;
-        const uint64_t* mask = masks;
-        const uint8_t* row = rows;
-        int64_t at = 0, g = 0;
-        uint64_t bad = 0;
-        for (int64_t rb = 0; rb * block_rows < N; ++rb) {
-            const int64_t count = height(rb);
-            for (int64_t kb = 0; kb < col_blocks; ++kb, ++g, mask += 2 * count, row += count) {
-                bad |= starts[g] != at;
-                for (int64_t i = 0; i < count; ++i) {
-                    const uint64_t *word = mask + 2 * i, any = word[0] | word[1];
-                    at += __builtin_popcountll(word[0]) + __builtin_popcountll(word[1]);
-                    bad |= row[i] >= count;
-                    bad |= i > 0 && !(word[-1] | word[-2]) && any;  // group() stops at the first empty segment
-                    if (kb == col_blocks - 1) bad |= (word[0] & outside[0]) | (word[1] & outside[1]);
-                }
-            }
-        }
-        bad |= starts[g] != at;
-        return !bad && at == stored;
+        return strips_consistent<2>(masks, rows, starts, N, block_rows, K, stored);
     }
 };
 

@@ -35,42 +35,6 @@ inline F activate(F x) {
     return x;
 }
 
-// C [features][stride] holds sums with the bias in them, lanes are tokens. Writes W tokens from t0, features from f0.
-// Features run in the inner loop, so that a token's outputs are written one after the other.
-template <class Number, Activation A>
-void finish_tokens(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
-    using Item = typename Number::Item;
-    const Item* scale = static_cast<const Item*>(a.scale);
-    const Item* residual = static_cast<const Item*>(a.residual);
-    Item* y = static_cast<Item*>(a.y);
-    const int64_t tokens = a.T - t0 < W ? a.T - t0 : W;
-    for (int64_t f = 0; f < features; f += W) {
-        const int64_t width = features - f < W ? features - f : W;
-        F r[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) r[i] = activate<A>(load(C + (f + (i < width ? i : width - 1)) * stride));
-        transpose(r);
-        F s = broadcast(1.0f);
-        if (scale && width == W) s = Number::load_values(scale + f0 + f);
-        for (int64_t i = 0; i < tokens; ++i) {
-            const int64_t at = (t0 + i) * a.N + f0 + f;
-            if (width == W) {
-                F v = scale ? r[i] * s : r[i];
-                if (residual) v = v + Number::load_values(residual + at);
-                Number::store_values(y + at, v);
-                continue;
-            }
-            Item row[W];
-            for (int64_t j = 0; j < width; ++j) {
-                if (scale) r[i][j] *= Number::value(scale[f0 + f + j]);
-                if (residual) r[i][j] += Number::value(residual[at + j]);
-            }
-            Number::store_values(row, r[i]);
-            for (int64_t j = 0; j < width; ++j) y[at + j] = row[j];
-        }
-    }
-}
-
 // The first `width` values at p and zeros; never reads past them.
 template <class Number>
 inline F load_some(const typename Number::Item* p, int64_t width) {
@@ -80,31 +44,45 @@ inline F load_some(const typename Number::Item* p, int64_t width) {
     return Number::load_values(copy);
 }
 
+// Scale, residual and store of a token's `width` <= W outputs from feature f, whose activation is done.
+template <class Number>
+inline void write(const LinearArgs& a, F v, int64_t t, int64_t f, int64_t width) {
+    using Item = typename Number::Item;
+    const int64_t at = t * a.N + f;
+    if (a.scale) v = v * load_some<Number>(static_cast<const Item*>(a.scale) + f, width);
+    if (a.residual) v = v + load_some<Number>(static_cast<const Item*>(a.residual) + at, width);
+    Item* y = static_cast<Item*>(a.y) + at;
+    if (width == W) return Number::store_values(y, v);
+    Item row[W];
+    Number::store_values(row, v);
+    for (int64_t j = 0; j < width; ++j) y[j] = row[j];
+}
+
+// C [features][stride] holds sums with the bias in them, lanes are tokens. Writes W tokens from t0, features from f0.
+// Features run in the inner loop, so that a token's outputs are written one after the other.
+template <class Number, Activation A>
+void finish_tokens(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
+    const int64_t tokens = a.T - t0 < W ? a.T - t0 : W;
+    for (int64_t f = 0; f < features; f += W) {
+        const int64_t width = features - f < W ? features - f : W;
+        F r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) r[i] = activate<A>(load(C + (f + (i < width ? i : width - 1)) * stride));
+        transpose(r);
+        for (int64_t i = 0; i < tokens; ++i) write<Number>(a, r[i], t0 + i, f0 + f, width);
+    }
+}
+
 // C [tokens][stride] holds sums without the bias, lanes are outputs. Writes `tokens` from t0, features from f0 up to stride.
 template <class Number, Activation A>
 void finish_outputs(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0) {
-    using Item = typename Number::Item;
-    const Item *bias = static_cast<const Item*>(a.bias), *scale = static_cast<const Item*>(a.scale);
-    const Item* residual = static_cast<const Item*>(a.residual);
+    const auto* bias = static_cast<const typename Number::Item*>(a.bias);
     const int64_t features = a.N - f0 < stride ? a.N - f0 : stride;
     for (int64_t f = 0; f < features; f += W) {
         const int64_t width = features - f < W ? features - f : W;
         const F b = bias ? load_some<Number>(bias + f0 + f, width) : F{};
-        const F s = scale ? load_some<Number>(scale + f0 + f, width) : F{};
-        for (int64_t i = 0; i < tokens; ++i) {
-            const int64_t at = (t0 + i) * a.N + f0 + f;
-            F v = activate<A>(load(C + i * stride + f) + b);
-            if (scale) v = v * s;
-            if (residual) v = v + load_some<Number>(residual + at, width);
-            Item* y = static_cast<Item*>(a.y) + at;
-            if (width == W) {
-                Number::store_values(y, v);
-            } else {
-                Item row[W];
-                Number::store_values(row, v);
-                for (int64_t j = 0; j < width; ++j) y[j] = row[j];
-            }
-        }
+        for (int64_t i = 0; i < tokens; ++i)
+            write<Number>(a, activate<A>(load(C + i * stride + f) + b), t0 + i, f0 + f, width);
     }
 }
 

@@ -2,7 +2,7 @@
 // float32, any n:m: row-major values [N, K / m * n]; one bit per column in the masks.
 // bfloat16, 2:4: outputs in the lanes. Tiles of 16 rows: values [K / 4][16] pairs, and which two of a group's four columns a
 // pair multiplies: bytes for the shuffle that picks them from a token's four activations, two groups to a byte, so that a
-// shift is all the decoding (a look-up costs 20 % of the time).
+// shift is all the decoding.
 
 struct NofM {
     using Number = Float32;

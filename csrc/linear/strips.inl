@@ -26,6 +26,38 @@ inline __attribute__((always_inline)) const float* walk_strip(uint64_t mask, con
     return values;
 }
 
+// Whether walking the groups stays inside values (`stored` units), C and P, whatever the parts contain. A segment's mask has
+// `words` words; `units` is how many a row has.
+template <int words>
+bool strips_consistent(const uint64_t* mask, const uint8_t* row, const int64_t* starts, int64_t strips, int64_t block_strips,
+                       int64_t units, int64_t stored) {
+    const int64_t col_blocks = (units + 64 * words - 1) / (64 * words);
+    uint64_t outside[words] = {};  // units that the last column block does not have
+    for (int64_t u = units - (col_blocks - 1) * 64 * words; u < 64 * words; ++u) outside[u / 64] |= uint64_t(1) << u % 64;
+    int64_t at = 0, group = 0;
+    uint64_t bad = 0;
+    for (int64_t first = 0; first < strips; first += block_strips) {
+        const int64_t count = strips - first < block_strips ? strips - first : block_strips;
+        for (int64_t kb = 0; kb < col_blocks; ++kb, ++group) {
+            bad |= starts[group] != at;
+            uint64_t before = 1;
+            for (int64_t i = 0; i < count; ++i, mask += words, ++row) {
+                uint64_t any = 0;
+                for (int w = 0; w < words; ++w) {
+                    any |= mask[w];
+                    at += __builtin_popcountll(mask[w]);
+                    if (kb == col_blocks - 1) bad |= mask[w] & outside[w];
+                }
+                bad |= *row >= count;
+                bad |= !before && any;  // group() stops at the first empty segment
+                before = any;
+            }
+        }
+    }
+    bad |= starts[group] != at;
+    return !bad && at == stored;
+}
+
 template <int R, class Number_>
 struct Strips {
     using Number = Number_;
@@ -58,29 +90,9 @@ struct Strips {
         }
     }
 
-    // Whether walking the groups stays inside values (R * stored of them), C and P, whatever the parts contain.
     bool consistent(int64_t stored, int64_t K) const {
         const int64_t columns = (K + Number::per_lane - 1) / Number::per_lane;
-        const uint64_t outside = columns % 64 ? ~uint64_t(0) << columns % 64 : 0;  // that the last block does not have
-        const int64_t row_blocks = (strips + block_strips - 1) / block_strips;
-        const uint64_t* mask = masks;
-        const uint8_t* row = rows;
-        int64_t at = 0;
-        uint64_t bad = 0;
-        for (int64_t rb = 0, g = 0; rb < row_blocks; ++rb) {
-            const int64_t count = height(rb);
-            for (int64_t kb = 0; kb < col_blocks; ++kb, ++g, mask += count, row += count) {
-                bad |= starts[g] != at;
-                for (int64_t i = 0; i < count; ++i) {
-                    at += __builtin_popcountll(mask[i]);
-                    bad |= row[i] >= count;
-                    bad |= i > 0 && !mask[i - 1] && mask[i];  // group() stops at the first empty segment
-                    if (kb == col_blocks - 1) bad |= mask[i] & outside;
-                }
-            }
-        }
-        bad |= starts[row_blocks * col_blocks] != at;
-        return !bad && at == stored;
+        return strips_consistent<1>(masks, rows, starts, strips, block_strips, columns, stored);
     }
 };
 
