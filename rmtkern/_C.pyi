@@ -6,6 +6,34 @@ from numpy.typing import NDArray
 def isas() -> list[str]:
     """Names of the instruction sets that this CPU runs, best first, such as ["avx512", "avx2", "portable"]."""
 
+def attention(
+    q: NDArray[np.float32 | np.uint16],
+    k: NDArray[np.float32 | np.uint16],
+    v: NDArray[np.float32 | np.uint16],
+    mask: NDArray[np.float32 | np.uint16] | None,
+    y: NDArray[np.float32 | np.uint16],
+    scale: float,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """Write y = softmax(q kᵀ scale + mask) v, without the GIL.
+
+    Args:
+        q: [B, H, Tq, d] float32, or bfloat16 as uint16; the last dimension contiguous, any other strides. All arrays
+            have its dtype.
+        k: [B, H, Tk, d], as q.
+        v: [B, H, Tk, d], as q.
+        mask: [B, H, Tq, Tk] or None, as q; strides may be 0.
+        y: [B, Tq, H, d], C-contiguous, written.
+        scale: of the scores.
+        threads: OpenMP threads, >= 1.
+        isa: one of isas(); None takes the environment's RMTKERN_ISA, or else the best.
+
+    Raises:
+        ValueError: a wrong shape or name.
+        TypeError: a wrong dtype, or strides that are not allowed.
+    """
+
 def linear(
     layout: str,
     x: NDArray[np.float32 | np.uint16],

@@ -1,12 +1,16 @@
 """PackedWeight: what every storage layout of a weight must offer. It knows no kernel and no model."""
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["PackedWeight", "check_dense"]
+__all__ = ["INTEGERS", "PackedWeight", "as_integers", "check_dense"]
+
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+"""The integers as which entries travel through NumPy, which lacks bfloat16."""
 
 
 class PackedWeight(nn.Module):
@@ -83,3 +87,8 @@ def check_dense(dense: Tensor, dtypes: tuple[torch.dtype, ...], layout: str) -> 
         raise ValueError(f"{layout}: expected dtype {wanted}, got {dense.dtype}; cast the weight first")
     if not bool(torch.isfinite(dense).all()):
         raise ValueError(f"{layout}: the weight has NaN or Inf entries; repair the checkpoint before packing")
+
+
+def as_integers(dense: Tensor) -> NDArray[Any]:
+    """The bit patterns of a weight [N, K] as INTEGERS of its dtype, -0.0 turned into 0.0; on the CPU."""
+    return (dense.detach() + 0.0).cpu().contiguous().view(INTEGERS[dense.dtype]).numpy()

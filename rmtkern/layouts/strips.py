@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmtkern.layouts.base import INTEGERS, as_integers
+
 __all__ = ["BLOCK_ROWS", "pack_strips", "unpack_strips"]
 
 BLOCK_ROWS = 128
 """Rows of a row block; part of the format."""
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}  # entries travel through NumPy as these integers
 
 
 def pack_strips(dense: Tensor, r: int, c: int = 1, words: int = 1) -> Parts:
@@ -37,7 +38,7 @@ def pack_strips(dense: Tensor, r: int, c: int = 1, words: int = 1) -> Parts:
         row block; starts [groups + 1] int64, where a group's units begin.
     """
     n_rows, n_cols = dense.shape
-    bits = (dense.detach() + 0.0).cpu().contiguous().view(_BITS[dense.dtype]).numpy()  # -0.0 + 0.0 is 0.0
+    bits = as_integers(dense)
     width = 64 * words
     strips, blocks, tall = -(-n_rows // r), -(-n_cols // (width * c)), BLOCK_ROWS // r
     padded = np.zeros((strips * r, blocks * width * c), bits.dtype)
@@ -66,7 +67,7 @@ def unpack_strips(shape: tuple[int, int], r: int, parts: Parts, c: int = 1, word
     strips, blocks, tall = -(-n_rows // r), -(-n_cols // (width * c)), BLOCK_ROWS // r
     values, masks, rows = parts[0].cpu(), parts[1].cpu().numpy(), parts[2].cpu().numpy()
     bits = np.unpackbits(masks.view(np.uint8).reshape(-1, 8 * words), axis=1, bitorder="little").astype(bool)
-    entries = values.view(_BITS[values.dtype]).numpy()
+    entries = values.view(INTEGERS[values.dtype]).numpy()
     segments = np.zeros((*bits.shape, r * c), entries.dtype)
     segments[bits] = entries
     index = np.arange(len(rows))

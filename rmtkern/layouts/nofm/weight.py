@@ -8,11 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rmtkern.layouts.base import PackedWeight, check_dense
+from rmtkern.layouts.base import PackedWeight, as_integers, check_dense
 
 __all__ = ["NofMWeight"]
 
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 TILE = 16
 """Rows of a tile of a bfloat16 weight; part of the format."""
 
@@ -111,9 +110,7 @@ class NofMWeight(PackedWeight):
             raise ValueError(reason)
         n, m = params["n"], params["m"]
         n_rows, n_cols = dense.shape
-        bits = _BITS[dense.dtype]  # entries travel through NumPy as integers, since it lacks bfloat16
-        plain = (dense.detach() + 0.0).cpu().contiguous()  # -0.0 + 0.0 is 0.0
-        groups = plain.view(bits).numpy().reshape(n_rows, n_cols // m, m)
+        groups = as_integers(dense).reshape(n_rows, n_cols // m, m)
         kept = np.sort(np.argsort(groups == 0, axis=2, kind="stable")[:, :, :n], axis=2)  # non-zeros, then zeros
         values = np.take_along_axis(groups, kept, axis=2)
         if dense.dtype == torch.bfloat16:
