@@ -14,7 +14,7 @@ from rmtkern.layouts import LAYOUTS, cpu
 from rmtkern.nn import PackedLinear
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
-# layout, params, the n:m that its weights must have; and the dtype, which is float32 where none is named
+# layout, params, the n:m that its weights must have; in float32, and below in bfloat16
 FORMS = [
     ("dense", {"form": 0}, None),
     ("dense", {"form": 1}, None),
