@@ -1,7 +1,8 @@
-// Attention: softmax(q k^T scale + mask) v, a few queries at a time, so that their scores never leave the cache. K and V of
-// a block of keys are packed once for many queries; more keys than a block are joined by running maxima and sums (Milakov
-// & Gimelshein 2018; Dao et al. 2022). Both products are tile(), with a row of queries or of probabilities spread.
-// Number is the format in memory, Math that of the products: bfloat16 without a native dot product is packed as floats.
+// Attention: softmax(q k^T scale + mask) v, a few queries at a time, so that their scores never leave the cache. K and
+// V of a block of keys are packed once for many queries; more keys than a block are joined by running maxima and sums
+// (Milakov & Gimelshein 2018; Dao et al. 2022). Both products are tile(), with a row of queries or of probabilities
+// spread. Number is the format in memory, Math that of the products: bfloat16 without a native dot product is packed as
+// floats.
 
 constexpr int query_rows = max_sums >= 24 ? 6 : 3;           // rows x vectors of sums in registers
 constexpr int most_vectors = max_sums / query_rows;
@@ -17,11 +18,12 @@ inline int panel_of(int64_t left, int most) {
     return int((left + panels - 1) / panels);
 }
 
-// e^x for x <= 0 (0 below -87, NaN stays NaN), as precise as the Number's rounding asks: relative error 8e-8, or 8e-5 for
-// bfloat16. Minimax polynomials of 2^f on [-1/2, 1/2].
+// e^x for x <= 0 (0 below -87, NaN stays NaN), as precise as the Number's rounding asks: relative error 8e-8, or 8e-5
+// for bfloat16. Minimax polynomials of 2^f on [-1/2, 1/2].
 template <class Number>
 inline F exp_falling(F x) {
-    const F shift = broadcast(12582912.0f + 127.0f);  // adding 1.5 * 2^23 rounds; 127 more makes the low bits an exponent
+    // adding 1.5 * 2^23 rounds to an integer; 127 more makes the low bits an exponent
+    const F shift = broadcast(12582912.0f + 127.0f);
     const F z = x * broadcast(1.44269504088896341f) + shift;
     const F f = x * broadcast(1.44269504088896341f) - (z - shift);
     F p;
@@ -77,8 +79,8 @@ struct Attention {
     };
 
     size_t floats() const {
-        return size_t(lanes * block + block / per * wide + block_queries * line + (block_queries + W) * row_items / per +
-                      (key_blocks > 1 ? unit * wide : 0) + 2 * unit);
+        return size_t(lanes * block + block / per * wide + block_queries * line +
+                      (block_queries + W) * row_items / per + (key_blocks > 1 ? unit * wide : 0) + 2 * unit);
     }
 
     Memory divide(float* p) const {
@@ -137,11 +139,11 @@ struct Attention {
             for (int64_t lane = 0; lane < key_lanes; ++lane) {
                 for (int i = 0; i < width; ++i) {
                     const int64_t c = (first + i) * W, columns = a.d - c < W ? a.d - c : W;
-                    const Item* one = v + lane * per * a.v_stride[2] + c;
+                    const Item *one = v + lane * per * a.v_stride[2] + c, *two = one + a.v_stride[2];
                     F r = load_some<Number>(one, columns);
                     if constexpr (per == 2) {  // a bfloat16 is the upper half of the float it is
                         U both = reinterpret_cast<U>(r) >> 16;
-                        if (lane * 2 + 1 < n) both |= reinterpret_cast<U>(load_some<Number>(one + a.v_stride[2], columns));
+                        if (lane * 2 + 1 < n) both |= reinterpret_cast<U>(load_some<Number>(two, columns));
                         r = reinterpret_cast<F>(both);
                     }
                     store(out + (lane * width + i) * W, r);
@@ -155,6 +157,7 @@ struct Attention {
     // Scores of query_rows queries and NV vectors of keys, `n` of them there; top [query_rows] takes the maxima.
     template <int NV>
     void score(const MathItem* q, const float* K, int64_t n, const Item* const* mask, float* S, F* top) const {
+        const I numbers = lane_numbers(std::make_integer_sequence<int, W>{});
         F sums[query_rows * NV] = {};
         tile<Math, query_rows, NV>(q, row_items, K, lanes, sums);
         for (int m = 0; m < query_rows; ++m) {
@@ -162,8 +165,7 @@ struct Attention {
                 const int64_t left = n - v * W;
                 F s = sums[m * NV + v] * broadcast(a.scale);
                 if (mask) s = s + load_some<Number>(mask[m] + v * W, left < W ? left : W);
-                if (left < W)
-                    s = lane_numbers(std::make_integer_sequence<int, W>{}) < int32_t(left) ? s : broadcast(-__builtin_inff());
+                if (left < W) s = numbers < int32_t(left) ? s : broadcast(-__builtin_inff());
                 store(S + m * line + v * W, s);
                 top[m] = s > top[m] ? s : top[m];
             }
@@ -171,7 +173,8 @@ struct Attention {
     }
 
     template <int NV>
-    void score_of(int wanted, const MathItem* q, const float* K, int64_t n, const Item* const* mask, float* S, F* top) const {
+    void score_of(int wanted, const MathItem* q, const float* K, int64_t n, const Item* const* mask, float* S,
+                  F* top) const {
         if (wanted == NV) return score<NV>(q, K, n, mask, S, top);
         if constexpr (NV > 1) score_of<NV - 1>(wanted, q, K, n, mask, S, top);
     }
@@ -196,10 +199,11 @@ struct Attention {
         return shrink;
     }
 
-    // Adds query_rows rows of P times NV vectors of V to the outputs; y (null before the last block) takes `there` rows.
+    // Adds query_rows rows of P times NV vectors of V to the outputs; y takes `there` rows, null
+    // before the last block.
     template <int NV>
-    void weigh(const MathItem* p, const float* V, int64_t key_lanes, const float* shrink, float* out, const float* sum, Item* y,
-               int64_t there, int64_t columns) const {
+    void weigh(const MathItem* p, const float* V, int64_t key_lanes, const float* shrink, float* out, const float* sum,
+               Item* y, int64_t there, int64_t columns) const {
         F sums[query_rows * NV] = {};
         if (out && shrink)
             for (int m = 0; m < query_rows; ++m)
@@ -234,8 +238,8 @@ struct Attention {
     }
 
     // `there` queries, at most block_queries, against the packed block of n keys from `first`.
-    void run(const Memory& m, const Item* q, const Item* mask, int64_t there, int64_t first, int64_t n, float* out, float* most,
-             float* sum, Item* y) const {
+    void run(const Memory& m, const Item* q, const Item* mask, int64_t there, int64_t first, int64_t n, float* out,
+             float* most, float* sum, Item* y) const {
         const int64_t rows = ceil_to(there, query_rows);
         const bool last = first + n == a.Tk;
         copy_rows(q, a.q_stride[2], there, rows, m.Q);
@@ -278,11 +282,12 @@ struct Attention {
         return static_cast<const Item*>(p) + head / a.H * stride[0] + head % a.H * stride[1];
     }
 
-    // Asks for one of `parts` equal parts of n rows, which are read next. Rows of a fused projection lie one to a page, where
-    // the CPU prefetches nothing by itself.
+    // Asks for one of `parts` equal parts of n rows, which are read next. Rows of a fused projection lie one to a page,
+    // where the CPU prefetches nothing by itself.
     void fetch(const Item* rows, int64_t stride, int64_t n, int64_t part, int64_t parts) const {
         for (int64_t r = n * part / parts; r < n * (part + 1) / parts; ++r)
-            for (int64_t c = 0; c < a.d; c += 64 / int64_t(sizeof(Item))) __builtin_prefetch(rows + r * stride + c, 0, 2);
+            for (int64_t c = 0; c < a.d; c += 64 / int64_t(sizeof(Item)))
+                __builtin_prefetch(rows + r * stride + c, 0, 2);
     }
 
     // Units [u0, u1) of all heads' queries.
@@ -314,7 +319,8 @@ struct Attention {
                     }
                     run(m, q + t * a.q_stride[2], mask ? mask + t * a.mask_stride[2] : nullptr,
                         t1 - t < block_queries ? t1 - t : block_queries, first, n,
-                        key_blocks > 1 ? m.out + (t - t0) * wide : nullptr, m.most + t - t0, m.sum + t - t0, y + t * a.H * a.d);
+                        key_blocks > 1 ? m.out + (t - t0) * wide : nullptr, m.most + t - t0, m.sum + t - t0,
+                        y + t * a.H * a.d);
                 }
             }
         }
