@@ -1,6 +1,7 @@
 """Makes modules that call PyTorch's scaled_dot_product_attention use our kernel instead, and takes that back.
 
-It finds who calls it by watching a forward pass, so it needs to know no model. packing.py decides who gets the kernel.
+It finds who calls it by watching a forward pass, so it needs to know no model; of PyTorch's modules it knows
+nn.MultiheadAttention, whose fast path calls nothing. packing.py decides who gets the kernel.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from rmtkern.attention import attention, reason_against
 
-__all__ = ["AttentionCall", "disable", "enable", "enabled", "watch_attention"]
+__all__ = ["AttentionCall", "MultiheadCall", "disable", "enable", "enabled", "watch_attention"]
+
+_GRADIENT = "a gradient is wanted"
+_AUTOCAST = "autocast chooses the dtype"
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,100 @@ class AttentionCall:
         """Our kernel's result."""
         return attention(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
 
-    def excess(self) -> float:
-        """The kernel's error against float64 over what is allowed: 2x PyTorch's, plus 4 eps of the largest value.
-
-        The values' scale, since an output is a mean of values that may cancel.
-        """
+    def exact(self) -> tuple[Tensor, float]:
+        """The result in float64, and the scale of its rounding: the values', as an output is a mean that may cancel."""
         q, k, v = self.q.double(), self.k.double(), self.v.double()
         mask = self.mask if self.mask is None or self.mask.dtype == torch.bool else self.mask.double()
-        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return y, float(self.v.abs().max())
+
+    def excess(self) -> float:
+        """The kernel's error against float64 over what is allowed: 2x PyTorch's, plus 4 eps of the scale."""
+        exact, scale = self.exact()
         dense = float((self.torch() - exact).abs().max())
         error = float((self.kernel() - exact).abs().max())
-        allowed = 2 * dense + 4 * torch.finfo(self.q.dtype).eps * float(self.v.abs().max())
+        allowed = 2 * dense + 4 * torch.finfo(self.q.dtype).eps * scale
         return error / allowed if error == error and allowed > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class MultiheadCall(AttentionCall):
+    """One call of an nn.MultiheadAttention, projections included.
+
+    Args:
+        q: the input, only for its shape [B, H, T, d]; so are `k` and `v`.
+        module: the nn.MultiheadAttention.
+        x: [B, T, H d], its input.
+    """
+
+    module: nn.MultiheadAttention
+    x: Tensor
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a measurement depends on."""
+        return *super().key, self.module.in_proj_bias is None
+
+    def torch(self) -> Tensor:
+        """PyTorch's own result."""
+        return nn.MultiheadAttention.forward(self.module, self.x, self.x, self.x, need_weights=False)[0]
+
+    def kernel(self) -> Tensor:
+        """The projections of PyTorch around our kernel."""
+        return self._compute(self.x, attention)
+
+    def exact(self) -> tuple[Tensor, float]:
+        """The result in float64, and its scale."""
+        y = self._compute(self.x.double(), F.scaled_dot_product_attention)
+        return y, float(y.abs().max())
+
+    def _compute(self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        module, out = self.module, self.module.out_proj
+        w_in, b_in, w_out, b_out = (
+            None if p is None else p.to(x.dtype)
+            for p in (module.in_proj_weight, module.in_proj_bias, out.weight, out.bias)
+        )
+        qkv = F.linear(x, w_in, b_in).unflatten(-1, (3, module.num_heads, module.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return F.linear(attend(q, k, v).transpose(1, 2).flatten(2), w_out, b_out)
+
+
+def _parse_multihead(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> MultiheadCall:
+    """A call as PyTorch's signature has it, with the reason why `MultiheadCall.kernel` cannot take it."""
+    x, weight = query, module.in_proj_weight
+    heads = x
+    reason = reason_against(x, x, x)
+    if need_weights:
+        reason = "the attention weights are asked for"
+    elif query is not key or key is not value:
+        reason = "q, k and v are not one tensor"
+    elif key_padding_mask is not None or attn_mask is not None or is_causal:
+        reason = "it has a mask"
+    elif not module.batch_first or x.ndim != 3 or x.shape[-1] != module.embed_dim:
+        reason = "its input is not [B, T, features], batch first"
+    elif weight is None or module.bias_k is not None or module.add_zero_attn:
+        reason = "it has separate projections, bias_k or add_zero_attn"
+    elif module.training and module.dropout > 0:
+        reason = "it has dropout"
+    elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
+        reason = _GRADIENT
+    elif torch.is_autocast_enabled("cpu") or weight.dtype != x.dtype:
+        reason = _AUTOCAST
+    elif 0 in x.shape:
+        reason = "the input is empty"
+    else:
+        heads = x.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
+    return MultiheadCall(heads, heads, heads, None, None, reason, module, x)
 
 
 def _parse(
@@ -86,7 +172,9 @@ def _parse(
     elif key.shape[3] != query.shape[3] or key.dtype != query.dtype or value.dtype != query.dtype or 0 in key.shape:
         reason = "q, k and v differ in head size or dtype, or are empty"
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        reason = "a gradient is wanted"
+        reason = _GRADIENT
+    elif torch.is_autocast_enabled("cpu"):
+        reason = _AUTOCAST
     return AttentionCall(query, key, value, attn_mask, scale, reason)
 
 
@@ -114,8 +202,13 @@ class _KernelForward:
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if type(module) is nn.MultiheadAttention:
+            call = _parse_multihead(module, *args, **kwargs)
+            # a mode would end PyTorch's fast path, so there is none around a call that stays PyTorch's
+            return (call.kernel(), None) if call.reason is None else type(module).forward(module, *args, **kwargs)
         with _Intercept(_run_kernel):
-            return type(self.module).forward(self.module, *args, **kwargs)
+            return type(module).forward(module, *args, **kwargs)
 
 
 @dataclass
@@ -155,6 +248,8 @@ def _named(base: type, name: str, watch: _Watch) -> type:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         watch.stack.append(name)
         try:
+            if base is nn.MultiheadAttention:
+                watch.note(_parse_multihead(self, *args, **kwargs))  # type: ignore[arg-type]
             return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
             watch.stack.pop()

@@ -16,7 +16,7 @@ from rmtkern.packing_attention import disable, enable, enabled, watch_attention
 from tests.test_packing import timer, timm_tiny, torchvision_small, transformers_small
 
 DTYPES = [torch.float32, torch.bfloat16]
-# prime and tiny; a whole ViT head; more keys than a block of 512 and more queries than a chunk of 192
+# prime and tiny; a whole ViT head; more keys than a block, up to 960 of d = 64, with few queries and with many
 LENGTHS = [(1, 1), (3, 17), (17, 3), (197, 197), (5, 1100), (400, 40)]
 
 
@@ -50,7 +50,7 @@ def isa(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [1, 2, 31, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("d", [1, 2, 31, 32, 34, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("queries", "keys"), LENGTHS)
 def test_accuracy(isa, dtype, d, queries, keys):
     q, k, v = heads(queries, d, dtype, 0), heads(keys, d, dtype, 1), heads(keys, d, dtype, 2)
@@ -82,6 +82,45 @@ def test_a_query_that_sees_no_key_gives_zeros(isa):
     assert torch.equal(y[:, :, 5], attention(q, k, v)[:, :, 5])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_sequences(isa, dtype):
+    q, k, v = heads(250, 64, dtype, 0, 1, 2), heads(12608, 64, dtype, 1, 1, 2), heads(12608, 64, dtype, 2, 1, 2)
+    assert_accurate(attention(q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [slice(0, 1500), slice(1000, 2000)])
+def test_whole_blocks_of_keys_may_be_hidden(isa, dtype, hidden):
+    q, k, v = heads(30, 64, dtype, 0), heads(2000, 64, dtype, 1), heads(2000, 64, dtype, 2)
+    mask = torch.ones(30, 2000, dtype=torch.bool)
+    mask[3:, hidden] = False
+    assert_accurate(attention(q, k, v, mask=mask), q, k, v, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_lowest_finite_mask_is_not_minus_infinity(isa, dtype):
+    """transformers masks with finfo.min: a query that sees nothing else gets the mean of all values, as in PyTorch."""
+    q, k, v = (heads(20, 32, dtype, i) for i in range(3))
+    mask = torch.zeros(20, 20, dtype=dtype)
+    mask[4], mask[5, :10] = torch.finfo(dtype).min, torch.finfo(dtype).min
+    y = attention(q, k, v, mask=mask)
+    assert_accurate(y, q, k, v, mask)
+    mean = v.double().mean(2)
+    assert (y[:, :, 4] - mean).abs().max() <= 4 * torch.finfo(dtype).eps * v.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("keys", [20, 1100])
+def test_inf_and_nan_in_v_stay_in_their_output(isa, dtype, special, keys):
+    q, k, v = heads(20, 32, dtype, 0), heads(keys, 32, dtype, 1), heads(keys, 32, dtype, 2)
+    v[1, 2, 7, 5] = special
+    y, expected = attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(torch.isnan(y), torch.isnan(expected)) and torch.equal(y.isinf(), expected.isinf())
+    y[1, 2, :, 5] = 0
+    assert torch.isfinite(y).all()
+
+
 def test_large_scores_do_not_overflow(isa):
     q, k, v = (heads(40, 16, torch.float32, i) for i in range(3))
     assert_accurate(attention(200 * q, k, v), 200 * q, k, v)
@@ -108,8 +147,9 @@ def test_views_of_one_projection_and_the_output_layout(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_give_the_same_bits(dtype):
-    q, k, v = heads(300, 64, dtype, 0), heads(300, 64, dtype, 1), heads(300, 64, dtype, 2)
+@pytest.mark.parametrize("keys", [300, 1100])
+def test_threads_give_the_same_bits(dtype, keys):
+    q, k, v = heads(300, 64, dtype, 0), heads(keys, 64, dtype, 1), heads(keys, 64, dtype, 2)
     before = torch.get_num_threads()
     try:
         results = []
@@ -197,9 +237,8 @@ def first(output):
     return output if isinstance(output, torch.Tensor) else output.last_hidden_state
 
 
-@pytest.mark.parametrize(("build", "sites"), [(timm_tiny, 2), (transformers_small, 2), (torchvision_small, 0)])
+@pytest.mark.parametrize(("build", "sites"), [(timm_tiny, 2), (transformers_small, 2), (torchvision_small, 2)])
 def test_real_models_call_the_kernel(build, sites):
-    """torchvision's nn.MultiheadAttention runs PyTorch's own fast path in eval mode, so there is no call to replace."""
     torch.manual_seed(0)
     model, x = build()
     model.eval()
@@ -232,6 +271,65 @@ def test_training_keeps_pytorchs_attention():
     enable(model.get_submodule(name) for name in calls)
     first(model(*x)).sum().backward()  # needs a gradient, which the kernel has not
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+def multihead(**options):
+    return torch.nn.MultiheadAttention(32, 4, **{"batch_first": True, **options}).eval()
+
+
+def test_multihead_attention_leaves_other_calls_to_pytorch():
+    x, other = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
+    light = {"need_weights": False}
+    cases = {
+        "the attention weights are asked for": (multihead(), (x, x, x), {}),
+        "q, k and v are not one tensor": (multihead(), (x, other, other), light),
+        "it has a mask": (multihead(), (x, x, x), {**light, "attn_mask": torch.zeros(9, 9)}),
+        "batch first": (multihead(batch_first=False), (x, x, x), light),
+        "separate projections": (multihead(add_zero_attn=True), (x, x, x), light),
+        "it has dropout": (multihead(dropout=0.5).train(), (x, x, x), light),
+        "torch.float64": (multihead().double(), (x.double(),) * 3, light),
+        "the input is empty": (multihead(), (x[:0],) * 3, light),
+    }
+    for reason, (module, args, kwargs) in cases.items():
+        with torch.no_grad(), watch_attention(torch.nn.ModuleDict({"a": module})) as calls:
+            torch.manual_seed(1)
+            before, weights = module(*args, **kwargs)
+            enable([module])
+            torch.manual_seed(1)
+            after, same = module(*args, **kwargs)
+        assert reason in calls["a"][0].reason
+        # PyTorch's fast path and its other one round differently
+        torch.testing.assert_close((after, same), (before, weights), rtol=0, atol=1e-5)
+    module = multihead()
+    enable([module])
+    module(x, x, x, need_weights=False)[0].sum().backward()
+    assert module.in_proj_weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multihead_attention_is_checked_against_float64(bias, dtype, monkeypatch):
+    model, x = torch.nn.ModuleDict({"a": multihead(bias=bias).to(dtype)}), torch.randn(2, 9, 32).to(dtype)
+    with torch.no_grad(), watch_attention(model) as calls:
+        model["a"](x, x, x, need_weights=False)
+    (call,) = calls["a"]
+    with torch.no_grad():
+        assert call.reason is None and call.q.shape == (2, 4, 9, 8) and call.excess() <= 1
+        monkeypatch.setattr("rmtkern.packing_attention.attention", lambda q, k, v: attention(k, q, v))
+        assert call.excess() > 1
+
+
+def test_autocast_keeps_pytorchs_attention():
+    attn, x, module = timm_tiny()[0].eval().blocks[0].attn, torch.randn(2, 9, 32), multihead()
+    wide = torch.randn(1, 4, attn.qkv.in_features)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = attn(wide), module(x, x, x, need_weights=False)[0]
+        with watch_attention(torch.nn.ModuleDict({"a": attn, "b": module})) as calls:
+            attn(wide), module(x, x, x, need_weights=False)
+        assert [found[0].reason for found in calls.values()] == ["autocast chooses the dtype"] * 2
+        enable([attn, module])
+        after = attn(wide), module(x, x, x, need_weights=False)[0]
+    assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
