@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--keep-zeros", action="store_true", help="do not prune: take the zeros of the checkpoint")
     bench.add_argument("--batch", type=int, nargs="+", default=[8], help="batch sizes")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="both sides run in it")
+    bench.add_argument("--decisions", type=Path, help="JSON file of measured times to use again and to complete")
 
     verb("info", "versions, this CPU, and which layouts run here and why not the others")
     return parser
@@ -189,7 +190,8 @@ def _bench(args: argparse.Namespace) -> int:
     packed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
-    report = pack_(packed, examples, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None)
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
+    report = pack_(packed, examples, dtype=dtype, decisions=args.decisions)
     if args.json:
         _print_json({"environment": environment(), **json.loads(report.to_json())})
     else:

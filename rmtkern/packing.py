@@ -4,6 +4,7 @@ It decides by measuring and must not know why weights are zero. What it learnt i
 a forward pass in packing_watch.py.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from rmtkern.layouts.base import PackedWeight
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.ops import linear
 from rmtkern.packing_attention import AttentionCall, disable, enable, enabled, watch_attention
+from rmtkern.packing_decisions import DecisionLog, Decisions
 from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
 from rmtkern.packing_report import AttentionReport, EndToEnd, LayerReport, PackReport
 from rmtkern.packing_watch import Seen, reason_to_leave, watch
@@ -95,6 +97,10 @@ class _Layer:
     @property
     def tokens(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.seen.tokens)))
+
+    @property
+    def sparsity_step(self) -> int:
+        return int(self.sparsity / SPARSITY_STEP + 1e-9)
 
 
 @dataclass
@@ -226,17 +232,19 @@ def _grouped(layers: Sequence[_Layer], layouts: Sequence[str]) -> list[_Group]:
         for layout in ("dense", *layouts):
             for params in LAYOUTS[layout].variants(weight):
                 recipes[f"{layout}{params}"] = (layout, params)
-        bucket = int(layer.sparsity / SPARSITY_STEP + 1e-9)
         bias = layer.module.bias is not None
-        key = (weight.shape, bias, layer.tokens, layer.seen.activation, bucket, tuple(recipes))
+        key = (weight.shape, bias, layer.tokens, layer.seen.activation, layer.sparsity_step, tuple(recipes))
         group = groups.setdefault(key, _Group([], recipes))
         group.layers.append(layer)
         layer.group = group
     return list(groups.values())
 
 
-def _measure(group: _Group, budget_ms: float, timer: Timer) -> None:
-    """Pack the group's first layer in every candidate form, check each against float64 and time it."""
+def _measure(group: _Group, budget_ms: float, timer: Timer, log: DecisionLog) -> None:
+    """Pack the group's first layer in every candidate form, check each against float64 and time it.
+
+    Token counts whose times are known for every form that passes are checked but not timed.
+    """
     module, name = group.first.module, group.first.seen.activation
     weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
     forms: dict[str, PackedWeight] = {}
@@ -250,6 +258,15 @@ def _measure(group: _Group, budget_ms: float, timer: Timer) -> None:
             continue
         forms[form.label] = form
         recipes[form.label] = (layout, params)
+    key = log.key(
+        weight,
+        bias=bias is not None,
+        activation=name,
+        tokens=group.first.tokens,
+        sparsity_step=group.first.sparsity_step,
+        candidates=tuple(forms),
+    )
+    known, fresh = log.known.get(key, {}), False
     generator = torch.Generator().manual_seed(0)
     for tokens in group.first.tokens:
         x = torch.randn(tokens, module.in_features, generator=generator).to(weight.dtype)
@@ -268,8 +285,16 @@ def _measure(group: _Group, budget_ms: float, timer: Timer) -> None:
                 group.notes.append(f"{label} misses the accuracy rule by a factor {excess:.2g}")
                 continue
             calls[label] = lambda x=x, form=form: linear(x, form, bias, activation=name)  # type: ignore[misc]
+        times = known.get(tokens, {})
+        if calls.keys() <= times.keys():
+            group.ms[tokens] = {label: times[label] for label in calls}
+            continue
+        fresh = True
         with torch.no_grad():
             group.ms[tokens] = dict(timer(calls, budget_ms))
+    log.add(key, group.ms, fresh=fresh)
+    if not fresh:
+        group.notes.append("times reused from saved decisions")
     kept = set.intersection(*(set(times) for times in group.ms.values()))
     group.ms = {tokens: {label: times[label] for label in kept} for tokens, times in group.ms.items()}
     group.recipes = {label: recipe for label, recipe in recipes.items() if label in kept}
@@ -520,6 +545,7 @@ def pack_(
     margin: float = 0.03,
     budget_ms: float = 600.0,
     timer: Timer | None = None,
+    decisions: Decisions | str | os.PathLike[str] | None = None,
     show_progress: bool | None = None,
 ) -> PackReport:
     """Swap every nn.Linear for the form that is measured fastest here, for inference.
@@ -545,21 +571,28 @@ def pack_(
         margin: by what fraction sparse must be faster than the strongest dense form, [0, 1).
         budget_ms: time spent on each distinct measurement [ms]; the whole model gets five times as much per example.
         timer: (name -> call, budget_ms) -> (name -> ms); default `interleaved_ms`.
+        decisions: times of earlier calls (`PackReport.decisions`), used again for linears of equal shape, dtype, bias,
+            activation, token counts, candidates and similar sparsity, if measured with this CPU, instruction set,
+            thread count and versions; or a JSON file of them, which is made or completed. Candidates are still checked
+            for accuracy, and attention and the whole model are still timed.
         show_progress: show a bar; default, only on a terminal.
 
     Returns:
         What was measured and chosen, and why.
 
     Raises:
-        TypeError: `model` or `example` has the wrong type, or the output holds no tensor.
-        ValueError: nothing to pack, a bad option, an example that the model cannot run, or NaN weights.
+        TypeError: `model`, `example` or `decisions` has the wrong type, or the output holds no tensor.
+        ValueError: nothing to pack, a bad option, an example that the model cannot run, NaN weights, or a damaged file.
         PackedModelError: train mode, packed already, or the output would change.
     """
     layouts = _check(model, layouts, margin, dtype)
     examples = _examples(example)
+    log = DecisionLog(decisions)
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
     try:
-        return _pack(model, examples, layouts, attention, margin, budget_ms, timer or interleaved_ms, show_progress)
+        return _pack(
+            model, examples, layouts, attention, margin, budget_ms, timer or interleaved_ms, show_progress, log
+        )
     except BaseException:
         if restore is not None:
             restore()
@@ -575,6 +608,7 @@ def _pack(
     budget_ms: float,
     time_calls: Timer,
     show_progress: bool | None,
+    log: DecisionLog,
 ) -> PackReport:
     layers = _find(model)
     movable = [layer for layer in layers if layer.reason is None]
@@ -597,7 +631,7 @@ def _pack(
 
     groups = _grouped(movable, layouts)
     for group in progress(groups, "timing", show=show_progress):
-        _measure(group, budget_ms, time_calls)
+        _measure(group, budget_ms, time_calls, log)
         for layer in group.layers:
             layer.choice = _choose(group.ms, margin)
             layer.dense = _choose(group.ms, margin, dense_only=True)
@@ -624,7 +658,11 @@ def _pack(
             torch.get_num_threads(),
             tuple(notes),
             tuple(site if site.used and swaps.attention else replace(site, used=False) for site in sites),
+            log.new,
+            log.measured,
+            log.reused if log.given else None,
         )
+        log.save()
     except BaseException:
         _place(model, swaps.original)
         disable(swaps.attention)

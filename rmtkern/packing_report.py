@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
+from rmtkern.packing_decisions import Decisions
 from rmtkern.tables import Table
 
 __all__ = ["AttentionReport", "EndToEnd", "LayerReport", "PackReport"]
@@ -98,6 +99,9 @@ class PackReport:
         threads: of torch during the measurement.
         notes: what the end-to-end guard did, in words.
         attention: one entry per module that calls scaled_dot_product_attention.
+        decisions: what was measured, for `pack_(..., decisions=)`; without what was reused.
+        groups_measured: how many groups of alike layers were timed.
+        groups_reused: how many took their times from earlier decisions; None if none were given.
     """
 
     layers: tuple[LayerReport, ...]
@@ -105,6 +109,9 @@ class PackReport:
     threads: int
     notes: tuple[str, ...] = ()
     attention: tuple[AttentionReport, ...] = ()
+    decisions: Decisions = field(default_factory=Decisions)
+    groups_measured: int = 0
+    groups_reused: int | None = None
 
     @property
     def packed_layers(self) -> int:
@@ -153,6 +160,11 @@ class PackReport:
             f"{self.packed_layers} of {len(self.layers)} layers packed, {100 * self.packed_share:.1f} % of the linear"
             f" weights; {before:.1f} -> {after:.1f} MiB; {self.threads} thread(s)"
         ]
+        if self.groups_reused is not None:
+            lines.append(
+                f"times of {self.groups_reused} groups of alike layers reused from saved decisions,"
+                f" {self.groups_measured} measured"
+            )
         if self.attention:
             used = sum(site.used for site in self.attention)
             why = "; ".join(dict.fromkeys(site.reason for site in self.attention))
@@ -179,6 +191,7 @@ class PackReport:
     def to_json(self) -> str:
         """Everything as one JSON object."""
         record = asdict(self)
+        record["decisions"] = self.decisions.records()
         record["packed_layers"], record["packed_share"] = self.packed_layers, self.packed_share
         record["nbytes_before"], record["nbytes_after"] = self.nbytes_before, self.nbytes_after
         return json.dumps(record, indent=1)
