@@ -1,5 +1,5 @@
 // The list of layouts: the names always, the bodies where an instruction set asks for them (RK_BODIES).
-#define RK_LAYOUTS(X) X(bitmask) X(block) X(nofm)
+#define RK_LAYOUTS(X) X(bitmask) X(block) X(nofm) X(dense)
 #ifdef RK_BODIES
 #include "linear/vector.inl"
 #include "linear/number.inl"
@@ -10,5 +10,6 @@
 #include "linear/bitmask.inl"
 #include "linear/block.inl"
 #include "linear/nofm.inl"
+#include "linear/dense.inl"
 #define RK_FIELD(name) name##_linear,
 #endif

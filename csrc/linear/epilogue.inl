@@ -35,14 +35,33 @@ inline F activate(F x) {
     return x;
 }
 
+// `width` <= W items; the other lanes are zero, and are not read.
+template <class Number>
+inline F load_part(const typename Number::Item* p, int64_t width) {
+    if (width >= W) return Number::load_values(p);
+    typename Number::Item row[W] = {};
+    for (int64_t j = 0; j < width; ++j) row[j] = p[j];
+    return Number::load_values(row);
+}
+
+// Scale, residual and store of a token's `width` <= W outputs from feature f, whose activation is done.
+template <class Number>
+inline void write(const LinearArgs& a, F v, int64_t t, int64_t f, int64_t width) {
+    using Item = typename Number::Item;
+    const int64_t at = t * a.N + f;
+    if (a.scale) v = v * load_part<Number>(static_cast<const Item*>(a.scale) + f, width);
+    if (a.residual) v = v + load_part<Number>(static_cast<const Item*>(a.residual) + at, width);
+    Item* y = static_cast<Item*>(a.y) + at;
+    if (width >= W) return Number::store_values(y, v);
+    Item row[W];
+    Number::store_values(row, v);
+    for (int64_t j = 0; j < width; ++j) y[j] = row[j];
+}
+
 // C [features][stride] holds sums with the bias in them, lanes are tokens. Writes W tokens from t0, features from f0.
 // Features run in the inner loop, so that a token's outputs are written one after the other.
 template <class Number, Activation A>
 void finish_tokens(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
-    using Item = typename Number::Item;
-    const Item* scale = static_cast<const Item*>(a.scale);
-    const Item* residual = static_cast<const Item*>(a.residual);
-    Item* y = static_cast<Item*>(a.y);
     const int64_t tokens = a.T - t0 < W ? a.T - t0 : W;
     for (int64_t f = 0; f < features; f += W) {
         const int64_t width = features - f < W ? features - f : W;
@@ -50,24 +69,20 @@ void finish_tokens(const LinearArgs& a, const float* C, int64_t stride, int64_t 
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) r[i] = activate<A>(load(C + (f + (i < width ? i : width - 1)) * stride));
         transpose(r);
-        F s = broadcast(1.0f);
-        if (scale && width == W) s = Number::load_values(scale + f0 + f);
-        for (int64_t i = 0; i < tokens; ++i) {
-            const int64_t at = (t0 + i) * a.N + f0 + f;
-            if (width == W) {
-                F v = scale ? r[i] * s : r[i];
-                if (residual) v = v + Number::load_values(residual + at);
-                Number::store_values(y + at, v);
-                continue;
-            }
-            Item row[W];
-            for (int64_t j = 0; j < width; ++j) {
-                if (scale) r[i][j] *= Number::value(scale[f0 + f + j]);
-                if (residual) r[i][j] += Number::value(residual[at + j]);
-            }
-            Number::store_values(row, r[i]);
-            for (int64_t j = 0; j < width; ++j) y[at + j] = row[j];
-        }
+        for (int64_t i = 0; i < tokens; ++i) write<Number>(a, r[i], t0 + i, f0 + f, width);
+    }
+}
+
+// C [tokens][stride] holds sums without the bias, lanes are outputs. Writes tokens from t0, features from f0.
+template <class Number, Activation A>
+void finish_outputs(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0,
+                    int64_t features) {
+    const auto* bias = static_cast<const typename Number::Item*>(a.bias);
+    for (int64_t f = 0; f < features; f += W) {
+        const int64_t width = features - f < W ? features - f : W;
+        const F b = bias ? load_part<Number>(bias + f0 + f, width) : F{};
+        for (int64_t i = 0; i < tokens; ++i)
+            write<Number>(a, activate<A>(load(C + i * stride + f) + b), t0 + i, f0 + f, width);
     }
 }
 
@@ -79,5 +94,16 @@ void finish(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int
         case Activation::gelu_tanh: return finish_tokens<Number, Activation::gelu_tanh>(a, C, stride, t0, f0, features);
         case Activation::silu: return finish_tokens<Number, Activation::silu>(a, C, stride, t0, f0, features);
         case Activation::relu: return finish_tokens<Number, Activation::relu>(a, C, stride, t0, f0, features);
+    }
+}
+
+template <class Number>
+void finish_rows(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0, int64_t n) {
+    switch (a.activation) {
+        case Activation::none: return finish_outputs<Number, Activation::none>(a, C, stride, t0, tokens, f0, n);
+        case Activation::gelu: return finish_outputs<Number, Activation::gelu>(a, C, stride, t0, tokens, f0, n);
+        case Activation::gelu_tanh: return finish_outputs<Number, Activation::gelu_tanh>(a, C, stride, t0, tokens, f0, n);
+        case Activation::silu: return finish_outputs<Number, Activation::silu>(a, C, stride, t0, tokens, f0, n);
+        case Activation::relu: return finish_outputs<Number, Activation::relu>(a, C, stride, t0, tokens, f0, n);
     }
 }
