@@ -5,7 +5,18 @@ from torch import Tensor
 
 from rmtkern.layouts.base import check_dense
 
-__all__ = ["check_factors", "factor", "truncation_errors"]
+__all__ = ["GAIN", "check_factors", "factor", "tolerance", "truncation_errors"]
+
+GAIN = 0.8
+"""A rank is worth timing if the factors have less than this share of the entries of the dense weight."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest ‖W - W_r‖ / ‖W‖ (Frobenius) at which W counts as having rank r: 2 eps of its dtype.
+
+    A product of rank r that was computed in this dtype is that far from rank r by rounding alone.
+    """
+    return 2 * torch.finfo(dtype).eps
 
 
 def factor(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:

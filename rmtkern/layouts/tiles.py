@@ -12,10 +12,6 @@ TILE = 32
 """Outputs of a tile; part of the format."""
 
 
-def _per_lane(dtype: torch.dtype) -> int:
-    return 2 if dtype == torch.bfloat16 else 1
-
-
 def pack_tiles(dense: Tensor, width: int = TILE) -> Tensor:
     """Store a dense matrix in tiles of `width` rows.
 
@@ -30,7 +26,7 @@ def pack_tiles(dense: Tensor, width: int = TILE) -> Tensor:
         [ceil(N / width) * lanes, width * items of a lane], dtype of `dense`: tile by tile, lane by lane, row by row.
     """
     n, k = dense.shape
-    per = _per_lane(dense.dtype)
+    per = 2 if dense.dtype == torch.bfloat16 else 1
     tiles, lanes = -(-n // width), -(-k // per)
     padded = dense.new_zeros(tiles * width, lanes * per)
     padded[:n, :k] = dense
@@ -40,7 +36,7 @@ def pack_tiles(dense: Tensor, width: int = TILE) -> Tensor:
 def unpack_tiles(tiles: Tensor, shape: tuple[int, int], width: int = TILE) -> Tensor:
     """The dense matrix `shape` = (N, K) of what `pack_tiles` returned, contiguous, on its device."""
     n, k = shape
-    per = _per_lane(tiles.dtype)
+    per = tiles.shape[1] // width
     lanes = -(-k // per)
     dense = tiles.view(-1, lanes, width, per).permute(0, 2, 1, 3).reshape(-1, lanes * per)
     return dense[:n, :k].contiguous()

@@ -7,21 +7,10 @@ import torch
 from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight, check_dense
-from rmtkern.layouts.factors import check_factors, factor, truncation_errors
+from rmtkern.layouts.factors import GAIN, check_factors, factor, tolerance, truncation_errors
 from rmtkern.layouts.tiles import pack_tiles, unpack_tiles
 
-__all__ = ["GAIN", "LowRankWeight", "tolerance"]
-
-GAIN = 0.8
-"""A rank is worth timing if the factors have less than this share of the entries of the dense weight."""
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The largest ‖W - W_r‖ / ‖W‖ (Frobenius) at which W counts as having rank r: 2 eps of its dtype.
-
-    A product of rank r that was computed in this dtype is that far from rank r by rounding alone.
-    """
-    return 2 * torch.finfo(dtype).eps
+__all__ = ["LowRankWeight"]
 
 
 class LowRankWeight(PackedWeight):
