@@ -30,7 +30,7 @@ def pack_tiles(dense: Tensor, width: int = TILE) -> Tensor:
     tiles, lanes = -(-n // width), -(-k // per)
     padded = dense.new_zeros(tiles * width, lanes * per)
     padded[:n, :k] = dense
-    return padded.view(tiles, width, lanes, per).permute(0, 2, 1, 3).reshape(tiles * lanes, width * per)
+    return padded.view(tiles, width, lanes, per).permute(0, 2, 1, 3).reshape(tiles * lanes, width * per).contiguous()
 
 
 def unpack_tiles(tiles: Tensor, shape: tuple[int, int], width: int = TILE) -> Tensor:
