@@ -63,7 +63,11 @@ def test_isa_follows_argument_then_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"layout": "csr"}, ValueError, r"no CPU kernel for layout 'csr'; layouts with one: bitmask, block, nofm"),
+        (
+            {"layout": "csr"},
+            ValueError,
+            r"no CPU kernel for layout 'csr'; layouts with one: bitmask, block, nofm, dense, lowrank, spectral",
+        ),
         ({"x": np.ones((3, 70))}, TypeError, r"x has dtype float64; no kernel takes it"),
         ({"x": np.ones((3, 70), np.int32)}, TypeError, r"x must be float32 or bfloat16 \(as uint16\), got int32"),
         ({"x": np.ones((3, 140), np.float32)[:, ::2]}, TypeError, r"x is not C-contiguous; call .contiguous\(\) first"),
@@ -144,7 +148,10 @@ def test_wide_registers_stay_in_their_region():
         if header:
             symbol = header.group(1)
             continue
-        for register, owners in (("%zmm", ("rk::avx512::", "rk::avx512_bf16::")), ("%ymm", ("rk::avx512::", "rk::avx512_bf16::", "rk::avx2::"))):
+        for register, owners in (
+            ("%zmm", ("rk::avx512::", "rk::avx512_bf16::")),
+            ("%ymm", ("rk::avx512::", "rk::avx512_bf16::", "rk::avx2::")),
+        ):
             if register in line.split("<")[0]:
                 found.add(register)
                 if not any(owner in symbol for owner in owners):

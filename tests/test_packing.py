@@ -239,7 +239,7 @@ def test_nofm_is_found_and_layouts_can_be_named():
     twin = copy.deepcopy(model)
     assert pack_(model, torch.randn(3, 64), timer=timer("nofm")).layers[0].form == "nofm(n=2,m=4)"
     (layer,) = pack_(twin, torch.randn(3, 64), timer=timer("nofm"), layouts=["bitmask"]).layers
-    assert set(layer.ms[3]) == {"dense/torch", "dense/onednn", "dense/onednn_prepacked", "bitmask"}
+    assert set(layer.ms[3]) == {"dense/torch", "dense/onednn", "dense/onednn_prepacked", "dense/own", "bitmask"}
 
 
 def test_similar_layers_share_a_measurement_taken_on_the_least_sparse():
@@ -494,7 +494,9 @@ def test_bad_input():
         ValueError, match=r"the model cannot run example 1: .*; pass what you would call the model with"
     ):
         pack_(mlp(), [x, torch.randn(4, 127)])
-    with pytest.raises(ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, block, nofm"):
+    with pytest.raises(
+        ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, block, nofm, lowrank, spectral"
+    ):
         pack_(mlp(), x, layouts=["csr"])
     with pytest.raises(ValueError, match=r"margin: expected 0 <= margin < 1, got 1"):
         pack_(mlp(), x, margin=1)

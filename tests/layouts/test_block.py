@@ -47,7 +47,9 @@ def pair_weight(n_rows, n_cols, r, sparsity, seed=0):
 
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.97, 1])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 197])
-@pytest.mark.parametrize(("n_rows", "n_cols", "r"), [(131, 67, 1), (131, 135, 4), (128, 256, 4), (3, 1, 4), (259, 61, 1)])
+@pytest.mark.parametrize(
+    ("n_rows", "n_cols", "r"), [(131, 67, 1), (131, 135, 4), (128, 256, 4), (3, 1, 4), (259, 61, 1)]
+)
 def test_bfloat16_kernel_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols, r, sparsity):  # noqa: F811
     torch.manual_seed(tokens)
     weight = pair_weight(n_rows, n_cols, r, sparsity)
@@ -132,7 +134,9 @@ def test_variants_recognise_the_pattern_from_the_weight():
 
 def test_refusals_name_what_is_wrong():
     for params in ({}, {"r": 3}, {"r": 4, "c": 2}):
-        with pytest.raises(ValueError, match=r"params \(r, c\) must be one of \(2, 1\), \(4, 1\), \(8, 1\) for torch.float32"):
+        with pytest.raises(
+            ValueError, match=r"params \(r, c\) must be one of \(2, 1\), \(4, 1\), \(8, 1\) for torch.float32"
+        ):
             BlockWeight.pack(torch.zeros(4, 4), **params)
     with pytest.raises(ValueError, match=r"must be one of \(1, 2\), \(4, 2\) for torch.bfloat16, got"):
         BlockWeight.pack(torch.zeros(4, 4).bfloat16(), r=4, c=1)

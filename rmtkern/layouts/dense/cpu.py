@@ -54,9 +54,7 @@ def linear(
     """
     form = FORMS[w.params["form"]]
     if form == "own":
-        return torch.ops.rmtkern.cpu_linear(
-            "dense", x, w.shape[0], [w.stored], [], bias, activation, scale, residual
-        )
+        return torch.ops.rmtkern.cpu_linear("dense", x, w.shape[0], [w.stored], [], bias, activation, scale, residual)
     if form != "torch":
         attr, algorithm = _ONEDNN[activation]
         y = torch.ops.mkldnn._linear_pointwise(x, w.stored, bias, attr, [], algorithm)
