@@ -5,7 +5,6 @@ It knows neither PackedWeight nor kernels; csrc/linear/strips.inl reads the arra
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["BLOCK_ROWS", "pack_strips", "unpack_strips"]
