@@ -64,6 +64,6 @@ def check_factors(b: Tensor, a: Tensor, dtypes: tuple[torch.dtype, ...], layout:
         )
     if a.shape[0] > min(b.shape[0], a.shape[1]):
         raise ValueError(
-            f"{layout}: expected a rank of at most min(N, K) = {min(b.shape[0], a.shape[1])}, got {a.shape[0]}; multiply"
-            " the factors and pack the product"
+            f"{layout}: expected a rank of at most min(N, K) = {min(b.shape[0], a.shape[1])}, got {a.shape[0]};"
+            " multiply the factors and pack the product"
         )

@@ -14,8 +14,8 @@ from rmtkern.layouts import LAYOUTS, cpu
 from rmtkern.nn import PackedLinear
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
-# What the weights of a factored layout must be: of rank 1. Its law is weaker: unpack() is exact to the factors, and equals
-# the weight that was packed up to rounding.
+# What the weights of a factored layout must be: of rank 1. Its law is weaker: unpack() is exact to the factors, and
+# equals the weight that was packed up to rounding.
 FACTORED = "factored"
 
 # layout, params, what its weights must be: n:m, FACTORED, or anything (None)
@@ -223,5 +223,5 @@ def test_dense_forms(monkeypatch):
         ops.linear(x, packed)
     assert torch.equal(ops.linear(x, dense.pack(w)), x @ w.t())
     monkeypatch.setattr("rmtkern.layouts.dense.cpu.MISSING", "the extension rmtkern._C is not there")
-    with pytest.raises(ops.KernelUnavailable, match="the extension rmtkern._C is not there"):
+    with pytest.raises(ops.KernelUnavailable, match=r"the extension rmtkern\._C is not there"):
         ops.linear(x, dense.pack(w, form=3))

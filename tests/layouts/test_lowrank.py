@@ -95,7 +95,7 @@ def test_what_is_refused():
         LowRankWeight.from_factors(torch.ones(4, 2), torch.ones(2, 4, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"a rank of at most min\(N, K\) = 2, got 3; multiply"):
         LowRankWeight.from_factors(torch.ones(2, 3), torch.ones(3, 4))
-    with pytest.raises(TypeError, match="expected a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"expected a torch\.Tensor"):
         LowRankWeight.from_factors([[1.0]], torch.ones(1, 1))
 
 

@@ -71,7 +71,7 @@ def test_pack_finds_parts_on_rows_and_columns_of_their_own(dtype):
     w = torch.zeros(60, 80, dtype=dtype)
     b, a, _ = split(30, 40, 3)
     w[:30, :40] = (b @ a).to(dtype)
-    s = (random_sparse(30, 40, 0.9) * 1e-2).to(dtype)
+    s = (random_sparse(30, 40, 0.9) * 0.1).to(dtype)
     w[30:, 40:] = s
     packed = SpectralWeight.pack(w, rank=3)
     # rounding of the factors, the product and the remainder, 1/2 eps each, and what counts as zero: 2 eps
@@ -82,9 +82,7 @@ def test_pack_finds_parts_on_rows_and_columns_of_their_own(dtype):
 
 def test_what_is_refused():
     w = torch.randn(20, 30)
-    with pytest.raises(
-        ValueError, match=r"spectral: after rank 5 the remainder has \d+ of 600 entries left, so it stores"
-    ):
+    with pytest.raises(ValueError, match=r"spectral: after rank 5 the remainder has \d+ of 600 entries left"):
         SpectralWeight.pack(w, rank=5)
     assert SpectralWeight.reason_against(w, rank=5).endswith(
         "use from_parts with a sparse remainder, or another layout"
@@ -95,9 +93,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"spectral takes the param rank, got \[\]"):
         SpectralWeight.pack(w)
     b, a, s = split(20, 30, 4)
-    with pytest.raises(
-        ValueError, match=r"expected a sparse part \[20, 30\] torch.float32 on cpu as the factors give it"
-    ):
+    with pytest.raises(ValueError, match=r"expected a sparse part \[20, 30\] torch.float32 on cpu as the factors"):
         SpectralWeight.from_parts(b, a, s.T)
     with pytest.raises(ValueError, match=r"expected factors B \[N, R\] and A \[R, K\]"):
         SpectralWeight.from_parts(b, a[:3], s)
@@ -124,9 +120,7 @@ def test_damaged_parts_are_refused(isa, dtype):
         return change
 
     for part, change in ((1, changed(3, -1)), (2, changed(0, 139)), (3, changed(1, 2**40)), (0, lambda t: t[:-1])):
-        with pytest.raises(
-            ValueError, match="spectral: masks, rows, starts and values disagree; pack the weight again"
-        ):
+        with pytest.raises(ValueError, match="spectral: masks, rows, starts and values disagree; pack"):
             call("spectral", x, 140, damaged(part, change), [7], None, None, None, None)
     for part, name in ((1, "masks"), (2, "rows"), (3, "starts"), (4, "a"), (5, "b")):
         with pytest.raises(ValueError, match=rf"part '{name}' must have shape"):

@@ -1,4 +1,4 @@
-"""dense on the CPU: PyTorch's `F.linear`, oneDNN's linear with its activation, or our own kernel. It decides nothing."""
+"""dense on the CPU: PyTorch's `F.linear`, oneDNN's linear with its activation, or our own. It decides nothing."""
 
 import torch
 from torch import Tensor

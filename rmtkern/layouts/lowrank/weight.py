@@ -1,4 +1,4 @@
-"""LowRankWeight: how a weight of low rank is stored as two factors. It knows no kernel; csrc/linear/lowrank.inl reads it."""
+"""LowRankWeight: how a weight of low rank is stored. It knows no kernel; csrc/linear/lowrank.inl reads it."""
 
 from collections.abc import Iterable
 from typing import Self
@@ -16,9 +16,9 @@ __all__ = ["LowRankWeight"]
 class LowRankWeight(PackedWeight):
     """W = B A with B [N, R] and A [R, K], both as dense tiles.
 
-    The law of factored layouts: `unpack()` is exact to the factors, that is B A summed in float64 and rounded once to the
-    packed dtype, and equals the weight that was packed up to `tolerance` and the rounding of the factors. The kernel
-    rounds the middle x Aᵀ to the dtype of x. `params["rank"]` is R.
+    The law of factored layouts: `unpack()` is exact to the factors, that is B A summed in float64 and rounded once to
+    the packed dtype, and equals the weight that was packed up to `tolerance` and the rounding of the factors. The
+    kernel rounds the middle x Aᵀ to the dtype of x. `params["rank"]` is R.
 
     Parts:
         a: [ceil(R / 32) * lanes of K, 32 * items of a lane] float32 or bfloat16, as `pack_tiles` stores A.

@@ -59,8 +59,9 @@ class SpectralWeight(PackedWeight):
         if stored <= max(GAIN * s.numel(), b.numel() + a.numel()):
             return None
         return (
-            f"spectral: after rank {a.shape[0]} the remainder has {int(s.count_nonzero())} of {s.numel()} entries left, so"
-            f" it stores more than {GAIN} of the dense weight; use from_parts with a sparse remainder, or another layout"
+            f"spectral: after rank {a.shape[0]} the remainder has {int(s.count_nonzero())} of {s.numel()} entries left,"
+            f" so it stores more than {GAIN} of the dense weight; use from_parts with a sparse remainder, or another"
+            " layout"
         )
 
     @classmethod
@@ -119,8 +120,8 @@ class SpectralWeight(PackedWeight):
         """
         check_factors(b, a, cls.dtypes, cls.layout)
         check_dense(s, cls.dtypes, cls.layout)
-        shape = (b.shape[0], a.shape[1])
-        if s.shape != shape or s.dtype != b.dtype or s.device != b.device:
+        shape = (int(b.shape[0]), int(a.shape[1]))
+        if tuple(s.shape) != shape or s.dtype != b.dtype or s.device != b.device:
             raise ValueError(
                 f"spectral: expected a sparse part {list(shape)} {b.dtype} on {b.device} as the factors give it, got"
                 f" {list(s.shape)} {s.dtype} on {s.device}"
@@ -133,7 +134,7 @@ class SpectralWeight(PackedWeight):
         """(B [N, R], A [R, K], S [N, K]) in the packed dtype, bit for bit (-0.0 in S has become 0.0)."""
         (n, k), rank = self.shape, self.params["rank"]
         sparse = (self.values[:, None], self.masks, self.rows, self.starts)
-        s = unpack_strips(self.shape, 1, sparse, words=WORDS[self.values.dtype])
+        s = unpack_strips((n, k), 1, sparse, words=WORDS[self.values.dtype])
         return unpack_tiles(self.b, (n, rank), STRIP), unpack_tiles(self.a, (rank, k)), s
 
     def unpack(self) -> Tensor:
