@@ -159,7 +159,7 @@ struct Attention {
     void score(const MathItem* q, const float* K, int64_t n, const Item* const* mask, float* S, F* top) const {
         const I numbers = lane_numbers(std::make_integer_sequence<int, W>{});
         F sums[query_rows * NV] = {};
-        tile<Math, query_rows, NV>(q, row_items, K, lanes, sums);
+        tile<Math, query_rows, NV>(q, row_items, K, NV * W, lanes * per, sums);
         for (int m = 0; m < query_rows; ++m) {
             for (int v = 0; v < NV; ++v) {
                 const int64_t left = n - v * W;
@@ -208,7 +208,7 @@ struct Attention {
         if (out && shrink)
             for (int m = 0; m < query_rows; ++m)
                 for (int v = 0; v < NV; ++v) sums[m * NV + v] = load(out + m * wide + v * W) * broadcast(shrink[m]);
-        tile<Math, query_rows, NV>(p, line * per, V, key_lanes, sums);
+        tile<Math, query_rows, NV>(p, line * per, V, NV * W, key_lanes * per, sums);
         if (!y) {
             for (int m = 0; m < query_rows; ++m)
                 for (int v = 0; v < NV; ++v) store(out + m * wide + v * W, sums[m * NV + v]);
@@ -217,15 +217,7 @@ struct Attention {
         for (int m = 0; m < query_rows && m < there; ++m) {
             const F part = broadcast(sum[m] == 0.0f ? 0.0f : 1.0f / sum[m]);  // a query that sees no key gets zeros
             for (int v = 0; v < NV; ++v) {
-                Item* to = y + m * a.H * a.d + v * W;
-                const F r = sums[m * NV + v] * part;
-                if ((v + 1) * W <= columns) {
-                    Number::store_values(to, r);
-                } else {
-                    Item edge[W];
-                    Number::store_values(edge, r);
-                    for (int64_t j = 0; v * W + j < columns; ++j) to[j] = edge[j];
-                }
+                store_some<Number>(y + m * a.H * a.d + v * W, sums[m * NV + v] * part, columns - v * W);
             }
         }
     }

@@ -1,5 +1,5 @@
 // The list of layouts: the names always, the bodies where an instruction set asks for them (RK_BODIES).
-#define RK_LAYOUTS(X) X(bitmask) X(block) X(nofm)
+#define RK_LAYOUTS(X) X(bitmask) X(block) X(nofm) X(dense) X(lowrank) X(spectral)
 #ifdef RK_BODIES
 #include "linear/vector.inl"
 #include "linear/number.inl"
@@ -10,6 +10,9 @@
 #include "linear/bitmask.inl"
 #include "linear/block.inl"
 #include "linear/nofm.inl"
+#include "linear/dense.inl"
+#include "linear/lowrank.inl"
+#include "linear/spectral.inl"
 #include "attention.inl"
 #define RK_FIELD(name) name##_linear,
 #define RK_TABLE(isa) {isa, attention, RK_LAYOUTS(RK_FIELD)}

@@ -9,6 +9,7 @@ from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.ops import available
 from rmtkern.packing import pack_, unpack_
+from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
@@ -16,6 +17,7 @@ from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Decisions",
     "Evaluation",
     "KernelUnavailable",
     "PackReport",

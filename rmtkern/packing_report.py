@@ -53,7 +53,8 @@ class AttentionReport:
     Args:
         name: module name.
         shapes: q and k [B, H, T, d] of its calls on the examples.
-        torch_ms: PyTorch's time for one of its calls, the largest of all shapes; None if not measured.
+        torch_ms: PyTorch's time for one of its calls, the largest of all shapes, with its projections if it is an
+            nn.MultiheadAttention; None if not measured.
         kernel_ms: the same of our kernel.
         used: whether the kernel runs now.
         reason: why, in words.
@@ -172,7 +173,7 @@ class PackReport:
         for times in self.end_to_end:
             lines.append(
                 f"example {times.example}: original {times.original_ms:.4g} ms, strongest dense (each linear in its"
-                f" fastest of nn.Linear and oneDNN) {times.dense_ms:.4g} ms, packed {times.packed_ms:.4g} ms:"
+                f" fastest dense form) {times.dense_ms:.4g} ms, packed {times.packed_ms:.4g} ms:"
                 f" {times.speedup:.2f}x"
             )
         return [*lines, *self.notes]

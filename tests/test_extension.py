@@ -63,7 +63,11 @@ def test_isa_follows_argument_then_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"layout": "csr"}, ValueError, r"no CPU kernel for layout 'csr'; layouts with one: bitmask, block, nofm"),
+        (
+            {"layout": "csr"},
+            ValueError,
+            r"no CPU kernel for layout 'csr'; layouts with one: bitmask, block, nofm, dense, lowrank, spectral",
+        ),
         ({"x": np.ones((3, 70))}, TypeError, r"x has dtype float64; no kernel takes it"),
         ({"x": np.ones((3, 70), np.int32)}, TypeError, r"x must be float32 or bfloat16 \(as uint16\), got int32"),
         ({"x": np.ones((3, 140), np.float32)[:, ::2]}, TypeError, r"x is not C-contiguous; call .contiguous\(\) first"),

@@ -96,7 +96,9 @@ def test_first_use_is_logged_once(packed, caplog):
 
 
 def test_unknown_layout():
-    with pytest.raises(ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, block, nofm"):
+    with pytest.raises(
+        ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, block, nofm, lowrank, spectral"
+    ):
         ops.load_kernels("csr")
 
 

@@ -239,7 +239,7 @@ def test_nofm_is_found_and_layouts_can_be_named():
     twin = copy.deepcopy(model)
     assert pack_(model, torch.randn(3, 64), timer=timer("nofm")).layers[0].form == "nofm(n=2,m=4)"
     (layer,) = pack_(twin, torch.randn(3, 64), timer=timer("nofm"), layouts=["bitmask"]).layers
-    assert set(layer.ms[3]) == {"dense/torch", "dense/onednn", "dense/onednn_prepacked", "bitmask"}
+    assert set(layer.ms[3]) == {"dense/torch", "dense/onednn", "dense/onednn_prepacked", "dense/own", "bitmask"}
 
 
 def test_similar_layers_share_a_measurement_taken_on_the_least_sparse():
@@ -415,6 +415,46 @@ def test_a_failure_gives_the_float32_model_back():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_layers_of_one_shape_and_two_dtypes_are_measured_apart():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.high, self.low = nn.Linear(64, 64), nn.Linear(64, 64).bfloat16()
+
+        def forward(self, x):
+            return self.low(self.high(x).bfloat16()).float()
+
+    torch.manual_seed(0)
+    report = pack_(prune(Mixed(), 0.9), torch.randn(8, 64), timer=timer())
+    assert [layer.measured_on for layer in report.layers] == ["high", "low"]
+    assert report.groups_measured == 2
+
+
+def test_a_bfloat16_model_of_nothing_but_linears_is_held_to_its_own_tolerance(monkeypatch):
+    monkeypatch.setitem(packing.OUTPUT_TOLERANCE, torch.bfloat16, -1.0)  # nothing meets it
+    with pytest.raises(PackedModelError, match="the packed model's output on example 0 differs by"):
+        pack_(mlp(0.9).bfloat16(), torch.randn(8, 128).bfloat16(), timer=timer())
+
+
+def test_our_own_dense_form_is_chosen_and_held_to_the_accuracy_rule(monkeypatch):
+    model, dense = mlp(0.0), mlp(0.0)
+    x = torch.randn(8, 128)
+    report = pack_(model, x, timer=timer("dense/own"))
+    assert [layer.form for layer in report.layers] == ["dense/own"] * 2 and report.packed_layers == 0
+    assert_same_function(model, dense, x)
+    assert unpack_(model) == 2 and torch.equal(model[0].weight, dense[0].weight)
+    calls = []
+
+    def inaccurate(*args):
+        calls.append(args)
+        return 0.5 if len(calls) <= 2 else 7.0  # good while it is timed, bad once a layer is packed
+
+    monkeypatch.setattr(packing, "accuracy_excess", inaccurate)
+    report = pack_(model, x, timer=timer("dense/own"), layouts=["dense"])
+    assert [layer.form for layer in report.layers] == ["nn.Linear"] * 2 and len(calls) == 4
+    assert "dense/own misses the accuracy rule by a factor 7" in report.layers[0].reason
+
+
 def test_a_bfloat16_model_packs_as_it_is():
     model = mlp(0.9).bfloat16()
     x = torch.randn(8, 128).bfloat16()
@@ -548,7 +588,9 @@ def test_bad_input():
         ValueError, match=r"the model cannot run example 1: .*; pass what you would call the model with"
     ):
         pack_(mlp(), [x, torch.randn(4, 127)])
-    with pytest.raises(ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, block, nofm"):
+    with pytest.raises(
+        ValueError, match=r"unknown layout 'csr'; valid: dense, bitmask, block, nofm, lowrank, spectral"
+    ):
         pack_(mlp(), x, layouts=["csr"])
     with pytest.raises(ValueError, match=r"margin: expected 0 <= margin < 1, got 1"):
         pack_(mlp(), x, margin=1)

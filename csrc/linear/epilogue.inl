@@ -38,10 +38,19 @@ inline F activate(F x) {
 // The first `width` values at p and zeros; never reads past them.
 template <class Number>
 inline F load_some(const typename Number::Item* p, int64_t width) {
-    if (width == W) return Number::load_values(p);
+    if (width >= W) return Number::load_values(p);
     typename Number::Item copy[W] = {};
     for (int64_t j = 0; j < width; ++j) copy[j] = p[j];
     return Number::load_values(copy);
+}
+
+// Stores the first `width` values of v, and writes nothing past them.
+template <class Number>
+inline void store_some(typename Number::Item* p, F v, int64_t width) {
+    if (width >= W) return Number::store_values(p, v);
+    typename Number::Item row[W];
+    Number::store_values(row, v);
+    for (int64_t j = 0; j < width; ++j) p[j] = row[j];
 }
 
 // Scale, residual and store of a token's `width` <= W outputs from feature f, whose activation is done.
@@ -51,59 +60,50 @@ inline void write(const LinearArgs& a, F v, int64_t t, int64_t f, int64_t width)
     const int64_t at = t * a.N + f;
     if (a.scale) v = v * load_some<Number>(static_cast<const Item*>(a.scale) + f, width);
     if (a.residual) v = v + load_some<Number>(static_cast<const Item*>(a.residual) + at, width);
-    Item* y = static_cast<Item*>(a.y) + at;
-    if (width == W) return Number::store_values(y, v);
-    Item row[W];
-    Number::store_values(row, v);
-    for (int64_t j = 0; j < width; ++j) y[j] = row[j];
+    store_some<Number>(static_cast<Item*>(a.y) + at, v, width);
 }
 
 // C [features][stride] holds sums with the bias in them, lanes are tokens. Writes W tokens from t0, features from f0.
 // Features run in the inner loop, so that a token's outputs are written one after the other.
 template <class Number, Activation A>
-void finish_tokens(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
-    const int64_t tokens = a.T - t0 < W ? a.T - t0 : W;
-    for (int64_t f = 0; f < features; f += W) {
-        const int64_t width = features - f < W ? features - f : W;
-        F r[W];
+struct FinishTokens {
+    static void run(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
+        const int64_t tokens = a.T - t0 < W ? a.T - t0 : W;
+        for (int64_t f = 0; f < features; f += W) {
+            const int64_t width = features - f < W ? features - f : W;
+            F r[W];
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) r[i] = activate<A>(load(C + (f + (i < width ? i : width - 1)) * stride));
-        transpose(r);
-        for (int64_t i = 0; i < tokens; ++i) write<Number>(a, r[i], t0 + i, f0 + f, width);
+            for (int i = 0; i < W; ++i) r[i] = activate<A>(load(C + (f + (i < width ? i : width - 1)) * stride));
+            transpose(r);
+            for (int64_t i = 0; i < tokens; ++i) write<Number>(a, r[i], t0 + i, f0 + f, width);
+        }
     }
-}
+};
 
-// C [tokens][stride] holds sums without the bias, lanes are outputs. Writes `tokens` from t0, features from f0 up to stride.
+// C [tokens][stride] holds sums without the bias, lanes are outputs. Writes `tokens` from t0, features from f0 up to
+// stride.
 template <class Number, Activation A>
-void finish_outputs(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0) {
-    const auto* bias = static_cast<const typename Number::Item*>(a.bias);
-    const int64_t features = a.N - f0 < stride ? a.N - f0 : stride;
-    for (int64_t f = 0; f < features; f += W) {
-        const int64_t width = features - f < W ? features - f : W;
-        const F b = bias ? load_some<Number>(bias + f0 + f, width) : F{};
-        for (int64_t i = 0; i < tokens; ++i)
-            write<Number>(a, activate<A>(load(C + i * stride + f) + b), t0 + i, f0 + f, width);
+struct FinishOutputs {
+    static void run(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0) {
+        const auto* bias = static_cast<const typename Number::Item*>(a.bias);
+        const int64_t features = a.N - f0 < stride ? a.N - f0 : stride;
+        for (int64_t f = 0; f < features; f += W) {
+            const int64_t width = features - f < W ? features - f : W;
+            const F b = bias ? load_some<Number>(bias + f0 + f, width) : F{};
+            for (int64_t i = 0; i < tokens; ++i)
+                write<Number>(a, activate<A>(load(C + i * stride + f) + b), t0 + i, f0 + f, width);
+        }
     }
-}
+};
 
-template <class Number>
-void finish_rows(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0) {
+// Runs one of the two above for the activation that is asked for.
+template <template <class, Activation> class Finish, class Number, class... Place>
+void finish(const LinearArgs& a, const float* C, Place... place) {
     switch (a.activation) {
-        case Activation::none: return finish_outputs<Number, Activation::none>(a, C, stride, t0, tokens, f0);
-        case Activation::gelu: return finish_outputs<Number, Activation::gelu>(a, C, stride, t0, tokens, f0);
-        case Activation::gelu_tanh: return finish_outputs<Number, Activation::gelu_tanh>(a, C, stride, t0, tokens, f0);
-        case Activation::silu: return finish_outputs<Number, Activation::silu>(a, C, stride, t0, tokens, f0);
-        case Activation::relu: return finish_outputs<Number, Activation::relu>(a, C, stride, t0, tokens, f0);
-    }
-}
-
-template <class Number>
-void finish(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
-    switch (a.activation) {
-        case Activation::none: return finish_tokens<Number, Activation::none>(a, C, stride, t0, f0, features);
-        case Activation::gelu: return finish_tokens<Number, Activation::gelu>(a, C, stride, t0, f0, features);
-        case Activation::gelu_tanh: return finish_tokens<Number, Activation::gelu_tanh>(a, C, stride, t0, f0, features);
-        case Activation::silu: return finish_tokens<Number, Activation::silu>(a, C, stride, t0, f0, features);
-        case Activation::relu: return finish_tokens<Number, Activation::relu>(a, C, stride, t0, f0, features);
+        case Activation::none: return Finish<Number, Activation::none>::run(a, C, place...);
+        case Activation::gelu: return Finish<Number, Activation::gelu>::run(a, C, place...);
+        case Activation::gelu_tanh: return Finish<Number, Activation::gelu_tanh>::run(a, C, place...);
+        case Activation::silu: return Finish<Number, Activation::silu>::run(a, C, place...);
+        case Activation::relu: return Finish<Number, Activation::relu>::run(a, C, place...);
     }
 }

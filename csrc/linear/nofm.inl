@@ -78,15 +78,15 @@ inline __attribute__((always_inline)) F pick(uint64_t quad, U control) {
 }
 
 constexpr int rows_of_tile = 16;
-constexpr int tile_vectors = (W == 16 ? 2 : 1) * rows_of_tile / W;  // of outputs in a step; on AVX-512 two tiles
-constexpr int tile_tokens = W == 16 ? 11 : 16 / tile_vectors / 2;   // whose sums, with the vectors, fit the registers
+constexpr int step_vectors = (W == 16 ? 2 : 1) * rows_of_tile / W;  // of outputs in a step; on AVX-512 two tiles
+constexpr int step_tokens = W == 16 ? 11 : 16 / step_vectors / 2;   // whose sums, with the vectors, fit the registers
 constexpr int64_t chunk_bytes = 256 * 1024;                         // of x that stays in L2 while all tiles pass
 
 struct TwoOfFour {
     const LinearArgs& a;
     const float* values;    // [tiles][groups][rows_of_tile] pairs
     const float* controls;  // [tiles][(groups + 1) / 2][rows_of_tile] of 32 bits
-    int64_t groups, steps;  // steps: tile_vectors * W outputs each; the last one may have a tile that is not there
+    int64_t groups, steps;  // steps: step_vectors * W outputs each; the last one may have a tile that is not there
     int token_threads;
 
     // Adds group g; the control of an odd one is the upper half of each byte.
@@ -94,25 +94,25 @@ struct TwoOfFour {
     inline __attribute__((always_inline)) void add_group(const uint16_t* x, const float* const* w, int64_t g, const U* control,
                                                          F* sums) const {
         constexpr int per_tile = rows_of_tile / W;
-        F pairs[tile_vectors];
+        F pairs[step_vectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < tile_vectors; ++v) pairs[v] = load(w[v / per_tile] + g * rows_of_tile + v % per_tile * W);
+        for (int v = 0; v < step_vectors; ++v) pairs[v] = load(w[v / per_tile] + g * rows_of_tile + v % per_tile * W);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             uint64_t quad;
             __builtin_memcpy(&quad, x + m * a.K + 4 * g, 8);
 #pragma GCC unroll 8
-            for (int v = 0; v < tile_vectors; ++v)
-                sums[m * tile_vectors + v] =
-                    BFloat16::multiply_add(sums[m * tile_vectors + v], pairs[v], pick(quad, control[v]));
+            for (int v = 0; v < step_vectors; ++v)
+                sums[m * step_vectors + v] =
+                    BFloat16::multiply_add(sums[m * step_vectors + v], pairs[v], pick(quad, control[v]));
         }
     }
 
     // Tokens t0 ... t0 + M - 1, outputs of one step.
     template <int M>
     void block(int64_t t0, int64_t step) const {
-        constexpr int per_tile = rows_of_tile / W, tiles = tile_vectors / per_tile;
-        const int64_t f0 = step * tile_vectors * W, all = (a.N + rows_of_tile - 1) / rows_of_tile;
+        constexpr int per_tile = rows_of_tile / W, tiles = step_vectors / per_tile;
+        const int64_t f0 = step * step_vectors * W, all = (a.N + rows_of_tile - 1) / rows_of_tile;
         const uint16_t* x = static_cast<const uint16_t*>(a.x) + t0 * a.K;
         const float *w[tiles], *c[tiles];
         for (int i = 0; i < tiles; ++i) {  // a tile that is not there repeats the last one; its sums are not stored
@@ -120,23 +120,23 @@ struct TwoOfFour {
             w[i] = values + tile * groups * rows_of_tile;
             c[i] = controls + tile * ((groups + 1) / 2) * rows_of_tile;
         }
-        F sums[M * tile_vectors] = {};
-        U control[tile_vectors];
+        F sums[M * step_vectors] = {};
+        U control[step_vectors];
         for (int64_t g = 0; g + 1 < groups; g += 2) {
 #pragma GCC unroll 8
-            for (int v = 0; v < tile_vectors; ++v)
+            for (int v = 0; v < step_vectors; ++v)
                 control[v] = reinterpret_cast<U>(load(c[v / per_tile] + g / 2 * rows_of_tile + v % per_tile * W));
             add_group<M>(x, w, g, control, sums);
 #pragma GCC unroll 8
-            for (int v = 0; v < tile_vectors; ++v) control[v] >>= 4;
+            for (int v = 0; v < step_vectors; ++v) control[v] >>= 4;
             add_group<M>(x, w, g + 1, control, sums);
         }
         if (groups % 2) {
-            for (int v = 0; v < tile_vectors; ++v)
+            for (int v = 0; v < step_vectors; ++v)
                 control[v] = reinterpret_cast<U>(load(c[v / per_tile] + groups / 2 * rows_of_tile + v % per_tile * W));
             add_group<M>(x, w, groups - 1, control, sums);
         }
-        finish_rows<BFloat16>(a, reinterpret_cast<const float*>(sums), tile_vectors * W, t0, M, f0);
+        finish<FinishOutputs, BFloat16>(a, reinterpret_cast<const float*>(sums), int64_t(step_vectors * W), t0, int64_t(M), f0);
     }
 
     template <int M>
@@ -151,15 +151,15 @@ void two_of_four_thread(const void* arg, int i, int n) {
     const int step_threads = n / job.token_threads, ti = i % job.token_threads, si = i / job.token_threads;
     const int64_t t0 = job.a.T * ti / job.token_threads, t1 = job.a.T * (ti + 1) / job.token_threads;
     const int64_t s0 = job.steps * si / step_threads, s1 = job.steps * (si + 1) / step_threads;
-    const int64_t blocks = (t1 - t0 + tile_tokens - 1) / tile_tokens;
-    int64_t chunk = chunk_bytes / (2 * job.a.K * tile_tokens);
+    const int64_t blocks = (t1 - t0 + step_tokens - 1) / step_tokens;
+    int64_t chunk = chunk_bytes / (2 * job.a.K * step_tokens);
     if (chunk < 1) chunk = 1;
     for (int64_t first = 0; first < blocks; first += chunk) {
         const int64_t last = first + chunk < blocks ? first + chunk : blocks;
         for (int64_t step = s0; step < s1; ++step) {
             for (int64_t b = first; b < last; ++b) {
                 const int64_t from = t0 + (t1 - t0) * b / blocks, to = t0 + (t1 - t0) * (b + 1) / blocks;
-                job.block_of<tile_tokens>(int(to - from), from, step);
+                job.block_of<step_tokens>(int(to - from), from, step);
             }
         }
     }
@@ -167,10 +167,10 @@ void two_of_four_thread(const void* arg, int i, int n) {
 
 const char* two_of_four(const LinearArgs& a) {
     TwoOfFour job{a, a.parts[0].as<float>(), a.parts[1].as<float>(), a.K / 4,
-                  (a.N + tile_vectors * W - 1) / (tile_vectors * W), 1};
+                  (a.N + step_vectors * W - 1) / (step_vectors * W), 1};
     // tokens are split first, so that each thread's x stays its own; with few of them, the outputs
     int threads = a.threads;
-    if (a.T >= int64_t(threads) * tile_tokens) job.token_threads = threads;
+    if (a.T >= int64_t(threads) * step_tokens) job.token_threads = threads;
     else if (threads > job.steps) threads = int(job.steps);
     parallel(threads, two_of_four_thread, &job);
     return nullptr;

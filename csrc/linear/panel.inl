@@ -89,6 +89,17 @@ bool pack_panel(const LinearArgs& a, int64_t t0, int V, float* P) {
     return any;
 }
 
+// A source may multiply more than x: then it has blocks of 64 more columns, and its own overload of both functions.
+// `room` is at least as long as these columns in a panel.
+template <class Source>
+int64_t middle_blocks(const Source&) {
+    return 0;
+}
+template <class Source>
+bool pack_source(const LinearArgs& a, const Source&, int64_t t0, int V, float* P, float*) {
+    return pack_panel<typename Source::Number>(a, t0, V, P);
+}
+
 template <class Source>
 struct Panels {
     const LinearArgs& a;
@@ -116,7 +127,7 @@ void run_panel(const Panels<Source>& job, int64_t t0, int64_t rb0, int64_t rb1, 
             for (int64_t rb = first; rb < last; ++rb)
                 job.source.template group<Number, V>(rb, kb, P + kb * 64 * stride, C + (rb - first) * block_rows * stride);
         for (int v = 0; v < V; ++v)
-            if (t0 + v * W < a.T) finish<Number>(a, C + v * W, stride, t0 + v * W, f0, f1 - f0);
+            if (t0 + v * W < a.T) finish<FinishTokens, Number>(a, C + v * W, stride, t0 + v * W, f0, f1 - f0);
     }
 }
 
@@ -138,39 +149,50 @@ void panels_thread(const void* arg, int i, int n) {
     const int64_t p_floats = job.col_blocks * 64 * widest;
     int64_t c_floats = c_bytes / 4 > block_rows * widest ? c_bytes / 4 : block_rows * widest;
     if (c_floats > (rb1 - rb0) * block_rows * widest) c_floats = (rb1 - rb0) * block_rows * widest;
+    const int64_t room = middle_blocks(job.source) * 64 * widest;
+    if (c_floats < room) c_floats = room;
     float* P = scratch(size_t(p_floats + c_floats));
     for (int64_t p = p0; p < p1; ++p) {
         const int64_t v0 = job.vectors * p / job.panels, v1 = job.vectors * (p + 1) / job.panels;
         const int V = int(v1 - v0);
-        if (pack_panel<typename Source::Number>(job.a, v0 * W, V, P))
+        if (pack_source(job.a, job.source, v0 * W, V, P, P + p_floats))
             run_panel_of<typename Source::Special, Source::most_V>(V, job, v0 * W, rb0, rb1, P, P + p_floats);
         else
             run_panel_of<typename Source::Number, Source::most_V>(V, job, v0 * W, rb0, rb1, P, P + p_floats);
     }
 }
 
-// Splits the work over threads so that the busiest thread has the least, and runs it.
-template <class Source>
-void run_panels(const LinearArgs& a, const Source& source) {
-    constexpr int64_t columns = 64 * Source::Number::per_lane;
-    Panels<Source> job{a, source, (a.K + columns - 1) / columns, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0, 1};
-    job.panels = (job.vectors + Source::most_V - 1) / Source::most_V;
-    int threads = a.threads;
-    if (threads > job.panels * job.row_blocks) threads = int(job.panels * job.row_blocks);
+// Splits rows x columns of work over at most `threads` threads so that the busiest has the least. Returns how many share
+// the rows; threads becomes how many there are.
+inline int grid(int& threads, int64_t rows, int64_t columns) {
+    const int most = threads;
+    if (threads > rows * columns) threads = int(rows * columns);
     int64_t least = INT64_MAX;
+    int best = 1;
     for (int d = threads; d >= 1; --d) {
         const int r = threads / d;
-        if (d * r != threads || d > job.panels || r > job.row_blocks) continue;
-        const int64_t busiest = ((job.panels + d - 1) / d) * ((job.row_blocks + r - 1) / r);
+        if (d * r != threads || d > rows || r > columns) continue;
+        const int64_t busiest = ((rows + d - 1) / d) * ((columns + r - 1) / r);
         if (busiest < least) {
             least = busiest;
-            job.panel_threads = d;
+            best = d;
         }
     }
     if (least == INT64_MAX) {  // no grid of that many threads fits: fall back to the larger side
-        threads = int(job.panels > job.row_blocks ? (threads < job.panels ? threads : job.panels) : job.row_blocks);
-        job.panel_threads = job.panels > job.row_blocks ? threads : 1;
-        if (threads > a.threads) threads = a.threads;
+        threads = int(rows > columns ? (threads < rows ? threads : rows) : columns);
+        best = rows > columns ? threads : 1;
+        if (threads > most) threads = most;
     }
+    return best;
+}
+
+template <class Source>
+void run_panels(const LinearArgs& a, const Source& source) {
+    constexpr int64_t columns = 64 * Source::Number::per_lane;
+    const int64_t col_blocks = (a.K + columns - 1) / columns + middle_blocks(source);
+    Panels<Source> job{a, source, col_blocks, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0, 1};
+    job.panels = (job.vectors + Source::most_V - 1) / Source::most_V;
+    int threads = a.threads;
+    job.panel_threads = grid(threads, job.panels, job.row_blocks);
     parallel(threads, panels_thread<Source>, &job);
 }

@@ -4,7 +4,9 @@ from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.bitmask.weight import BitmaskWeight
 from rmtkern.layouts.block.weight import BlockWeight
 from rmtkern.layouts.dense.weight import DenseWeight
+from rmtkern.layouts.lowrank.weight import LowRankWeight
 from rmtkern.layouts.nofm.weight import NofMWeight
+from rmtkern.layouts.spectral.weight import SpectralWeight
 
 __all__ = ["LAYOUTS"]
 
@@ -13,4 +15,6 @@ LAYOUTS: dict[str, type[PackedWeight]] = {
     "bitmask": BitmaskWeight,
     "block": BlockWeight,
     "nofm": NofMWeight,
+    "lowrank": LowRankWeight,
+    "spectral": SpectralWeight,
 }

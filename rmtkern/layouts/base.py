@@ -18,7 +18,7 @@ class PackedWeight(nn.Module):
 
     A layout is a subclass that sets the class variables and writes `pack` and `unpack` (and `reason_against`, if not
     every weight fits). The law, tested for all layouts: `pack(W).unpack()` equals W bit for bit at the packed dtype,
-    except that -0.0 becomes 0.0.
+    except that -0.0 becomes 0.0 (`lowrank` and `spectral`, whose weights are products, say what they keep instead).
 
     Args:
         shape: (N, K).

@@ -45,8 +45,8 @@ def pair_weight(n_rows, n_cols, r, sparsity, seed=0):
     return (torch.randn(n_rows, n_cols, generator=generator) * kept).bfloat16()
 
 
-@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97])
-@pytest.mark.parametrize("tokens", [1, 17, 197])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.97, 1])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 197])
 @pytest.mark.parametrize(
     ("n_rows", "n_cols", "r"), [(131, 67, 1), (131, 135, 4), (128, 256, 4), (3, 1, 4), (259, 61, 1)]
 )

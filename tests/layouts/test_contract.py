@@ -14,22 +14,30 @@ from rmtkern.layouts import LAYOUTS, cpu
 from rmtkern.nn import PackedLinear
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
-# layout, params, the n:m that its weights must have; in float32, and below in bfloat16
+# What the weights of a factored layout must be: of rank 1. Its law is weaker: unpack() is exact to the factors, and
+# equals the weight that was packed up to rounding.
+FACTORED = "factored"
+
+# layout, params, what its weights must be: n:m, FACTORED, or anything (None); in float32, and below in bfloat16
 FORMS = [
     ("dense", {"form": 0}, None),
     ("dense", {"form": 1}, None),
     ("dense", {"form": 2}, None),
+    ("dense", {"form": 3}, None),
     ("bitmask", {}, None),
     ("block", {"r": 2, "c": 1}, None),
     ("block", {"r": 4, "c": 1}, None),
     ("block", {"r": 8, "c": 1}, None),
     ("nofm", {"n": 2, "m": 4}, (2, 4)),
     ("nofm", {"n": 1, "m": 16}, (1, 16)),
+    ("lowrank", {"rank": 1}, FACTORED),
+    ("spectral", {"rank": 1}, FACTORED),
 ]
 BF16 = [
     ("dense", {"form": 0}, None),
     ("dense", {"form": 1}, None),
     ("dense", {"form": 2}, None),
+    ("dense", {"form": 3}, None),
     ("bitmask", {}, None),
     ("block", {"r": 1, "c": 2}, None),
     ("block", {"r": 4, "c": 2}, None),
@@ -42,12 +50,14 @@ def variants():
     """Form x (backend, isa) that can run here; an ISA that this CPU lacks cannot be tested on it."""
     for (layout, params, nofm), name in zip(FORMS, IDS, strict=True):
         yield pytest.param(layout, params, nofm, "reference", None, id=f"{name}-reference")
-        isas = [None] if layout == "dense" else cpu.isas()
+        isas = [None] if layout == "dense" and params["form"] < 3 else cpu.isas()
         for isa in isas:
             yield pytest.param(layout, params, nofm, "cpu", isa, id=f"{name}-cpu-{isa or 'torch'}")
 
 
 def weight(shape, nofm, sparsity=0.7, seed=0):
+    if nofm == FACTORED:
+        return random_sparse(shape[0], 1, sparsity, seed=seed) @ random_sparse(1, shape[1], sparsity, seed=seed + 1)
     return random_sparse(*shape, sparsity, seed=seed, nofm=nofm)
 
 
@@ -135,9 +145,14 @@ def test_shapes_and_strides(layout, params, nofm, backend, isa, monkeypatch):
 @given(n=st.integers(1, 140), groups=st.integers(1, 9), sparsity=st.floats(0, 1), seed=st.integers(0, 99))
 def test_the_law(layout, params, nofm, n, groups, sparsity, seed):
     w = weight((n, 16 * groups), nofm, sparsity, seed)
-    w.view(-1)[:: max(1, 3 * seed)] *= -0.0  # signed zeros must come back as 0.0
+    if nofm != FACTORED:
+        w.view(-1)[:: max(1, 3 * seed)] *= -0.0  # signed zeros must come back as 0.0
     back = LAYOUTS[layout].pack(w, **params).unpack()
     assert back.dtype == w.dtype and back.is_contiguous()
+    if nofm == FACTORED:
+        # two factors and their product are rounded once each: 3/2 eps of each entry; 4 eps leaves room for the SVD
+        assert (back - w).norm() <= 4 * torch.finfo(w.dtype).eps * w.norm()
+        return
     assert torch.equal(back.view(torch.int32), (w + 0.0).view(torch.int32))
 
 
@@ -185,7 +200,7 @@ def test_copies_and_files(layout, params, nofm):
         other.load_state_dict(packed.state_dict())  # the parts of other layouts depend on the weight in size
         assert torch.equal(other.unpack(), w)
     for twin in (copy.deepcopy(packed), torch.load(file, weights_only=False), copy.deepcopy(packed).double().float()):
-        assert torch.equal(twin.unpack(), w)
+        assert torch.equal(twin.unpack(), packed.unpack())
         assert torch.equal(ops.linear(x, twin), ops.linear(x, packed))
     assert set(packed.state_dict()) == set(packed.parts)
     assert packed.nbytes == sum(part.nbytes for part in packed.tensors())
@@ -228,21 +243,25 @@ def test_nofm_offers_the_tightest_pattern():
 def test_dense_forms(monkeypatch):
     dense = LAYOUTS["dense"]
     w, x = torch.randn(8, 16), torch.randn(3, 16)
-    assert [dense.pack(w, form=form).label for form in range(3)] == [
+    assert [dense.pack(w, form=form).label for form in range(4)] == [
         "dense/torch",
         "dense/onednn",
         "dense/onednn_prepacked",
+        "dense/own",
     ]
-    with pytest.raises(ValueError, match="dense: form 3 is unknown; expected 0 to 2: torch, onednn"):
-        dense.pack(w, form=3)
+    with pytest.raises(ValueError, match="dense: form 4 is unknown; expected 0 to 3: torch, onednn"):
+        dense.pack(w, form=4)
     with pytest.raises(ValueError, match="dense: unknown parameter n; expected form, tokens"):
         dense.pack(w, n=2)
     packed = dense.pack(w, form=1)
     monkeypatch.setattr("rmtkern.layouts.dense.weight.NO_ONEDNN", "this PyTorch was built without oneDNN; use form 0")
     monkeypatch.setattr("rmtkern.layouts.dense.cpu.NO_ONEDNN", "this PyTorch was built without oneDNN; use form 0")
-    assert list(dense.variants(w)) == [{"form": 0}]
+    assert list(dense.variants(w)) == [{"form": 0}, {"form": 3}]
     with pytest.raises(ValueError, match="built without oneDNN"):
         dense.pack(w, form=2)
     with pytest.raises(ops.KernelUnavailable, match="built without oneDNN"):
         ops.linear(x, packed)
     assert torch.equal(ops.linear(x, dense.pack(w)), x @ w.t())
+    monkeypatch.setattr("rmtkern.layouts.dense.cpu.MISSING", "the extension rmtkern._C is not there")
+    with pytest.raises(ops.KernelUnavailable, match=r"the extension rmtkern\._C is not there"):
+        ops.linear(x, dense.pack(w, form=3))

@@ -1,10 +1,11 @@
-"""dense on the CPU: PyTorch's `F.linear` or oneDNN's linear with its activation. It decides nothing about speed."""
+"""dense on the CPU: PyTorch's `F.linear`, oneDNN's linear with its activation, or our own. It decides nothing."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rmtkern.layouts.dense.weight import NO_ONEDNN, DenseWeight
+from rmtkern.layouts.cpu import MISSING
+from rmtkern.layouts.dense.weight import FORMS, NO_ONEDNN, DenseWeight
 
 __all__ = ["linear", "supports"]
 
@@ -18,7 +19,7 @@ _ONEDNN = {  # activation -> (attr, algorithm) of mkldnn._linear_pointwise
 
 
 def supports(w: DenseWeight, x: Tensor) -> str | None:
-    """Why PyTorch's dense linears cannot compute x [T, K] times this weight, or None if they can."""
+    """Why the form's dense linear cannot compute x [T, K] times this weight, or None if they can."""
     if x.dtype not in w.dtypes:
         return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes)}"
     weight = w.stored
@@ -26,7 +27,8 @@ def supports(w: DenseWeight, x: Tensor) -> str | None:
         return f"x is {x.dtype}, the weight {weight.dtype}; cast one to the other's dtype"
     if x.device.type != "cpu" or weight.device.type != "cpu":
         return f"x is on {x.device}, the weight on {weight.device}; move both to the cpu"
-    return NO_ONEDNN if w.params["form"] else None
+    form = FORMS[w.params["form"]]
+    return MISSING if form == "own" else NO_ONEDNN if form != "torch" else None
 
 
 def linear(
@@ -37,20 +39,23 @@ def linear(
     residual: Tensor | None,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Apply a dense weight: y = activation(x Wᵀ + bias) * scale + residual, with the library call that `w.label` names.
+    """Apply a dense weight: y = activation(x Wᵀ + bias) * scale + residual, with the call that `w.label` names.
 
     Args:
         x: [T, K] float32 or bfloat16, contiguous.
         w: DenseWeight [N, K].
         bias: [N] or None, dtype of `x` as all others.
-        activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu"; fused by oneDNN, a second pass in `F.linear`.
+        activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu"; a second pass in `F.linear`, else fused.
         scale: [N] or None, multiplied after the activation.
         residual: [T, N] or None, added last.
 
     Returns:
         [T, N].
     """
-    if w.params["form"]:
+    form = FORMS[w.params["form"]]
+    if form == "own":
+        return torch.ops.rmtkern.cpu_linear("dense", x, w.shape[0], [w.stored], [], bias, activation, residual, scale)
+    if form != "torch":
         attr, algorithm = _ONEDNN[activation]
         y = torch.ops.mkldnn._linear_pointwise(x, w.stored, bias, attr, [], algorithm)
     else:

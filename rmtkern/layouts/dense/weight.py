@@ -1,4 +1,4 @@
-"""DenseWeight: a weight stored as it is, or reordered once into oneDNN's blocked format.
+"""DenseWeight: a weight stored as it is, or reordered once: into oneDNN's blocked format, or tiles of our own kernel.
 
 It knows how the weight is stored for each dense library, not when that is fast (packing.py measures).
 """
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight, check_dense
+from rmtkern.layouts.tiles import pack_tiles, unpack_tiles
 
 __all__ = ["FORMS", "NO_ONEDNN", "DenseWeight"]
 
-FORMS = ("torch", "onednn", "onednn_prepacked")
-_PREPACKED = FORMS.index("onednn_prepacked")
+FORMS = ("torch", "onednn", "onednn_prepacked", "own")
+_PREPACKED, _OWN = FORMS.index("onednn_prepacked"), FORMS.index("own")
 
 
 def _why_no_onednn() -> str | None:
@@ -34,8 +35,9 @@ class DenseWeight(PackedWeight):
 
     `params["form"]` is the index in `FORMS` of the library call that runs it: 0 `torch` (`F.linear`), 1 `onednn`
     (oneDNN's linear, which reorders the weight at every call), 2 `onednn_prepacked` (reordered once; the opaque tensor
-    replaces the plain one, so it costs no memory). `params["tokens"]` (default 1) is the row count that form 2 is
-    reordered for; other counts stay correct. state_dict holds the plain weight under `dense` in every form.
+    replaces the plain one, so it costs no memory), 3 `own` (our kernel, from the tiles of tiles.py, which replace the
+    plain tensor likewise). `params["tokens"]` (default 1) is the row count that form 2 is reordered for; other counts
+    stay correct. state_dict holds the plain weight under `dense` in every form.
     """
 
     layout = "dense"
@@ -55,7 +57,7 @@ class DenseWeight(PackedWeight):
         form = params.get("form", 0)
         if form not in range(len(FORMS)):
             return f"dense: form {form} is unknown; expected 0 to {len(FORMS) - 1}: {', '.join(FORMS)}"
-        return NO_ONEDNN if form else None
+        return NO_ONEDNN if FORMS[form].startswith("onednn") else None
 
     @classmethod
     def variants(cls, dense: Tensor) -> Iterator[dict[str, int]]:
@@ -79,12 +81,15 @@ class DenseWeight(PackedWeight):
         return self.tensors()[0].clone()
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The plain weight; converted back on each call in the prepacked form."""
-        return (self.stored if self.reordered is None else self.stored.to_dense(),)
+        """The plain weight; converted back on each call in the reordered forms."""
+        if self.reordered is None:
+            return (self.stored,)
+        own = self.params["form"] == _OWN
+        return (unpack_tiles(self.reordered, self.shape) if own else self.reordered.to_dense(),)
 
     @property
     def stored(self) -> Tensor:
-        """[N, K] as it lies in memory: plain, or oneDNN's opaque tensor in the prepacked form."""
+        """As it lies in memory: plain [N, K], oneDNN's opaque tensor in the prepacked form, tiles in our own."""
         return self.dense if self.reordered is None else self.reordered  # type: ignore[return-value]
 
     @property
@@ -94,7 +99,7 @@ class DenseWeight(PackedWeight):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight, the same in every form."""
+        """Bytes of the weight, the same in every form (tiles fill up the last 32 outputs besides)."""
         return self.shape[0] * self.shape[1] * self.stored.element_size()
 
     # oneDNN's blocked tensor is opaque: it can be neither cast, copied nor saved, so all of these go through the
@@ -102,14 +107,18 @@ class DenseWeight(PackedWeight):
 
     def _plain(self) -> None:
         if self.reordered is not None:
-            self.dense = self.reordered.to_dense()
+            (self.dense,) = self.tensors()
             self.reordered = None
 
     def _reorder(self) -> None:
         plain = self.stored
-        fits = NO_ONEDNN is None and plain.device.type == "cpu" and plain.dtype in self.dtypes
-        if self.params["form"] == _PREPACKED and fits:
+        if plain.device.type != "cpu" or plain.dtype not in self.dtypes:
+            return
+        if self.params["form"] == _PREPACKED and NO_ONEDNN is None:
             self.reordered = torch.ops.mkldnn._reorder_linear_weight(plain, self.params["tokens"])
+            self.dense = None
+        elif self.params["form"] == _OWN:
+            self.reordered = pack_tiles(plain)
             self.dense = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:

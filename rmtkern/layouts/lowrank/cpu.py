@@ -1,0 +1,5 @@
+"""lowrank on the CPU: the shared op with csrc/linear/lowrank.inl behind it, on every instruction set."""
+
+from rmtkern.layouts.cpu import linear, supports
+
+__all__ = ["linear", "supports"]
