@@ -7,6 +7,8 @@ report = rmtkern.pack_(model, example)          # in place; each linear in the f
 from rmtkern.api import analyze, prune_
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
+from rmtkern.files import load, save
+from rmtkern.loading import load_plan
 from rmtkern.ops import available
 from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_decisions import Decisions
@@ -31,7 +33,10 @@ __all__ = [
     "evaluate",
     "fit_spectra",
     "fit_spectrum",
+    "load",
+    "load_plan",
     "pack_",
     "prune_",
+    "save",
     "unpack_",
 ]

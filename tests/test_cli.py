@@ -145,7 +145,8 @@ def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
     found = strict_json(capsys.readouterr().out)
     assert found["output"] == "p.safetensors"
     assert found["before"]["count"] == found["after"]["count"] == 6
-    from rmtkern.loading import load_model, read_metadata
+    from rmtkern.loading import load_model
+    from rmtkern.storage import read_metadata
 
     stored = PrunePlan.from_json(read_metadata("p.safetensors")["rmtkern"])
     assert json.loads(stored.to_json()) == found["plan"]
