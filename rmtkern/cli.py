@@ -17,6 +17,7 @@ from rmtkern.api import analyze, prune_
 from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import evaluate, folder_batches, preprocessing_of
+from rmtkern.files import save
 from rmtkern.loading import input_size_of, load_model, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, nargs="+", default=[8], help="batch sizes")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="both sides run in it")
     bench.add_argument("--decisions", type=Path, help="JSON file of measured times to use again and to complete")
+    bench.add_argument("-o", "--output", type=Path, help="also write the packed model, for rmtkern.load")
 
     verb("info", "versions, this CPU, and which layouts run here and why not the others")
     return parser
@@ -143,9 +145,13 @@ def _analyze(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_folder(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"{output.parent}: no such folder to write {output.name} into; create it first")
+
+
 def _prune(args: argparse.Namespace) -> int:
-    if not args.output.parent.is_dir():
-        raise ValueError(f"{args.output.parent}: no such folder to write {args.output.name} into; create it first")
+    _check_folder(args.output)
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     calibration = None
     if args.calibration is not None:
@@ -183,15 +189,19 @@ def _prune(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    _check_folder(args.output)
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    plan = None
     if not args.keep_zeros:
         targets = tuple(args.targets) if args.targets else None
-        prune_(model, args.sparsity, args.method, args.pattern, targets, tuple(args.ignore))
+        plan = prune_(model, args.sparsity, args.method, args.pattern, targets, tuple(args.ignore))
     packed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     report = pack_(packed, examples, dtype=dtype, decisions=args.decisions)
+    if args.output is not None:
+        save(packed, args.output, plan)
     if args.json:
         _print_json({"environment": environment(), **json.loads(report.to_json())})
     else:
