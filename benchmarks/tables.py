@@ -97,8 +97,8 @@ def other_kernels() -> Table:
         for row in found
     ]
     note = (
-        "Ratios to oneDNN and to the strongest dense form of PyTorch. lowrank R: two factors of rank R; spectral R+s: the"
-        f" same and a remainder of sparsity s. {_where(found[0])}"
+        "Ratios to oneDNN and to the strongest dense form of PyTorch. lowrank R: two factors of rank R; spectral R+s:"
+        f" the same and a remainder of sparsity s. {_where(found[0])}"
     )
     return Table(["layer", "tokens", "dtype", "form", "x oneDNN", "x strongest dense"], cells, [note])
 

@@ -1,4 +1,4 @@
-"""README.md tells the truth: tables (those of docs/benchmarks.md too) are the committed results, code and commands work."""
+"""README.md and docs/benchmarks.md tell the truth: tables are the committed results, code and commands work."""
 
 import re
 import subprocess
