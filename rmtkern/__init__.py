@@ -4,6 +4,7 @@ plan = rmtkern.prune_(model, sparsity=0.7)      # in place; still an ordinary, t
 report = rmtkern.pack_(model, example)          # in place; each linear in the form measured fastest here
 """
 
+from rmtkern.advice import Advice, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
@@ -19,6 +20,7 @@ from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "Decisions",
     "Evaluation",
     "KernelUnavailable",
@@ -28,6 +30,7 @@ __all__ = [
     "PrunePlan",
     "SpectralFit",
     "SpectralFits",
+    "advise",
     "analyze",
     "available",
     "evaluate",

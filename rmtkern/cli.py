@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rmtkern.advice import PATTERNS, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,analyze,prune,bench,info}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,analyze,advise,prune,bench,info}")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         return verbs.add_parser(
@@ -92,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--legacy", action="store_true", help="the published code's numbers, defects included")
     fit.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
     fit.add_argument("-o", "--output", type=Path, help="write there instead of to stdout")
+
+    advice = verb("advise", "measure which dtype and pattern would make a model how much faster on this machine")
+    _model_arguments(advice)
+    advice.add_argument("--batch", type=int, default=8, help="batch size")
+    advice.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.9], help="fractions of zeros")
+    advice.add_argument("--pattern", nargs="+", default=list(PATTERNS), help="as prune takes them")
 
     prune = verb("prune", "prune a model and write it as dense safetensors under its original keys")
     _model_arguments(prune)
@@ -142,6 +149,19 @@ def _analyze(args: argparse.Namespace) -> int:
         print(text.rstrip("\n"))
     else:
         args.output.write_text(text.rstrip("\n") + "\n")
+    return 0
+
+
+def _advise(args: argparse.Namespace) -> int:
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    example = torch.randn(input_size_of(model, args.batch), generator=torch.Generator().manual_seed(0))
+    advice = advise(model, example, patterns=args.pattern, sparsities=args.sparsity)
+    if args.json:
+        _print_json({"environment": environment(), **json.loads(advice.to_json())})
+    else:
+        print(f"{environment_line()}\n\n{advice}")
     return 0
 
 
@@ -245,7 +265,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"demo": _demo, "analyze": _analyze, "prune": _prune, "bench": _bench, "info": _info}
+VERBS = {"demo": _demo, "analyze": _analyze, "advise": _advise, "prune": _prune, "bench": _bench, "info": _info}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

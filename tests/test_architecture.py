@@ -38,7 +38,7 @@ def offenders(folder: str, banned: tuple[str, ...]) -> list[str]:
     ]
 
 
-TOP = ("cli", "demo", "api", "evaluation", "packing")
+TOP = ("cli", "demo", "advice", "api", "evaluation", "packing")
 RIGHT = ("nn", "ops", "layouts", "_C")
 LEFT = ("pruning", "spectrum", "models", "arrays")
 

@@ -180,6 +180,20 @@ def test_bench_prunes_and_reports(work, capsys):
     assert code == int(any(slower)) and ("slower" in err) == any(slower)
 
 
+def test_advise(work, capsys):
+    words = ["advise", "clitoys:toy", "--batch", "2", "--sparsity", "0.9", "--pattern", "unstructured", "2:4"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "pattern" in out and "2:4" in out and "thread(s)" in out
+    assert main([*words, "--json"]) == 0
+    record = strict_json(capsys.readouterr().out)
+    assert [(row["dtype"], row["pattern"], row["sparsity"]) for row in record["rows"]] == [
+        (dtype, *what) for dtype in ("float32", "bfloat16") for what in (("unstructured", 0.9), ("2:4", 0.5))
+    ]
+    fails(capsys, ["advise", "clitoys:toy", "--batch", "0"], 2, "--batch must be at least 1, got 0")
+    fails(capsys, ["advise", "clitoys:toy", "--pattern", "x"], 2, "unknown pattern 'x'")
+
+
 def test_bench_writes_the_packed_model(work, capsys, monkeypatch):
     def cheap(calls, budget_ms):
         for call in calls.values():
