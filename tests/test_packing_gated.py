@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
 from rmtkern.errors import PackedModelError
+from rmtkern.models import prunable_weights
 from rmtkern.nn import PackedGatedLinear, PackedLinear
 from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_gated import find_pairs, fused
@@ -294,6 +295,8 @@ def test_a_packed_pair_cannot_be_packed_again_or_train():
     assert fused(model)
     with pytest.raises(PackedModelError, match=r"the model is packed already"):
         pack_(model, x)
+    with pytest.raises(PackedModelError, match=r"0.weights_in is packed, and a packed weight cannot be analysed"):
+        prunable_weights(model)
     with pytest.raises(PackedModelError, match=r"a packed model cannot train"):
         model.train()(x)
     with pytest.raises(ValueError, match=r"a lone PackedGatedLinear cannot be swapped in place"):
