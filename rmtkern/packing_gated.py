@@ -1,9 +1,10 @@
 """Finds gate-up pairs, y = tail(act(gate(h)) * up(h)) with h = head(x), and makes their module run them in one kernel.
 
-It finds them by trying a module with random parameters, so it needs to know no model, and takes a swap back. packing.py
+It finds them by trying a copy of a module with random parameters, so it needs to know no model, and takes a swap back. packing.py
 decides which pair is swapped, by timing.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from rmtkern.activations import apply_activation
 from rmtkern.layouts.base import PackedWeight
@@ -131,16 +131,8 @@ class _Call:
 
 
 def _try(name: str, module: nn.Module, movable: Mapping[str, nn.Linear]) -> GatedPair | None:
-    """Run the module in float64 with random parameters, and see whether a gate-up pair explains every step."""
+    """Run a copy of the module in float64 with random parameters; see whether a gate-up pair explains every step."""
     generator = torch.Generator().manual_seed(0)
-
-    def drawn(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        wide = torch.empty(tensor.shape, dtype=torch.float64).uniform_(-1, 1, generator=generator)
-        return wide * (3 / max(tensor.shape[-1] if tensor.ndim > 1 else 1, 1)) ** 0.5
-
-    state = {key: drawn(value) for key, value in (*module.named_parameters(), *module.named_buffers())}
     columns = next(iter(movable.values())).in_features
     x = torch.randn(2, 3, columns, dtype=torch.float64, generator=generator)
     calls: list[_Call] = []
@@ -151,15 +143,21 @@ def _try(name: str, module: nn.Module, movable: Mapping[str, nn.Linear]) -> Gate
 
         return hook
 
-    handles = [child.register_forward_hook(note(key)) for key, child in module.named_children()]
     try:
+        trial = copy.deepcopy(module).double()
+        for tensor in (*trial.parameters(), *trial.buffers()):
+            if tensor.is_floating_point():
+                bound = (3 / max(tensor.shape[-1] if tensor.ndim > 1 else 1, 1)) ** 0.5
+                tensor.data.uniform_(-bound, bound, generator=generator)
+        for part_of in trial.modules():  # other people's hooks are not for random numbers
+            part_of._forward_hooks.clear()
+            part_of._forward_pre_hooks.clear()
+        for key, child in trial.named_children():
+            child.register_forward_hook(note(key))
         with torch.no_grad():
-            y = functional_call(module, state, (x,))
-    except Exception:  # it wants another input: then it is no such module
+            y = trial(x)
+    except Exception:  # it wants another input, or cannot be copied: then it is no such module
         return None
-    finally:
-        for handle in handles:
-            handle.remove()
     plain = all(isinstance(call.x, Tensor) and isinstance(call.y, Tensor) for call in calls) and isinstance(y, Tensor)
     if not plain or len({call.name for call in calls}) < len(calls):
         return None

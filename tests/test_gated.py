@@ -76,7 +76,8 @@ def test_accuracy_with_every_epilogue(dtype, layout, params, kind, isa, t, f, k,
     x, bg, bu, s, r = (
         torch.randn(*shape, generator=generator).to(dtype) for shape in ((t, k), (f,), (f,), (f,), (t, f))
     )
-    for activation, bias, scale, residual in itertools.product(ops.ACTIVATIONS, (False, True), (None, s), (None, r)):
+    epilogues = ((False, None, None), (True, None, None), (True, s, None), (False, s, r))
+    for activation, (bias, scale, residual) in itertools.product(ops.ACTIVATIONS, epilogues):
         b = interleave(bg, bu) if bias else None
         y = ops.gated_linear(
             x, packed, b, activation=activation, scale=scale, residual=residual, features=f, backend=backend

@@ -126,6 +126,19 @@ def test_a_linear_that_must_stay_makes_no_pair():
     assert find_pairs(module, linears(module)) == []
 
 
+def test_hooks_of_others_do_not_see_the_trial_and_stay():
+    model, x = prune(nn.Sequential(Functional()), 0.8), torch.randn(2, 12, 64)
+    seen = []
+    model[0].register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    model[0].weights_out.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    assert len(found(model)) == 1 and seen == []
+    report = pack_(model, x, timer=timer())
+    assert [pair.form for pair in report.gated] == ["bitmask"]
+    seen.clear()
+    model(x)
+    assert seen == [torch.float32] * 2
+
+
 def eva02(**options):
     model = timm.create_model(
         "eva02_base_patch14_224", depth=2, embed_dim=96, num_heads=2, img_size=28, num_classes=7, **options
