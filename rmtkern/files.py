@@ -193,11 +193,6 @@ def _checked_linear(name: str, record: Any) -> Record:
     return record
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself, mapped from the file, unless its place there is no multiple of an entry's size."""
-    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
-
-
 def _packed_linear(name: str, record: Record, tensors: Mapping[str, Tensor]) -> tuple[PackedLinear, set[str]]:
     """The module of a record, tried on one token, and the keys of its tensors."""
     keys: set[str] = set()
@@ -214,7 +209,7 @@ def _packed_linear(name: str, record: Record, tensors: Mapping[str, Tensor]) -> 
     for index, form in enumerate(record["forms"]):
         kind = LAYOUTS[form["layout"]]
         prefix = f"{name}.weight" if index == 0 else f"{name}.others.{index - 1}"
-        parts = tuple(_aligned(take(f"{prefix}.{part}")) for part in kind.parts)
+        parts = tuple(take(f"{prefix}.{part}") for part in kind.parts)
         values = [part for part in parts if part.is_floating_point()]
         dtype = values[0].dtype if values else None
         _expect(dtype in kind.dtypes, prefix, f"values of {', '.join(map(str, kind.dtypes))}", dtype)
