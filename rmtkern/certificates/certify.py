@@ -24,6 +24,7 @@ from rmtkern.certificates.report import (
     ratio,
 )
 from rmtkern.certificates.walk import Seen, Step, Walk, join, unfused
+from rmtkern.models import prunable_weights
 from rmtkern.progress import progress
 from rmtkern.pruning.plan import PrunePlan
 
@@ -127,6 +128,7 @@ def _walk(model: nn.Module, reference: Any, dtype: torch.dtype | None) -> Walk:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
+    prunable_weights(model, "all")  # refuses a packed model
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 

@@ -132,20 +132,24 @@ class _Trace(TorchFunctionMode):
         unknown = {weight: math.inf for slopes in tracked for weight in slopes}
         product = _product(func, args, kwargs)
         if product is not None:
-            x, matrix, bias = product
+            source, matrix, bias = product
             if self.of(matrix) or self.of(bias):
                 return unknown
-            return _scaled(self.of(x), _gain(matrix, transposed=func is torch.addmm))
+            return _scaled(self.of(source), _gain(matrix, transposed=func is torch.addmm))
         if func in _RULES:
             return _RULES[func](self, args, kwargs, unknown)
         if name in ("add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__"):
             return _sum([_scaled(slopes, max(1.0, abs(kwargs.get("alpha", 1)))) for slopes in tracked])
-        if name in ("mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide") and len(tracked) == 1:
+        if (
+            name in ("mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide")
+            and len(tracked) == 1
+            and not kwargs
+        ):
             return _scaled(tracked[0], _factor(name, args, self)) if len(args) == 2 else unknown
         if name in ("cat", "concat", "stack"):
             return _largest(tracked)
-        x = args[0] if args else out
-        if len(tracked) != 1 or not self.of(x) or x is out or not out.is_floating_point() or _bits(out) < _bits(x):
+        x: Any = args[0] if args else None
+        if len(tracked) != 1 or not self.of(x) or not out.is_floating_point() or _bits(out) < _bits(x):
             return unknown
         if name in _SAME or name in _CONTRACTIONS:
             return tracked[0]
