@@ -45,7 +45,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of the selected weights removed, [0, 1)")
+    parser.add_argument("--sparsity", type=float, help="fraction of the selected weights removed, [0, 1); default 0.5")
     parser.add_argument("--method", default="auto", help=f"auto, {', '.join(PRESETS)}")
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured, n:m such as 2:4, or mini-blocks such as 4x1"
@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", type=Path, help="folder of images (a sub-folder per class) for calibrated methods"
     )
     prune.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    prune.add_argument(
+        "--max-drop", type=float, help="find the highest sparsity that loses at most so much top-1; 0.01 is one point"
+    )
+    prune.add_argument("--images", type=Path, help="folder of held-out images (a sub-folder per class) for --max-drop")
     prune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
     prune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
 
@@ -146,6 +150,10 @@ def _analyze(args: argparse.Namespace) -> int:
 def _prune(args: argparse.Namespace) -> int:
     if not args.output.parent.is_dir():
         raise ValueError(f"{args.output.parent}: no such folder to write {args.output.name} into; create it first")
+    if args.max_drop is not None and (args.sparsity is not None or args.images is None):
+        raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
+    if args.images is not None and args.max_drop is None:
+        raise ValueError("--images are for --max-drop; to score a model before and after, use --evaluate FOLDER")
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     calibration = None
     if args.calibration is not None:
@@ -160,6 +168,8 @@ def _prune(args: argparse.Namespace) -> int:
         tuple(args.targets) if args.targets else None,
         tuple(args.ignore),
         calibration,
+        max_drop=args.max_drop,
+        evaluate=args.images,
     )
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, plan.to_json())

@@ -128,6 +128,28 @@ def test_prune_writes_dense_weights_under_their_own_keys(work, capsys):
     assert zeros == round(0.7 * 2 * 32 * 96)
 
 
+def test_prune_to_an_accuracy(work, images, capsys):
+    argv = ["prune", "clitoys:toy", "--max-drop", "0.1", "--images", str(images), *FC, "-o", "pruned.safetensors"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "found for a drop of at most 10 points" in out and "on 6 images" in out
+    assert main([*argv, "--json"]) == 0
+    plan = strict_json(capsys.readouterr().out)["plan"]
+    state = load_file(work / "pruned.safetensors")
+    zeros = sum(int((state[f"{name}.weight"] == 0).sum()) for name in ("fc1", "fc2"))
+    assert zeros == round(plan["config"]["sparsity"] * 2 * 32 * 96) and len(plan["target"]["trials"]) >= 7
+
+
+def test_prune_to_an_accuracy_refuses_half_a_request(work, images, capsys):
+    start = ["prune", "clitoys:toy", "-o", "x.safetensors"]
+    both = "--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity"
+    fails(capsys, [*start, "--max-drop", "0.1"], 2, both)
+    fails(capsys, [*start, "--max-drop", "0.1", "--images", str(images), "--sparsity", "0.5"], 2, both)
+    fails(capsys, [*start, "--images", str(images)], 2, "--images are for --max-drop")
+    fails(capsys, [*start, "--max-drop", "-1", "--images", str(images)], 2, "max_drop: expected a fraction in [0, 1)")
+    assert not (work / "x.safetensors").exists()
+
+
 def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
     argv = [
         "prune",
