@@ -183,6 +183,30 @@ def test_prune_with_calibration(work, images, capsys):
     assert plan["config"]["method"] == "wanda" and plan["calibration_images"] == 4
 
 
+def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):
+    pytest.importorskip("matplotlib")
+    argv = ["sweep", "clitoys:toy", "--images", str(images), "--sparsities", "0.3", "0.6", "--calibration", str(images),
+            "--calibration-images", "4", *FC, "-o", "sweep.csv"]  # fmt: skip
+    assert main([*argv, "--methods", "row", "wanda", "--picture", "sweep.png"]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 5 rows computed now" in out and "wrote sweep.csv and sweep.png" in out
+    assert (work / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((work / "sweep.csv").open(newline="")))
+    assert {row["data"] for row in rows} == {"images (*fc1* *fc2*)"}
+    assert [row["calibration"] for row in rows] == ["", "", "", "images[4]", "images[4]"]
+    assert main([*argv, "--methods", "row", "uniform", "--json"]) == 0
+    found = strict_json(capsys.readouterr().out)
+    assert found["computed"] == 2 and len(found["rows"]) == 5 and found["rows"][0]["method"] == "dense"
+
+
+def test_sweep_errors(work, images, capsys):
+    argv = ["sweep", "clitoys:toy", "--images", str(images)]
+    fails(capsys, [*argv, "-o", "no/sweep.csv"], 2, "no: no such folder to write sweep.csv into")
+    fails(capsys, [*argv, "-o", "s.csv", "--picture", "no/p.png"], 2, "no: no such folder to write p.png into")
+    fails(capsys, [*argv, "-o", "s.csv", "--methods", "wanda"], 2, "needs images; pass calibration=")
+    assert not (work / "s.csv").exists()
+
+
 def test_prune_n_of_m(work, capsys):
     assert main(["prune", "clitoys:toy", "--pattern", "2:4", "-o", "p.safetensors", *FC]) == 0
     weight = load_file("p.safetensors")["fc1.weight"]
