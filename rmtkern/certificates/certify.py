@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def certify(
             outside the classes, a penalty that is negative, fewer than two classes, NaN or Inf logits.
         PackedModelError: a model is packed.
 
-    Source: docs/math.md, "Certificates".
+    Source: docs/certificates.md.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
@@ -159,11 +159,11 @@ def _one(call: Any) -> Any:
     return call[:1]
 
 
-def _penalty(penalty: tuple[Penalty, Penalty], step: Step, value: Tensor) -> float:
+def _penalty(penalty: tuple[Penalty, Penalty], name: str, value: Tensor) -> float:
     """Sum of l2 A^2 + l1 |A| over one parameter, in float64."""
     a, total = value.double(), 0.0
     for weight, size in zip(penalty, (a.square(), a.abs()), strict=True):
-        factor = weight.get(step.name, 0.0) if isinstance(weight, Mapping) else weight
+        factor = weight.get(name, 0.0) if isinstance(weight, Mapping) else weight
         total += float((factor.to(a.device) * size if isinstance(factor, Tensor) else factor * size).sum())
     return total
 
@@ -174,10 +174,15 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _step(
-    step: Step, seen: Seen, index: int, penalty: tuple[Penalty, Penalty]
+    step: Step,
+    changed: Sequence[tuple[str, Tensor, Tensor]],
+    seen: Seen,
+    index: int,
+    penalty: tuple[Penalty, Penalty],
 ) -> tuple[StepCertificate, tuple[Tensor, Tensor, Tensor]]:
     """One step's row, and for each image its bounds L ||R psi||, L min(V1, V2) and L any_input (inf if unknown)."""
     eta = seen.eta[index]
+    lower = sum(_penalty(penalty, name, dense) - _penalty(penalty, name, pruned) for name, dense, pruned in changed)
     unknown = torch.full_like(eta, torch.inf)
     saves = _mean(seen.rest_eta[index])
     if saves is not None:
@@ -185,7 +190,8 @@ def _step(
     if step.weight is None or step.dense is None or step.pruned is None:
         row = StepCertificate(
             step.name, "other", None, False, 0.0, 0.0, float(eta.mean()), statements.budget(eta), None, None, None,
-            None, None, None, None, None, None, None, None, 0.0, saves, None if saves is None else saves > 0,
+            None, None, None, None, None, None, None, None, lower, saves,
+            None if saves is None else statements.restoring_helps(saves, 0.0, lower),
         )  # fmt: skip
         return row, (unknown, unknown, unknown)
     dense, pruned = step.matrices()
@@ -199,7 +205,6 @@ def _step(
     a_priori = change * lipschitz if known and lipschitz is not None else unknown
     a_priori_norms = norms * lipschitz if known and lipschitz is not None else unknown
     every = torch.full_like(eta, anywhere * lipschitz) if anywhere is not None and lipschitz is not None else unknown
-    lower = _penalty(penalty, step, step.dense) - _penalty(penalty, step, step.pruned)
     mean_change, mean_sup, local = _mean(change), _mean(seen.sup[index]), _mean(seen.local[index] * change)
     mean_norms = _mean(norms)
     row = StepCertificate(
@@ -241,7 +246,7 @@ def _any_input(removed: Tensor, norm: tuple[Tensor | None, Tensor | None] | None
 
 
 def _certificate(walk: Walk, seen: Seen, classes: int, labelled: bool, penalty: tuple[Penalty, Penalty]) -> Certificate:
-    found = [_step(step, seen, index, penalty) for index, step in enumerate(walk.steps)]
+    found = [_step(step, walk.changed(step), seen, index, penalty) for index, step in enumerate(walk.steps)]
     steps = tuple(row for row, _ in found)
     asked = any(isinstance(weight, Mapping) or weight > 0 for weight in penalty)
     lowered = sum(step.penalty for step in steps) if asked else None

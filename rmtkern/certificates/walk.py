@@ -165,6 +165,12 @@ class Walk:
             else:
                 self.buffers[name].copy_(both[pruned])
 
+    def changed(self, step: Step) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, dense, pruned) of every parameter that a step changes; buffers are no parameters."""
+        if step.dense is not None and step.pruned is not None:
+            return [(step.name, step.dense, step.pruned)]
+        return [(name, *both) for name, both in self.rest.items() if name in self.parameters]
+
     def run(self, call: Any) -> Tensor:
         """Logits [B, C] of one batch; a mapping is passed as keyword arguments."""
         return logits_of(self.model(**call) if isinstance(call, Mapping) else self.model(call))
