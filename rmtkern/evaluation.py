@@ -167,7 +167,11 @@ def _batches(model: nn.Module, images: Any, batch_size: int, classes: Sequence[s
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a timm, torchvision or transformers model returns."""
+    """The logits [B, classes] in what a timm, torchvision or transformers model returns.
+
+    Raises:
+        ValueError: there are none.
+    """
     logits = getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
         logits = logits[0]
