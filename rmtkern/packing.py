@@ -5,7 +5,6 @@ a forward pass in packing_watch.py.
 """
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -20,17 +19,17 @@ from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.ops import linear
-from rmtkern.packing_attention import AttentionCall, disable, enable, enabled, watch_attention
+from rmtkern.packing_attention import disable, enable, enabled, measure_attention, watch_attention
 from rmtkern.packing_decisions import DecisionLog, Decisions
 from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
-from rmtkern.packing_report import AttentionReport, EndToEnd, LayerReport, PackReport
+from rmtkern.packing_report import EndToEnd, LayerReport, PackReport
+from rmtkern.packing_timing import Timer, interleaved_ms
 from rmtkern.packing_watch import Seen, reason_to_leave, watch
 from rmtkern.progress import progress
 from rmtkern.testing import accuracy_excess
 
-__all__ = ["interleaved_ms", "pack_", "unpack_"]
+__all__ = ["pack_", "unpack_"]
 
-Timer = Callable[[Mapping[str, Callable[[], object]], float], Mapping[str, float]]
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 Slots = dict[str, nn.Module]  # module name -> what stands there
 
@@ -44,40 +43,6 @@ GUARD_NOISE = 0.01
 """How much slower than the faster dense model the packed model may time before the guard calls it slower."""
 SPARSITY_STEP = 0.05
 """Layers of one shape whose sparsities fall into one step share a measurement, taken on the least sparse of them."""
-
-
-def interleaved_ms(calls: Mapping[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
-    """Median time of each call in interleaved rounds.
-
-    Args:
-        calls: name -> function; each round runs all of them in turn, short ones several times.
-        budget_ms: stop after about this long, but not before 5 rounds (3 if a round takes over a second).
-
-    Returns:
-        name -> ms: CPU time of this thread if torch uses one thread (steady on a busy machine), else wall time.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    repeats = {}
-    for name, call in calls.items():
-        for _ in range(2):  # the first call of a kernel also sets it up
-            start = clock()
-            call()
-            taken = clock() - start
-            if taken > 0.1:
-                break
-        repeats[name] = max(1, min(100, int(5e-4 / max(taken, 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    spent, rounds, names = 0.0, 0, list(calls)
-    while rounds < (3 if spent > 1000 * max(rounds, 1) else 5) or (spent < budget_ms and rounds < 200):
-        for name in names if rounds % 2 == 0 else reversed(names):
-            start = clock()
-            for _ in range(repeats[name]):
-                calls[name]()
-            taken_ms = 1e3 * (clock() - start)
-            spent += taken_ms
-            samples[name].append(taken_ms / repeats[name])
-        rounds += 1
-    return {name: median(times) for name, times in samples.items()}
 
 
 @dataclass
@@ -456,44 +421,6 @@ def _guard(
     return times, notes
 
 
-def _measure_attention(
-    calls: Mapping[str, Sequence[AttentionCall]], margin: float, budget_ms: float, timer: Timer
-) -> list[AttentionReport]:
-    """Check and time our kernel against PyTorch's on the calls that each module made."""
-    ms: dict[int, Mapping[str, float]] = {}
-    why: dict[int, str] = {}
-    for call in {id(call): call for found in calls.values() for call in found}.values():
-        if call.reason is not None:
-            why[id(call)] = call.reason
-            continue
-        with torch.no_grad():
-            if (excess := call.excess()) > 1:
-                why[id(call)] = f"the kernel misses the accuracy rule by a factor {excess:.2g}"
-                continue
-            times = timer({"attention/torch": call.torch, "attention/kernel": call.kernel}, budget_ms)
-        ms[id(call)] = times
-        gain = times["attention/torch"] / times["attention/kernel"]
-        if times["attention/kernel"] > (1 - margin) * times["attention/torch"]:
-            why[id(call)] = f"{gain:.2f}x PyTorch's, short of the margin ({100 * margin:g} % less time)"
-    reports = []
-    for name, found in calls.items():
-        measured = [ms[id(call)] for call in found if id(call) in ms]
-        slowest = max(measured, key=lambda times: times["attention/torch"], default=None)
-        against = [why[id(call)] for call in found if id(call) in why]
-        gains = sorted({f"{times['attention/torch'] / times['attention/kernel']:.2f}x" for times in measured})
-        reports.append(
-            AttentionReport(
-                name,
-                tuple(dict.fromkeys((tuple(call.q.shape), tuple(call.k.shape)) for call in found)),
-                None if slowest is None else slowest["attention/torch"],
-                None if slowest is None else slowest["attention/kernel"],
-                not against,
-                "; ".join(dict.fromkeys(against)) or f"{' and '.join(gains)} PyTorch's",
-            )
-        )
-    return reports
-
-
 def _why(layer: _Layer, margin: float) -> str:
     """The reason for a layer's form, in words."""
     if layer.reason is not None:
@@ -642,7 +569,7 @@ def _pack(
             layer.choice = _choose(group.ms, margin)
             layer.dense = _choose(group.ms, margin, dense_only=True)
 
-    sites = _measure_attention(calls, margin, budget_ms, time_calls) if attention else []
+    sites = measure_attention(calls, margin, budget_ms, time_calls) if attention else []
     swaps = _Swaps(model, movable)
     swaps.attention = [model.get_submodule(site.name) for site in sites if site.used]
     end_to_end: list[EndToEnd] = []
