@@ -83,10 +83,13 @@ class _Trace(TorchFunctionMode):
         if not results:
             if name not in _QUESTIONS:
                 self.lost |= before
+                self.norms.clear()
             return out
         plain = name in _SAME or name in _CONTRACTIONS or func in _RULES
-        if not plain and any(result is value for result in results for value in given):
-            self.lost |= self._overwritten(name, results[0], before)
+        if name not in (*_SAME, "dropout") and any(result is value for result in results for value in given):
+            self.norms.clear()  # in place: others may look at the same memory
+            if not plain:
+                self.lost |= self._overwritten(name, results[0], before)
         slopes = self._after(func, args, kwargs, results[0]) if before else {}
         own = self._own(func, args, kwargs)
         if own is not None:
@@ -105,7 +108,7 @@ class _Trace(TorchFunctionMode):
         return out
 
     def _overwritten(self, name: str, result: Tensor, before: set[str]) -> set[str]:
-        """The weights whose bound is lost when a tensor changes in place: others may look at the same memory."""
+        """The weights whose bound is lost when a tensor changes in place."""
         memory = result.untyped_storage().data_ptr()
         seen = any(x is not result and x.untyped_storage().data_ptr() == memory for x in self.kept)
         return before if seen or name not in ("__iadd__", "add_") else set()
@@ -294,6 +297,6 @@ def trace(weights: Mapping[str, Tensor], inputs: Iterable[Tensor], run: Callable
     with watch:
         logits = run()
     for name, slope in watch.of(logits).items():
-        if name != _INPUT and watch.paths[name].calls == 1 and name not in watch.lost:
+        if not {name, _INPUT} & watch.lost and name != _INPUT and watch.paths[name].calls == 1:
             watch.paths[name].lipschitz = slope
     return watch.paths

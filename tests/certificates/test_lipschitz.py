@@ -105,6 +105,8 @@ UNKNOWN = {
     "training dropout": lambda h, x: F.dropout(h, 0.5, training=True),
     "lower precision": lambda h, x: h.to(torch.float32),
     "where": lambda h, x: torch.where(h > 0, h, 100.0),
+    "factor that hides the image": lambda h, x: h * torch.zeros(1, 8, **F64).copy_(x),
+    "image decides": lambda h, x: h if float(x.sum()) > 1e9 else h + 0,
     "divisor": lambda h, x: F.avg_pool2d(h.reshape(1, 2, 2, 2), 2, divisor_override=1).flatten(1),
 }
 
@@ -184,6 +186,16 @@ def test_in_a_transformer_only_the_head_has_a_bound_and_norms_are_found(library)
     assert blocks and all(path.lipschitz in (math.inf, 0.0) for path in blocks)  # 0: a head of zeros hides it all
 
 
+def _zeroed(y):
+    y[:, :, 0] = 9.0
+    return y
+
+
+def _doubled(y):
+    y.view(-1).mul_(2)
+    return y
+
+
 NORMED = {
     "rows": (lambda y: y[:, 0], True),
     "dropout": (lambda y: F.dropout(y, 0.5, training=False), True),
@@ -191,6 +203,8 @@ NORMED = {
     "columns": (lambda y: y.transpose(1, 2)[:, :8, 0], False),
     "scaled": (lambda y: 2 * y, False),
     "mixed": (lambda y: y[:, :, torch.randperm(8)], False),
+    "written into": (lambda y: _zeroed(y), False),
+    "changed through a view": (lambda y: _doubled(y), False),
     "flattened": (lambda y: y.flatten(1)[:, 3:11], False),
 }
 
