@@ -18,6 +18,7 @@ from rmtkern.pruning.budget import BUDGETS, SPECTRAL
 from rmtkern.pruning.pattern import parse_pattern
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, PRESETS
 from rmtkern.pruning.score import CALIBRATED, SCORES
+from rmtkern.pruning.target import Target, Trial
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits
 from rmtkern.tables import Table
 
@@ -209,6 +210,7 @@ class PrunePlan:
         parameters: all parameters of the model; zeros are those of the prunable weights.
         fits: the spectra that the budget used, as found before pruning; empty if it used none.
         calibration_images: images that were used; 0 for a data-free method.
+        target: what accuracy the sparsity was found for, with every trial; None where the sparsity was given.
     """
 
     config: PruneConfig
@@ -217,6 +219,7 @@ class PrunePlan:
     parameters: Count
     fits: SpectralFits
     calibration_images: int = 0
+    target: Target | None = None
 
     @property
     def selected(self) -> Count:
@@ -254,6 +257,15 @@ class PrunePlan:
             f"asked sparsity {config.sparsity:g}",
             *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
         ]
+        if self.target is not None:
+            target = self.target
+            notes.append(
+                f"found for a drop of at most {100 * target.max_drop:g} points from {target.accuracy:.2%} on "
+                f"{target.images} images, to {target.tolerance:g} in sparsity:"
+            )
+            for trial in target.trials:
+                verdict = "" if target.allows(trial.accuracy) else ", too low"
+                notes.append(f"  {trial.sparsity:.4f}: {trial.accuracy:.2%}{verdict}")
         return Table(("weight", "role", "shape", "zeros", "total", "sparsity %"), rows, notes)
 
     def __str__(self) -> str:
@@ -272,6 +284,7 @@ class PrunePlan:
                 "parameters": asdict(self.parameters),
                 "fits": {name: fit.to_dict() for name, fit in self.fits.items()},
                 "calibration_images": self.calibration_images,
+                "target": None if self.target is None else asdict(self.target),
             },
             indent=1,
         )
@@ -293,9 +306,14 @@ class PrunePlan:
                 parameters=Count(**data["parameters"]),
                 fits=SpectralFits({name: SpectralFit.from_dict(fit) for name, fit in data["fits"].items()}),
                 calibration_images=data["calibration_images"],
+                target=None if data.get("target") is None else _target(data["target"]),
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not the JSON of a PrunePlan ({error!r}); expected what to_json wrote") from error
+
+
+def _target(data: Mapping[str, Any]) -> Target:
+    return Target(**{**data, "trials": tuple(Trial(**trial) for trial in data["trials"])})
 
 
 def _holds(layer: LayerPlan, weight: PrunableWeight | None) -> bool:
