@@ -1,6 +1,7 @@
 """A model from what a user types: a timm name, `module:function`, and a checkpoint in safetensors.
 
-Only the command line needs it. Pickled checkpoints are read with torch's safe loader; no code in a file is ever run.
+Only the command line and fine-tuning need it. Pickled checkpoints are read with torch's safe loader; no code in a file
+is ever run.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
 
-__all__ = ["input_size_of", "load_model", "read_metadata", "save_dense"]
+__all__ = ["input_size_of", "load_model", "load_state_", "read_metadata", "read_tensors", "save_dense", "save_tensors"]
 
 
 def _from_function(spec: str) -> nn.Module:
@@ -60,14 +61,23 @@ def _from_timm(name: str, pretrained: bool) -> nn.Module:
         ) from error
 
 
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged or not safetensors.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
+
+
 def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
+        return read_tensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -123,10 +133,24 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weight
     else:
         model = _from_timm(spec, pretrained=not random_weights and checkpoint is None)
     if checkpoint is not None:
-        state = _read_checkpoint(Path(checkpoint))
-        _check_fit(f"{checkpoint}: does not fit {spec}", state, model.state_dict())
-        model.load_state_dict(dict(state))
+        load_state_(model, checkpoint, spec)
     return model.eval()
+
+
+def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
+    """Load a checkpoint strictly into a model.
+
+    Args:
+        model: not changed if the checkpoint does not fit.
+        checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: a checkpoint that is damaged or does not fit.
+    """
+    state = _read_checkpoint(Path(checkpoint))
+    _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
+    model.load_state_dict(dict(state))
 
 
 def input_size_of(model: nn.Module, batch: int) -> tuple[int, int, int, int]:
@@ -146,13 +170,23 @@ def save_dense(model: nn.Module, path: str | Path, plan_json: str | None = None)
         path: of the new file; written beside it first, then renamed.
         plan_json: the plan, as PrunePlan.to_json gives it.
     """
-    target = Path(path)
-    metadata = {"format": "pt", **({"rmtkern": plan_json} if plan_json is not None else {})}
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    save_tensors(state, path, {"rmtkern": plan_json} if plan_json is not None else {})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors; complete or not at all.
+
+    Args:
+        tensors: name -> contiguous tensor on the CPU; no two share memory.
+        path: of the new file; written beside it first, then renamed.
+        metadata: strings that `read_metadata` gives back.
+    """
+    target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
     os.close(handle)
     try:
-        save_file(state, temporary, metadata=metadata)
+        save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
         umask = os.umask(0)
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)  # as if written directly: mkstemp makes private files
