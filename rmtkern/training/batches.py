@@ -243,7 +243,7 @@ def _rows_of(loader: DataLoader[Any]) -> int:
 def _subset(loader: DataLoader[Any], rows: Tensor, train: bool) -> DataLoader[Any]:
     """The same loader over some rows; the held-out part in order, and on every rank its share."""
     subset = Subset(loader.dataset, rows.tolist())
-    sampler = None
+    sampler: DistributedSampler[Any] | None = None
     if isinstance(loader.sampler, DistributedSampler):
         old = loader.sampler
         sampler = DistributedSampler(
@@ -282,7 +282,7 @@ def _seed_loader(loader: Any, seed: int, epoch: int) -> None:
     if isinstance(generator, torch.Generator):
         generator.manual_seed(_mix(seed, epoch))
     sampler = getattr(loader, "sampler", None)
-    if hasattr(sampler, "set_epoch"):
+    if sampler is not None and hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
 
 
