@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,7 @@ class _Run:
         with cast:
             if self.teacher is not None and (config.distill > 0 or batch.labels is None):
                 with torch.no_grad():
-                    wanted = batch.logits(self.teacher)
+                    wanted = replace(batch, labels=None).logits(self.teacher)
             logits = batch.logits(model)
         if wanted is not None and wanted.shape != logits.shape:
             raise ValueError(
