@@ -87,7 +87,7 @@ def read_batch(batch: Any, device: torch.device, dtype: torch.dtype) -> Batch:
         sizes = []
     if not sizes:
         raise TypeError(
-            "train: expected batches that are tensors, (inputs, labels) or mappings of tensors, got "
+            "train_loader: expected batches that are tensors, (inputs, labels) or mappings of tensors, got "
             f"{type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
         )
     return Batch(call, None if labels is None else _labels(labels, sizes[0]).to(device), sizes[0])
@@ -173,7 +173,7 @@ def split(
         ValueError: no data, tensors of unequal length, or a loader that nothing can be taken from.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "ranks": ranks}
-    source = _source("train", train, options, shuffle=True)
+    source = _source("train_loader", train, options, shuffle=True)
     if held_out is not None:
         return source, _source("held_out", held_out, options, shuffle=False)
     if fraction == 0:

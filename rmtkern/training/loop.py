@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 def finetune_(
     model: nn.Module,
     plan: PrunePlan | None,
-    train: Any,
+    train_loader: Any,
     *,
     held_out: Any = None,
     teacher: nn.Module | str | Path | None = None,
@@ -60,12 +60,12 @@ def finetune_(
         model: maps a batch to logits [B, classes], or to an object with `.logits`; float32, float64 or bfloat16.
         plan: from prune_, checked against the model; None: every weight of a Linear, Conv2d or attention that is
             zero now is held.
-        train: images [B, ...], a pair (images, labels [B] int64), or a loader with a length whose batches are tensors,
-            (inputs, labels), or mappings of keyword arguments with the labels under "labels" or "label". Data without
-            labels need a teacher. On several ranks a loader gives each its own part (DistributedSampler); tensors are
-            divided here.
-        held_out: the same kinds, to choose the best state; None: config.holdout of `train` is taken away from it,
-            with its augmentation.
+        train_loader: images [B, ...], a pair (images, labels [B] int64), or a loader with a length whose batches are
+            tensors, (inputs, labels), or mappings of keyword arguments with the labels under "labels" or "label". Data
+            without labels need a teacher. On several ranks a loader gives each its own part (DistributedSampler);
+            tensors are divided here.
+        held_out: the same kinds, to choose the best state; None: config.holdout of `train_loader` is taken away from
+            it, with its augmentation.
         teacher: the dense model to distil from; or the path of its safetensors, read into a copy of `model`.
         config: all settings; then none of `fields` may be given.
         checkpoint: file that holds the whole run after every epoch (safetensors).
@@ -91,7 +91,7 @@ def finetune_(
     _check_checkpoint(path, resume)
     ranks = Ranks.current()
     with rng_kept(), _restored(model, teacher):
-        run = _Run(model, plan, train, held_out, teacher, config, ranks, show_progress)
+        run = _Run(model, plan, train_loader, held_out, teacher, config, ranks, show_progress)
         if path is not None and resume and path.is_file():
             run.read(path)
         return run.run(path)
@@ -168,7 +168,7 @@ class _Run:
             raise ValueError("patience: stopping early needs held-out data; pass held_out=, or holdout= a fraction > 0")
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = local(first).device, first.dtype
-        for what, source in (("train", self.train), ("held_out", self.held_out)):
+        for what, source in (("train_loader", self.train), ("held_out", self.held_out)):
             if source is not None and ranks.differ(len(source), self.device):
                 raise ValueError(f"{what}: the processes have different numbers of batches (this one {len(source)})")
         self.teacher = _teacher(teacher, bare)
@@ -176,6 +176,7 @@ class _Run:
         self.masks = Masks.of(bare, plan)
         self.regularised = [weight for weight in weights if weight.parameter.requires_grad]
         self.optimizer = _optimizer(config, self.parameters, {id(weight.parameter) for weight in weights})
+        self.optimizer.zero_grad()  # gradients from before do not count
         self.ema = Ema(self.parameters, config.ema) if config.ema else None
         self.state = {**self.parameters, **dict(bare.named_buffers())}
         self.steps_per_epoch = -(-len(self.train) // config.accumulate)
@@ -261,7 +262,7 @@ class _Run:
         for at in progress(range(1, self.steps_per_epoch + 1), label, show=self.show):
             group = [read_batch(batch, self.device, self.dtype) for batch in islice(batches, self.config.accumulate)]
             if not group:
-                raise ValueError(f"train: epoch {epoch} ended after {at - 1} of {self.steps_per_epoch} steps; "
+                raise ValueError(f"train_loader: epoch {epoch} ended after {at - 1} of {self.steps_per_epoch} steps; "
                                  "expected a loader that gives as many batches as its length says")  # fmt: skip
             lr = self._rate()
             loss = self._step(group, lr, f"epoch {epoch}, step {at}")
@@ -317,7 +318,7 @@ class _Run:
         """The objective without the regulariser, and the logits."""
         config = self.config
         if batch.labels is None and self.teacher is None:
-            raise ValueError("train: the data have no labels; give labels, or teacher= to distil from")
+            raise ValueError("train_loader: the data have no labels; give labels, or teacher= to distil from")
         cast: Any = nullcontext()
         if config.autocast is not None:
             cast = torch.autocast(self.device.type, getattr(torch, config.autocast))

@@ -297,6 +297,18 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
+def test_gradients_from_before_do_not_count():
+    found = []
+    for stale in (False, True):
+        model, plan = pruned()
+        if stale:
+            model(data()[0]).sum().backward()
+        torch.manual_seed(0)
+        finetune_(model, plan, data(), lr=0.01, epochs=1, holdout=0)
+        found.append(bits(model))
+    assert same(found[0], found[1])
+
+
 def test_generators_modes_and_gradients_are_left_as_they_were():
     model, plan = pruned()
     teacher = dense()
@@ -407,12 +419,12 @@ def test_objective_against_its_definition(rng):
     target = 0.9 * np.eye(5)[labels] + 0.1 / 5
     ce = -(target * np.log(softmax(logits.numpy()))).sum(1).mean()
     options = {"smoothing": 0.1, "distill": 0.3, "temperature": 3.0}
-    for given, expected in [
+    for parts, expected in [
         ((labels, teacher), 0.7 * ce + 0.3 * kl),
         ((labels, None), ce),
         ((None, teacher), kl),
     ]:
-        assert float(objective(logits, *given, **options)) == pytest.approx(expected, rel=1e-12)
+        assert float(objective(logits, *parts, **options)) == pytest.approx(expected, rel=1e-12)
 
 
 @given(steps=st.integers(1, 200), warmup=st.floats(0, 0.99), floor=st.floats(0, 1))
@@ -588,10 +600,10 @@ X, Y = data(8)
 @pytest.mark.parametrize(
     ("train", "error", "message"),
     [
-        (3, TypeError, r"train: expected a tensor, a pair \(images, labels\) or a loader of batches, got int"),
-        ((X, Y[:4]), ValueError, r"train: expected images \[B, ...\] and labels \[B\], got \(8, 6\) and \(4,\)"),
+        (3, TypeError, r"train_loader: expected a tensor, a pair \(images, labels\) or a loader of batches, got int"),
+        ((X, Y[:4]), ValueError, r"train_loader: expected images \[B, ...\] and labels \[B\], got \(8, 6\) and \(4,\)"),
         ((X[:0], Y[:0]), ValueError, "expected at least one image for each process"),
-        ([], ValueError, "train: expected at least one batch, got none"),
+        ([], ValueError, "train_loader: expected at least one batch, got none"),
         (((X, Y) for _ in range(2)), TypeError, "expected a loader with a length"),
         ([(X, Y)], ValueError, "cannot hold out data of 1 batch"),
         (DataLoader(TensorDataset(X, Y), batch_sampler=[[0], [1]]), ValueError, "a sampler or a data set of its own"),
@@ -645,7 +657,7 @@ def test_bad_models():
 
 
 def test_bfloat16_weights_are_warned_about(caplog):
-    model, plan = pruned()
+    model = pruned()[0]
     with caplog.at_level(logging.WARNING):
         finetune_(model.bfloat16(), None, data(), epochs=1)
     assert "bfloat16 weights lose updates" in caplog.text
