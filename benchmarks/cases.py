@@ -119,14 +119,19 @@ def _at(layouts: Sequence[str], sparsities: Sequence[float] = SPARSITIES) -> tup
 
 
 TARGETS = {
-    "float32": ("dense own", *_at(["bitmask", "block 2x1", "block 4x1", "block 8x1"]), "nofm 2:4", "nofm 2:4x4"),
-    "bfloat16": ("dense own", *_at(["bitmask", "block 1x2", "block 4x2"]), "nofm 2:4", "nofm 2:4x4"),
+    "float32": ("dense own", *_at(["bitmask", "block 2x1", "block 4x1", "block 8x1"]), "nofm 2:4"),
+    "bfloat16": (
+        "dense own",
+        *_at(["bitmask", "block 1x2 unstructured", "block 1x2", "block 4x2"]),
+        "nofm 2:4",
+        "nofm 2:4x4",
+    ),
 }
 MORE = _at(["bitmask"], (0.0, 0.8, 0.95))
 FACTORED = ("lowrank 64", "lowrank 128", "lowrank 256", "spectral 64+0.9", "spectral 128+0.8")
 SHORT = {
     "float32": (*_at(["bitmask", "block 4x1"]), "nofm 2:4"),
-    "bfloat16": (*_at(["bitmask", "block 1x2", "block 4x2"]), "nofm 2:4"),
+    "bfloat16": (*_at(["bitmask", "block 1x2 unstructured", "block 1x2", "block 4x2"]), "nofm 2:4", "nofm 2:4x4"),
 }
 
 
@@ -153,7 +158,10 @@ def kernel_cases() -> Iterator[KernelCase]:
 GROWTH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, IMAGE, 2 * IMAGE, 4 * IMAGE, BATCH, 16 * IMAGE, 32 * IMAGE, 64 * IMAGE)
 GROWTH_SPARSITIES = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 GROWTH_LAYERS = ("vit_t.fc1", "vit_s.fc1", "vit_b.fc1", "vit_l.fc1")
-GROWTH = {"float32": ("bitmask", "block 4x1"), "bfloat16": ("bitmask", "block 1x2", "block 4x2")}
+GROWTH = {
+    "float32": ("bitmask", "block 4x1"),
+    "bfloat16": ("bitmask", "block 1x2 unstructured", "block 1x2", "block 4x2"),
+}
 
 
 def growth_cases() -> Iterator[KernelCase]:

@@ -13,13 +13,14 @@ from torch import Tensor
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.dense.weight import FORMS
+from rmtkern.layouts.spectral.weight import SpectralWeight
 from rmtkern.ops import KERNELS, load_kernels
 
-__all__ = ["Contender", "Unavailable", "kernel_of", "pack", "parse", "random_weight"]
+__all__ = ["Contender", "Unavailable", "build", "kernel_of", "pack", "parse", "random_weight"]
 
 _NAMES = {
     "bitmask": r"(?P<sparsity>0(\.\d+)?)",
-    "block": r"(?P<r>\d+)x(?P<c>\d+) (?P<sparsity>0(\.\d+)?)",
+    "block": r"(?P<r>\d+)x(?P<c>\d+) (?P<unstructured>unstructured )?(?P<sparsity>0(\.\d+)?)",
     "nofm": r"(?P<n>\d+):(?P<m>\d+)(x(?P<shared>\d+))?",
     "lowrank": r"(?P<rank>\d+)",
     "spectral": r"(?P<rank>\d+)\+(?P<sparsity>0(\.\d+)?)",
@@ -41,18 +42,20 @@ class Contender:
         layout: its first word.
         numbers: the integers in the name: r and c of mini-blocks, n and m, `shared` (rows with one n:m pattern), rank.
         sparsity: of the mask; 0 without one.
+        unstructured: whether the mask has no mini-blocks though the layout does.
     """
 
     name: str
     layout: str
     numbers: dict[str, int] = field(default_factory=dict, hash=False)
     sparsity: float = 0.0
+    unstructured: bool = False
 
     @property
     def pattern(self) -> str:
-        """What lies between layout and sparsity in the name, such as "4x1" or "2:4"; "unstructured" for bitmask."""
+        """Of the mask, such as "4x1", "2:4" or "unstructured"; the rank of a layout with factors."""
         rest = self.name.split()[1:]
-        return "unstructured" if self.layout == "bitmask" else rest[0].partition("+")[0]
+        return "unstructured" if self.layout == "bitmask" or self.unstructured else rest[0].partition("+")[0]
 
     def executed(self, weight: Tensor) -> float:
         """Multiplications of one token through this form of the weight [N, K]."""
@@ -72,30 +75,55 @@ def parse(name: str) -> Contender:
     if match is None:
         raise ValueError(f"contender {name!r}: expected '<layout> [pattern] [sparsity]' such as 'block 4x1 0.7'")
     found = {key: value for key, value in match.groupdict().items() if value is not None}
-    sparsity = float(found.pop("sparsity", 0))
-    return Contender(name, layout, {key: int(value) for key, value in found.items()}, sparsity)
+    sparsity, unstructured = float(found.pop("sparsity", 0)), bool(found.pop("unstructured", False))
+    return Contender(name, layout, {key: int(value) for key, value in found.items()}, sparsity, unstructured)
 
 
 def random_weight(contender: Contender, n_rows: int, n_cols: int) -> Tensor:
-    """Normal entries under a random mask of the pattern, or factors of the rank; [N, K] float32 from torch's generator.
+    """Normal entries under a random mask of the pattern (of spectral: its sparse part), or a product of the rank.
+
+    Returns:
+        [N, K] float32, from torch's generator.
 
     Raises:
         ValueError: the shape is not divisible by the pattern.
     """
     numbers = contender.numbers
     rows, cols = numbers.get("r", numbers.get("shared", 1)), numbers.get("c", numbers.get("m", 1))
+    if contender.unstructured:
+        rows = cols = 1
     if n_rows % rows or n_cols % cols:
         raise ValueError(f"{contender.name}: [{n_rows}, {n_cols}] is not divisible by {rows} x {cols}")
     weight = torch.randn(n_rows, n_cols)
     if contender.layout == "nofm":
         ranks = torch.rand(n_rows // rows, n_cols // cols, cols).argsort(-1).argsort(-1)
         return weight * (ranks < numbers["n"]).view(-1, n_cols).repeat_interleave(rows, 0)
+    if contender.layout == "lowrank":
+        b, a = _factors(contender, n_rows, n_cols)
+        return b @ a
     kept = torch.rand(n_rows // rows, n_cols // cols) >= contender.sparsity
-    if "rank" in numbers:
-        rank = numbers["rank"]
-        low = torch.randn(n_rows, rank) @ torch.randn(rank, n_cols) / rank**0.5
-        return low if contender.layout == "lowrank" else low + weight * kept
     return weight * kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+
+
+def _factors(contender: Contender, n_rows: int, n_cols: int) -> tuple[Tensor, Tensor]:
+    rank = contender.numbers["rank"]
+    return torch.randn(n_rows, rank) / rank**0.5, torch.randn(rank, n_cols)
+
+
+def build(contender: Contender, n_rows: int, n_cols: int, dtype: torch.dtype) -> tuple[Tensor, PackedWeight]:
+    """A contender's weight [N, K] in a dtype, and the same in its layout.
+
+    Raises:
+        Unavailable: as `pack`.
+        RuntimeError: as `pack`.
+        ValueError: the shape is not divisible by the pattern.
+    """
+    weight = random_weight(contender, n_rows, n_cols).to(dtype)
+    if contender.layout != "spectral":
+        return weight, pack(contender, weight)
+    b, a = (factor.to(dtype) for factor in _factors(contender, n_rows, n_cols))
+    packed = SpectralWeight.from_parts(b, a, weight)
+    return packed.unpack(), packed
 
 
 def pack(contender: Contender, weight: Tensor) -> PackedWeight:

@@ -90,8 +90,7 @@ class Layer:
 
     def _contend(self, contender: Contender, n_rows: int, n_cols: int, dtype: torch.dtype) -> None:
         x, bias, activation = self.x, self.bias, self.case.activation
-        weight = contenders.random_weight(contender, n_rows, n_cols).to(dtype)
-        packed = contenders.pack(contender, weight)
+        weight, packed = contenders.build(contender, n_rows, n_cols, dtype)
         linear = contenders.kernel_of(packed, x)
 
         def call() -> Tensor:

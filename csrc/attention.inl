@@ -18,32 +18,6 @@ inline int panel_of(int64_t left, int most) {
     return int((left + panels - 1) / panels);
 }
 
-// e^x for x <= 0 (0 below -87, NaN stays NaN), as precise as the Number's rounding asks: relative error 8e-8, or 8e-5
-// for bfloat16. Minimax polynomials of 2^f on [-1/2, 1/2].
-template <class Number>
-inline F exp_falling(F x) {
-    // adding 1.5 * 2^23 rounds to an integer; 127 more makes the low bits an exponent
-    const F shift = broadcast(12582912.0f + 127.0f);
-    const F z = x * broadcast(1.44269504088896341f) + shift;
-    const F f = x * broadcast(1.44269504088896341f) - (z - shift);
-    F p;
-    if constexpr (Number::per_lane == 1) {
-        p = broadcast(1.327647245e-3f);
-        p = p * f + broadcast(9.675541893e-3f);
-        p = p * f + broadcast(5.550713092e-2f);
-        p = p * f + broadcast(2.402212024e-1f);
-        p = p * f + broadcast(6.931469440e-1f);
-        p = p * f + broadcast(1.0f);
-    } else {
-        p = broadcast(5.517166853e-2f);
-        p = p * f + broadcast(2.426111400e-1f);
-        p = p * f + broadcast(6.932609677e-1f);
-        p = p * f + broadcast(9.999280572e-1f);
-    }
-    const F y = p * reinterpret_cast<F>(reinterpret_cast<U>(z) << 23);
-    return x < -87.0f ? F{} : y;
-}
-
 template <int... i>
 inline I lane_numbers(std::integer_sequence<int, i...>) {
     return I{i...};

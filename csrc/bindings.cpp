@@ -118,7 +118,7 @@ void attention(const py::array& q, const py::array& k, const py::array& v, const
 void linear(const std::string& layout, const py::array& x, const std::vector<py::array>& parts,
             const std::vector<int64_t>& params, const std::optional<py::array>& bias,
             const std::optional<py::array>& scale, const std::optional<py::array>& residual, py::array& y,
-            const std::optional<std::string>& activation, int threads, const std::optional<std::string>& isa) {
+            const std::optional<std::string>& activation, int threads, const std::optional<std::string>& isa, bool gated) {
     const rk::Kernel kernel = rk::find(layout, isa_or_environment(isa));
     rk::LinearArgs a;
     const rk::Array xa = as_array(x, "x"), ya = as_array(y, "y");
@@ -127,14 +127,18 @@ void linear(const std::string& layout, const py::array& x, const std::vector<py:
     a.T = xa.shape[0];
     a.K = xa.shape[1];
     a.N = ya.shape[1];
+    if (gated) {
+        a.F = a.N;
+        a.N = (a.F + rk::gate_chunk - 1) / rk::gate_chunk * 2 * rk::gate_chunk;
+    }
     if (a.N < 1 || a.K < 1) throw std::invalid_argument("a weight needs N, K >= 1");
     a.dtype = activations_dtype(x.dtype(), "x");
     a.x = xa.data;
-    as_values(y, "y", a.dtype, a.T, a.N);
+    as_values(y, "y", a.dtype, a.T, a.outputs());
     a.y = y.mutable_data();  // refuses a read-only array
     if (bias) a.bias = as_values(*bias, "bias", a.dtype, a.N, -1).data;
-    if (scale) a.scale = as_values(*scale, "scale", a.dtype, a.N, -1).data;
-    if (residual) a.residual = as_values(*residual, "residual", a.dtype, a.T, a.N).data;
+    if (scale) a.scale = as_values(*scale, "scale", a.dtype, a.outputs(), -1).data;
+    if (residual) a.residual = as_values(*residual, "residual", a.dtype, a.T, a.outputs()).data;
     if (parts.size() > size_t(rk::max_parts) || params.size() > size_t(rk::max_params))
         throw std::invalid_argument("too many parts or params: got " + std::to_string(parts.size()) + " and " +
                                     std::to_string(params.size()));
@@ -173,5 +177,6 @@ PYBIND11_MODULE(_C, m) {
           py::arg("isa") = py::none());
     m.def("linear", &linear, py::arg("layout"), py::arg("x").noconvert(), py::arg("parts").noconvert(), py::arg("params"),
           py::arg("bias").noconvert().none(true), py::arg("scale").noconvert().none(true), py::arg("residual").noconvert().none(true),
-          py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"), py::arg("isa") = py::none());
+          py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"), py::arg("isa") = py::none(),
+          py::arg("gated") = false);
 }

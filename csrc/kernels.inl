@@ -9,6 +9,7 @@
 #include "linear/strips.inl"
 #include "linear/bitmask.inl"
 #include "linear/block.inl"
+#include "linear/picks.inl"
 #include "linear/nofm.inl"
 #include "linear/dense.inl"
 #include "linear/lowrank.inl"

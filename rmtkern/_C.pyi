@@ -46,8 +46,12 @@ def linear(
     activation: str | None,
     threads: int,
     isa: str | None = None,
+    gated: bool = False,
 ) -> None:
     """Write y = activation(x Wᵀ + bias) * scale + residual, without the GIL.
+
+    Gated: y [T, F] = activation(x Wgᵀ + bg) * (x Wuᵀ + bu) * scale [F] + residual [T, F], where the N = 2 ceil(F / 8) 8
+    rows of W and bias are pairs as rmtkern/layouts/pairs.py defines them.
 
     Args:
         layout: such as "bitmask".
@@ -62,6 +66,7 @@ def linear(
         activation: None, "gelu", "gelu_tanh", "relu" or "silu".
         threads: OpenMP threads, >= 1.
         isa: one of isas(); None takes the environment's RMTKERN_ISA, or else the best.
+        gated: whether W is a gate-up pair.
 
     Raises:
         ValueError: a wrong shape or name, or parts that contradict each other.

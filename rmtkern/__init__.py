@@ -4,9 +4,12 @@ plan = rmtkern.prune_(model, sparsity=0.7)      # in place; still an ordinary, t
 report = rmtkern.pack_(model, example)          # in place; each linear in the form measured fastest here
 """
 
+from rmtkern.advice import Advice, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
+from rmtkern.files import load, save
+from rmtkern.loading import load_plan
 from rmtkern.ops import available
 from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_decisions import Decisions
@@ -17,6 +20,7 @@ from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spe
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "Decisions",
     "Evaluation",
     "KernelUnavailable",
@@ -26,12 +30,16 @@ __all__ = [
     "PrunePlan",
     "SpectralFit",
     "SpectralFits",
+    "advise",
     "analyze",
     "available",
     "evaluate",
     "fit_spectra",
     "fit_spectrum",
+    "load",
+    "load_plan",
     "pack_",
     "prune_",
+    "save",
     "unpack_",
 ]

@@ -103,7 +103,8 @@ def prune_(
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
         method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda" or "random"; see PruneConfig and PRESETS.
-        pattern: "unstructured", n:m such as "2:4", or mini-blocks of outputs x inputs such as "4x1".
+        pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
+            outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader.

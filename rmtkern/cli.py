@@ -1,4 +1,4 @@
-"""The command line: rmtkern {demo, analyze, prune, finetune, bench, info}. It parses, calls functions and prints."""
+"""The command line: rmtkern {demo, analyze, advise, prune, finetune, bench, info}. It parses, calls and prints."""
 
 import argparse
 import copy
@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
+from rmtkern.advice import PATTERNS, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import evaluate, folder_batches, preprocessing_of
-from rmtkern.loading import input_size_of, load_model, read_metadata, save_dense
+from rmtkern.files import save
+from rmtkern.loading import input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
-from rmtkern.pruning.plan import PrunePlan
 from rmtkern.pruning.presets import PRESETS
+from rmtkern.storage import read_metadata
 from rmtkern.tables import Table
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
@@ -51,7 +53,7 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of the selected weights removed, [0, 1)")
     parser.add_argument("--method", default="auto", help=f"auto, {', '.join(PRESETS)}")
     parser.add_argument(
-        "--pattern", default="unstructured", help="unstructured, n:m such as 2:4, or mini-blocks such as 4x1"
+        "--pattern", default="unstructured", help="unstructured, n:m such as 2:4 or 2:4x4, or mini-blocks such as 4x1"
     )
     parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
@@ -80,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,analyze,prune,finetune,bench,info}")
+    names = "{demo,analyze,advise,prune,finetune,bench,info}"
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         return verbs.add_parser(
@@ -106,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--legacy", action="store_true", help="the published code's numbers, defects included")
     fit.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
     fit.add_argument("-o", "--output", type=Path, help="write there instead of to stdout")
+
+    advice = verb("advise", "measure which dtype and pattern would make a model how much faster on this machine")
+    _model_arguments(advice)
+    advice.add_argument("--batch", type=int, default=8, help="batch size")
+    advice.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.9], help="fractions of zeros")
+    advice.add_argument("--pattern", nargs="+", default=list(PATTERNS), help="as prune takes them")
 
     prune = verb("prune", "prune a model and write it as dense safetensors under its original keys")
     _model_arguments(prune)
@@ -136,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, nargs="+", default=[8], help="batch sizes")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="both sides run in it")
     bench.add_argument("--decisions", type=Path, help="JSON file of measured times to use again and to complete")
+    bench.add_argument("-o", "--output", type=Path, help="also write the packed model, for rmtkern.load")
 
     verb("info", "versions, this CPU, and which layouts run here and why not the others")
     return parser
@@ -170,8 +180,21 @@ def _analyze(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_folder(output: Path) -> None:
-    if not output.parent.is_dir():
+def _advise(args: argparse.Namespace) -> int:
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    example = torch.randn(input_size_of(model, args.batch), generator=torch.Generator().manual_seed(0))
+    advice = advise(model, example, patterns=args.pattern, sparsities=args.sparsity)
+    if args.json:
+        _print_json({"environment": environment(), **json.loads(advice.to_json())})
+    else:
+        print(f"{environment_line()}\n\n{advice}")
+    return 0
+
+
+def _check_folder(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
         raise ValueError(f"{output.parent}: no such folder to write {output.name} into; create it first")
 
 
@@ -218,7 +241,7 @@ def _finetune(args: argparse.Namespace) -> int:
     stored = None
     if args.checkpoint is not None and args.checkpoint.suffix == ".safetensors":
         stored = read_metadata(args.checkpoint).get("rmtkern")
-    plan = None if stored is None else PrunePlan.from_json(stored)
+    plan = None if stored is None else load_plan(args.checkpoint)
     batches = folder_batches(args.train, preprocessing_of(model), limit=args.train_images)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
@@ -254,15 +277,19 @@ def _finetune(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    _check_folder(args.output)
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    plan = None
     if not args.keep_zeros:
         targets = tuple(args.targets) if args.targets else None
-        prune_(model, args.sparsity, args.method, args.pattern, targets, tuple(args.ignore))
+        plan = prune_(model, args.sparsity, args.method, args.pattern, targets, tuple(args.ignore))
     packed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     report = pack_(packed, examples, dtype=dtype, decisions=args.decisions)
+    if args.output is not None:
+        save(packed, args.output, plan)
     if args.json:
         _print_json({"environment": environment(), **json.loads(report.to_json())})
     else:
@@ -306,7 +333,8 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"demo": _demo, "analyze": _analyze, "prune": _prune, "finetune": _finetune, "bench": _bench, "info": _info}
+VERBS = {"demo": _demo, "analyze": _analyze, "advise": _advise, "prune": _prune, "finetune": _finetune, "bench": _bench,
+         "info": _info}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,21 +7,18 @@ is ever run.
 import importlib
 import json
 import os
-import struct
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
+from rmtkern.pruning.plan import PrunePlan
+from rmtkern.storage import read_metadata, read_tensors, write_tensors
 
-__all__ = ["input_size_of", "load_model", "load_state_", "read_metadata", "read_tensors", "save_dense", "save_tensors"]
+__all__ = ["input_size_of", "load_model", "load_plan", "load_state_", "save_dense"]
 
 
 def _from_function(spec: str) -> nn.Module:
@@ -59,18 +56,6 @@ def _from_timm(name: str, pretrained: bool) -> nn.Module:
             f"{name}: could not load pretrained weights ({type(error).__name__}: {error}); "
             "use --checkpoint FILE, or --random-weights where no model hub is reachable"
         ) from error
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        ValueError: the file is damaged or not safetensors.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
@@ -170,40 +155,29 @@ def save_dense(model: nn.Module, path: str | Path, plan_json: str | None = None)
         path: of the new file; written beside it first, then renamed.
         plan_json: the plan, as PrunePlan.to_json gives it.
     """
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    save_tensors(state, path, {"rmtkern": plan_json} if plan_json is not None else {})
+    write_tensors(model.state_dict(), path, {} if plan_json is None else {"rmtkern": plan_json})
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors; complete or not at all.
+def load_plan(path: str | Path) -> PrunePlan:
+    """The plan that travels with a checkpoint, packed (`rmtkern.save`) or dense (`rmtkern prune`).
 
     Args:
-        tensors: name -> contiguous tensor on the CPU; no two share memory.
-        path: of the new file; written beside it first, then renamed.
-        metadata: strings that `read_metadata` gives back.
+        path: of the safetensors file.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one without a plan.
     """
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    os.close(handle)
+    text = read_metadata(path).get("rmtkern")
+    remedy = "give the file that rmtkern.save(model, path, plan) or rmtkern prune wrote"
     try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt", **metadata})
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # as if written directly: mkstemp makes private files
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The safetensors metadata of a file, without its tensors; {} if there is none."""
-    with Path(path).open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8 or (length := struct.unpack("<Q", head)[0]) > 100_000_000:
-            raise ValueError(f"{path}: not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
-    return header.get("__metadata__", {})
+        record = None if text is None else json.loads(text)
+        if isinstance(record, dict) and "linears" in record:  # a packed model, with the plan as one of its fields
+            record = record.get("plan")
+        if record is None:
+            raise ValueError("it holds no plan")
+        return PrunePlan.from_json(json.dumps(record))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; {remedy}") from error

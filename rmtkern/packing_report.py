@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from rmtkern.packing_decisions import Decisions
 from rmtkern.tables import Table
 
-__all__ = ["AttentionReport", "EndToEnd", "LayerReport", "PackReport"]
+__all__ = ["AttentionReport", "EndToEnd", "GatedReport", "LayerReport", "PackReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,12 @@ class LayerReport:
         tokens: the different token counts T that the examples gave it, ascending; empty if it was not measured.
         sparsity: fraction of zeros of the weight, [0, 1].
         form: what runs now: a layout's label, "dense/onednn", or "nn.Linear" (untouched); several, if they differ by
-            token count.
+            token count; "gated:" and a label in a gate-up pair that runs in one kernel.
         packed: whether a sparse layout runs for at least one token count.
         activation: the activation that was absorbed into the kernel, or None.
         ms: token count -> candidate -> ms; with the activation, if one follows the layer.
-        speedup: strongest dense form over the chosen form, the smallest of all token counts; None if not measured.
+        speedup: strongest dense form over the chosen form, the smallest of all token counts; None if not measured. In a
+            gate-up pair: the strongest dense forms of its linears over the pair's kernel.
         measured_on: the layer whose measurement decided (equal shapes and similar sparsity share one).
         nbytes_before: of the dense weight.
         nbytes_after: of all forms that are held.
@@ -69,6 +70,28 @@ class AttentionReport:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedReport:
+    """One gate-up pair, activation(gate(x)) * up(x).
+
+    Args:
+        name: of the module that holds it.
+        linears: names of the gate and the up linear, or of the one linear that computes both.
+        activation: of the gate, or None.
+        ms: token count -> "separate" or the pair's form -> ms; "separate" is each linear in the form chosen for it,
+            with activation and product. Empty if it was not measured.
+        form: what runs now: the label of the pair's form, or None if the linears stay separate.
+        reason: why, in words.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    activation: str | None
+    ms: Mapping[int, Mapping[str, float]]
+    form: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EndToEnd:
     """Whole-model times on one example [ms].
 
@@ -103,6 +126,7 @@ class PackReport:
         decisions: what was measured, for `pack_(..., decisions=)`; without what was reused.
         groups_measured: how many groups of alike layers were timed.
         groups_reused: how many took their times from earlier decisions; None if none were given.
+        gated: one entry per gate-up pair that was found.
     """
 
     layers: tuple[LayerReport, ...]
@@ -113,6 +137,7 @@ class PackReport:
     decisions: Decisions = field(default_factory=Decisions)
     groups_measured: int = 0
     groups_reused: int | None = None
+    gated: tuple[GatedReport, ...] = ()
 
     @property
     def packed_layers(self) -> int:
@@ -170,6 +195,10 @@ class PackReport:
             used = sum(site.used for site in self.attention)
             why = "; ".join(dict.fromkeys(site.reason for site in self.attention))
             lines.append(f"attention kernel in {used} of {len(self.attention)} modules: {why}")
+        if self.gated:
+            used = sum(pair.form is not None for pair in self.gated)
+            why = "; ".join(dict.fromkeys(pair.reason for pair in self.gated))
+            lines.append(f"gate and up in one kernel in {used} of {len(self.gated)} pairs: {why}")
         for times in self.end_to_end:
             lines.append(
                 f"example {times.example}: original {times.original_ms:.4g} ms, strongest dense (each linear in its"

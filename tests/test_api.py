@@ -180,6 +180,18 @@ def test_two_of_four_on_real_models(name, score):
     assert plan.layers[0].params == {"n": 2, "m": 4}
 
 
+@pytest.mark.parametrize("score", ["magnitude", "activation", "random"])
+def test_two_of_four_that_four_outputs_share(score):
+    model = MODELS["timm vit"]().eval()
+    plan = prune_(model, 0.5, pattern="2:4x4", score=score, calibration=IMAGES if score == "activation" else None)
+    for weight in prunable_weights(model):
+        kept = (weight.as_matrix() != 0).unflatten(0, (-1, 4))
+        assert torch.equal(kept, kept[:, :1].expand_as(kept))  # the four rows of a strip agree
+        assert (kept.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+    assert plan.sparsity == 0.5
+    assert plan.layers[0].params == {"n": 2, "m": 4, "r": 4}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("method", DATA_FREE)
 def test_dtypes(dtype, method):

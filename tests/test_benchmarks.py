@@ -53,6 +53,22 @@ def test_two_of_four_and_who_shares_them(name, shared):
     assert not torch.equal(kept[:32], kept[32:])
 
 
+def test_an_unstructured_mask_in_a_layout_of_mini_blocks():
+    contender = contenders.parse("block 1x2 unstructured 0.5")
+    assert contender.pattern == "unstructured" and contenders.parse("block 1x2 0.5").pattern == "1x2"
+    weight, packed = contenders.build(contender, 64, 64, torch.bfloat16)
+    pairs = (weight != 0).view(64, 32, 2)
+    assert not torch.equal(pairs.all(-1), pairs.any(-1)) and packed.label == "block(r=1,c=2)"
+
+
+def test_spectral_is_factors_and_a_sparse_part():
+    contender = contenders.parse("spectral 8+0.9")
+    weight, packed = contenders.build(contender, 64, 64, torch.float32)
+    assert torch.equal(packed.unpack(), weight)
+    _, _, sparse = packed.split()
+    assert 0.85 < 1 - sparse.count_nonzero() / sparse.numel() < 0.95  # 7 standard deviations of 4096 entries
+
+
 def test_lowrank_has_its_rank():
     weight = contenders.random_weight(contenders.parse("lowrank 8"), 48, 32)
     assert torch.linalg.matrix_rank(weight) == 8

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rmtkern
 from rmtkern import cli
 from rmtkern.cli import main
 from rmtkern.pruning.plan import PrunePlan
@@ -145,7 +146,8 @@ def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
     found = strict_json(capsys.readouterr().out)
     assert found["output"] == "p.safetensors"
     assert found["before"]["count"] == found["after"]["count"] == 6
-    from rmtkern.loading import load_model, read_metadata
+    from rmtkern.loading import load_model
+    from rmtkern.storage import read_metadata
 
     stored = PrunePlan.from_json(read_metadata("p.safetensors")["rmtkern"])
     assert json.loads(stored.to_json()) == found["plan"]
@@ -176,6 +178,37 @@ def test_bench_prunes_and_reports(work, capsys):
     assert len(found["end_to_end"]) == 2 and found["environment"]["cpu"]
     slower = [min(t["original_ms"], t["dense_ms"]) / t["packed_ms"] < 0.97 for t in found["end_to_end"]]
     assert code == int(any(slower)) and ("slower" in err) == any(slower)
+
+
+def test_advise(work, capsys):
+    words = ["advise", "clitoys:toy", "--batch", "2", "--sparsity", "0.9", "--pattern", "unstructured", "2:4"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "pattern" in out and "2:4" in out and "thread(s)" in out
+    assert main([*words, "--json"]) == 0
+    record = strict_json(capsys.readouterr().out)
+    assert [(row["dtype"], row["pattern"], row["sparsity"]) for row in record["rows"]] == [
+        (dtype, *what) for dtype in ("float32", "bfloat16") for what in (("unstructured", 0.9), ("2:4", 0.5))
+    ]
+    fails(capsys, ["advise", "clitoys:toy", "--batch", "0"], 2, "--batch must be at least 1, got 0")
+    fails(capsys, ["advise", "clitoys:toy", "--pattern", "x"], 2, "unknown pattern 'x'")
+
+
+def test_bench_writes_the_packed_model(work, capsys, monkeypatch):
+    def cheap(calls, budget_ms):
+        for call in calls.values():
+            call()
+        return {name: 1.0 if name in ("packed", "bitmask") else 2.0 for name in calls}
+
+    monkeypatch.setattr("rmtkern.packing.interleaved_ms", cheap)
+    assert main(["bench", "clitoys:toy", "--sparsity", "0.8", *FC, "-o", "packed.safetensors"]) == 0
+    capsys.readouterr()
+    import clitoys
+
+    model = rmtkern.load("packed.safetensors", clitoys.toy())
+    assert (model.fc1.weight.layout, model.fc2.weight.layout) == ("bitmask", "bitmask")
+    assert rmtkern.load_plan("packed.safetensors").sparsity == pytest.approx(0.8, abs=1e-3)
+    fails(capsys, ["bench", "clitoys:toy", "-o", "no/packed.safetensors"], 2, "no: no such folder to write packed")
 
 
 def test_bench_takes_the_zeros_of_a_checkpoint(work, capsys):

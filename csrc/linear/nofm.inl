@@ -1,6 +1,7 @@
 // nofm: n kept entries in every group of m columns.
 // float32, any n:m: row-major values [N, K / m * n]; one bit per column in the masks.
-// bfloat16, 2:4: outputs in the lanes. Tiles of 16 rows: values [K / 4][16] pairs, and which two of a group's four columns a
+// bfloat16, 2:4 with a pattern that four rows share: picks.inl.
+// bfloat16, 2:4 of each row: outputs in the lanes. Tiles of 16 rows: values [K / 4][16] pairs, and which two of a group's four columns a
 // pair multiplies: bytes for the shuffle that picks them from a token's four activations, two groups to a byte, so that a
 // shift is all the decoding.
 
@@ -177,6 +178,7 @@ const char* two_of_four(const LinearArgs& a) {
 }
 
 const char* nofm_linear(const LinearArgs& a) {
+    if (a.n_params == 3) return run_picks(a);
     if (a.dtype == DType::bfloat16) return two_of_four(a);
     const NofM source{a.parts[0].as<float>(), a.parts[1].as<uint64_t>(), a.N, a.K, (a.K + 63) / 64, a.params[0],
                       a.params[1]};

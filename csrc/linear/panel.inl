@@ -1,9 +1,9 @@
 // The driver of the layouts that are walked weight by weight. Vector lanes are tokens: x is packed into panels
 // P [columns][V * W] of 32-bit lanes (a column is one float or two bfloat16 of a token), a weight is spread over a vector,
-// and C [rows][V * W] collects float sums over blocks of 64 columns, whose slice of the panel sits in L1.
+// and C [rows][V * W] collects float sums over blocks of columns, mostly 64, whose slice of the panel sits in L1.
 // A layout is a type `Source` with most_V, the widest panel it takes; its Number; Special, the Number for a panel with
 // Inf or NaN (Number itself, if they need no care); and group<Number, V>(rb, kb, P, C): add the weights of row block rb
-// (block_rows rows) and column block kb (64 columns) to C.
+// (block_rows rows) and column block kb (block_lanes of the panel) to C.
 
 constexpr int64_t block_rows = 128;          // rows of a row block (part of the formats)
 constexpr int64_t c_bytes = 384 * 1024;      // C of one pass over the columns: leaves room in a 1-MiB L2
@@ -100,6 +100,15 @@ bool pack_source(const LinearArgs& a, const Source&, int64_t t0, int V, float* P
     return pack_panel<typename Source::Number>(a, t0, V, P);
 }
 
+// Lanes of the panel in a column block. A source may want its slice in another form, of so many lanes, which it makes once for
+// all rows: then it has its own overload of prepare_slice<V>(source, P, slice).
+template <class Source>
+constexpr int64_t block_lanes = 64;
+template <class Source>
+constexpr int64_t slice_lanes = 0;
+template <int V, class Source>
+void prepare_slice(const Source&, const float*, float*);
+
 template <class Source>
 struct Panels {
     const LinearArgs& a;
@@ -123,9 +132,16 @@ void run_panel(const Panels<Source>& job, int64_t t0, int64_t rb0, int64_t rb1, 
 #pragma GCC unroll 16
             for (int v = 0; v < V; ++v) store(C + (f - f0) * stride + v * W, b);
         }
-        for (int64_t kb = 0; kb < job.col_blocks; ++kb)
+        for (int64_t kb = 0; kb < job.col_blocks; ++kb) {
+            const float* slice = P + kb * block_lanes<Source> * stride;
+            alignas(64) float other[slice_lanes<Source> > 0 ? slice_lanes<Source> * stride : 1];
+            if constexpr (slice_lanes<Source> > 0) {
+                prepare_slice<V>(job.source, slice, other);
+                slice = other;
+            }
             for (int64_t rb = first; rb < last; ++rb)
-                job.source.template group<Number, V>(rb, kb, P + kb * 64 * stride, C + (rb - first) * block_rows * stride);
+                job.source.template group<Number, V>(rb, kb, slice, C + (rb - first) * block_rows * stride);
+        }
         for (int v = 0; v < V; ++v)
             if (t0 + v * W < a.T) finish<FinishTokens, Number>(a, C + v * W, stride, t0 + v * W, f0, f1 - f0);
     }
@@ -146,7 +162,7 @@ void panels_thread(const void* arg, int i, int n) {
     if (rb0 == rb1) return;
     const int64_t p0 = job.panels * pi / job.panel_threads, p1 = job.panels * (pi + 1) / job.panel_threads;
     const int64_t widest = (job.vectors + job.panels - 1) / job.panels * W;
-    const int64_t p_floats = job.col_blocks * 64 * widest;
+    const int64_t p_floats = job.col_blocks * block_lanes<Source> * widest;
     int64_t c_floats = c_bytes / 4 > block_rows * widest ? c_bytes / 4 : block_rows * widest;
     if (c_floats > (rb1 - rb0) * block_rows * widest) c_floats = (rb1 - rb0) * block_rows * widest;
     const int64_t room = middle_blocks(job.source) * 64 * widest;
@@ -188,7 +204,7 @@ inline int grid(int& threads, int64_t rows, int64_t columns) {
 
 template <class Source>
 void run_panels(const LinearArgs& a, const Source& source) {
-    constexpr int64_t columns = 64 * Source::Number::per_lane;
+    constexpr int64_t columns = block_lanes<Source> * Source::Number::per_lane;
     const int64_t col_blocks = (a.K + columns - 1) / columns + middle_blocks(source);
     Panels<Source> job{a, source, col_blocks, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0, 1};
     job.panels = (job.vectors + Source::most_V - 1) / Source::most_V;

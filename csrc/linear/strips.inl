@@ -61,7 +61,7 @@ bool strips_consistent(const uint64_t* mask, const uint8_t* row, const int64_t* 
 template <int R, class Number_>
 struct Strips {
     using Number = Number_;
-    using Special = Number;
+    using Special = std::conditional_t<std::is_same_v<Number, BFloat16>, BFloat16Structural, Number>;
     static constexpr int most_V = R == 1 || max_sums / R > max_V ? max_V : max_sums / R;
     static constexpr int64_t block_strips = block_rows / R;
     const float* values;
@@ -79,14 +79,14 @@ struct Strips {
         return strips - rb * block_strips < block_strips ? strips - rb * block_strips : block_strips;
     }
 
-    template <class, int V>
+    template <class PanelNumber, int V>
     void group(int64_t rb, int64_t kb, const float* P, float* C) const {
         const int64_t count = height(rb), segment = rb * block_strips * col_blocks + kb * count;
         const float* w = values + R * starts[rb * col_blocks + kb];
         for (int64_t i = segment; i < segment + count && masks[i]; ++i) {  // the most full first, so the rest is empty
             float* c = C + rows[i] * int64_t(R * V * W);
-            if constexpr (R == 1) w = walk<Number, V>(masks[i], w, P, c);
-            else w = walk_strip<Number, R, V>(masks[i], w, P, c);
+            if constexpr (R == 1) w = walk<PanelNumber, V>(masks[i], w, P, c);
+            else w = walk_strip<PanelNumber, R, V>(masks[i], w, P, c);
         }
     }
 

@@ -20,7 +20,8 @@ from rmtkern.demo import load_demo_model, load_test_images
 from rmtkern.environment import environment, environment_line
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.models import prunable_weights
-from rmtkern.packing import PackReport, interleaved_ms, pack_
+from rmtkern.packing import PackReport, pack_
+from rmtkern.packing_timing import interleaved_ms
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.spectrum.decompose import singular_values
 from rmtkern.spectrum.fit import SpectralFits

@@ -40,7 +40,7 @@ PATTERNS: dict[str, Callable[[Tensor, dict[str, int]], Tensor]] = {
 
 
 def unit_of(params: dict[str, int]) -> tuple[int, int]:
-    """(outputs, inputs) that go or stay together: (r, c) of a mini-block pattern, else (1, 1)."""
+    """(outputs, inputs) that go or stay together: (r, c) of mini-blocks, (r, 1) of n:mxr, else (1, 1)."""
     return params.get("r", 1), params.get("c", 1)
 
 
@@ -68,12 +68,14 @@ def parse_pattern(pattern: str) -> tuple[str, dict[str, int]]:
     """The key of PATTERNS and the parameters that a pattern's name stands for.
 
     Args:
-        pattern: "unstructured"; n:m such as "2:4" (at most 2 of 4 consecutive inputs stay); or rxc such as "4x1"
-            (mini-blocks of 4 outputs x 1 input go or stay whole).
+        pattern: "unstructured"; n:m such as "2:4" (at most 2 of 4 consecutive inputs stay); n:mxr such as "2:4x4" (the
+            same inputs stay in 4 consecutive outputs); or rxc such as "4x1" (mini-blocks of 4 outputs x 1 input go or
+            stay whole).
 
     Raises:
         TypeError: not a string.
-        ValueError: unknown pattern, n not in [1, m), or a mini-block of fewer than 2 or more than 64 entries.
+        ValueError: unknown pattern, n not in [1, m), r not in [2, 64], or a mini-block of fewer than 2 or more than 64
+            entries.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern: expected a string, got {type(pattern).__name__}")
@@ -84,12 +86,17 @@ def parse_pattern(pattern: str) -> tuple[str, dict[str, int]]:
         if not 2 <= r * c <= 64:
             raise ValueError(f"pattern {pattern!r}: expected mini-blocks of 2 to 64 entries, such as '4x1'")
         return "rxc", {"r": r, "c": c}
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    match = re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", pattern)
     if match is None:
         raise ValueError(
-            f"unknown pattern {pattern!r}; expected 'unstructured', n:m such as '2:4' or rxc such as '4x1'"
+            f"unknown pattern {pattern!r}; expected 'unstructured', n:m such as '2:4', n:mxr such as '2:4x4' or rxc"
+            " such as '4x1'"
         )
-    n, m = int(match[1]), int(match[2])
+    n, m, r = int(match[1]), int(match[2]), int(match[3] or 1)
     if not 1 <= n < m:
         raise ValueError(f"pattern {pattern!r}: expected 1 <= n < m, such as '2:4'")
-    return "n:m", {"n": n, "m": m}
+    if match[3] is None:
+        return "n:m", {"n": n, "m": m}
+    if not 2 <= r <= 64:
+        raise ValueError(f"pattern {pattern!r}: expected 2 to 64 outputs that share a pattern, such as '2:4x4'")
+    return "n:m", {"n": n, "m": m, "r": r}

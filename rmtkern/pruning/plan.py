@@ -47,8 +47,9 @@ class PruneConfig:
         method: a preset (a key of PRESETS), or "auto": the best preset for what is at hand.
         budget: key of BUDGETS, how the sparsity is shared over layers; None: the method's.
         score: key of SCORES, which entries matter; None: the method's.
-        pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; or rxc such as "4x1":
-            mini-blocks of 4 outputs x 1 input that go or stay whole (the sparsity is then met to one mini-block).
+        pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; n:mxr such as "2:4x4": the
+            same for r outputs that share their inputs; or rxc such as "4x1": mini-blocks of 4 outputs x 1 input that go
+            or stay whole (the sparsity is then met to one mini-block).
         targets: roles, groups or globs (see models.prunable_weights); None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         haar: z of the singular-vector step before pruning (docs/math.md (17)), in Haar deviations; 0: no such step.

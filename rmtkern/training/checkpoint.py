@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmtkern.loading import read_metadata, read_tensors, save_tensors
+from rmtkern.storage import read_metadata, read_tensors, write_tensors
 from rmtkern.training.ranks import Ranks, distribute_, full
 
 __all__ = ["optimizer_tensors", "read_run", "restore_", "restore_optimizer_", "save_run"]
@@ -42,9 +42,9 @@ def save_run(
         for name, tensor in tensors.items():
             gathered = full(tensor)
             if ranks.rank == 0:
-                whole[f"{part}/{name}"] = gathered.cpu().clone().contiguous()
+                whole[f"{part}/{name}"] = gathered
     if ranks.rank == 0:
-        save_tensors(whole, path, {_KEY: json.dumps(facts)})
+        write_tensors(whole, path, {_KEY: json.dumps(facts)})
 
 
 def read_run(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -119,7 +119,9 @@ def test_variants_recognise_the_pattern_from_the_weight():
 
     assert list(BlockWeight.variants(pair_weight(64, 96, 4, 0.7))) == [{"r": 1, "c": 2}, {"r": 4, "c": 2}]
     assert list(BlockWeight.variants(pair_weight(64, 96, 1, 0.7))) == [{"r": 1, "c": 2}]
-    assert list(BlockWeight.variants(block_weight(64, 96, 4, 0.7).bfloat16())) == []
+    # unstructured: more bytes than bitmask, but its entries lie in pairs
+    assert list(BlockWeight.variants(block_weight(64, 96, 4, 0.7).bfloat16())) == [{"r": 1, "c": 2}]
+    assert list(BlockWeight.variants(torch.ones(8, 8).bfloat16())) == []
 
     assert found(block_weight(64, 96, 8, 0.7)) == [2, 4, 8]
     assert found(block_weight(64, 96, 4, 0.7)) == [2, 4]
@@ -172,3 +174,13 @@ def test_damaged_parts_are_refused_before_anything_is_read(isa, damage):  # noqa
         packed.values = packed.values[:-1].clone()
     with pytest.raises(ValueError, match="block: masks, rows, starts and values disagree; pack the weight again"):
         cpu.linear(torch.randn(3, 70), packed, None, None, None)
+
+
+@pytest.mark.parametrize("r", [1, 4])
+def test_pruned_bfloat16_entries_are_structural_zeros_beside_kept_ones(isa, r):  # noqa: F811
+    torch.manual_seed(0)
+    weight = (torch.randn(40, 64) * (torch.rand(40, 64) < 0.5)).bfloat16()
+    x = torch.randn(20, 64).bfloat16()
+    x[1, 9] = float("inf")
+    got = cpu.linear(x, BlockWeight.pack(weight, r=r, c=2), None, None, None)
+    assert torch.isfinite(got[1]).equal(weight[:, 9] == 0) and torch.isfinite(got[2:]).all()

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from rmtkern.layouts import cpu
 from rmtkern.layouts.nofm import NofMWeight, reference
+from rmtkern.testing import assert_as_accurate_as_dense
 
 ISAS = cpu.isas()
 
@@ -113,7 +114,7 @@ def test_refusals_name_what_is_wrong():
         NofMWeight.pack(weight, n=5, m=4)
     with pytest.raises(ValueError, match=r"expected 1 <= n <= m <= 16, got 2:32"):
         NofMWeight.pack(weight, n=2, m=32)
-    with pytest.raises(ValueError, match=r"nofm takes the params n and m, got \['n'\]"):
+    with pytest.raises(ValueError, match=r"nofm takes the params n and m, and r or not, got \['n'\]"):
         NofMWeight.pack(weight, n=2)
     with pytest.raises(ValueError, match="nofm: the weight has NaN or Inf entries"):
         NofMWeight.pack(torch.full((2, 4), np.inf), n=2, m=4)
@@ -156,7 +157,74 @@ def test_damaged_parts_are_refused_before_anything_is_read(isa, damage):
 def test_params_are_checked_at_the_cpp_boundary():
     packed = NofMWeight.pack(random_weight(5, 72, 2, 4), n=2, m=4)
     op = torch.ops.rmtkern.cpu_linear
-    with pytest.raises(ValueError, match=r"nofm: params must be \(n, m\) with 1 <= n <= m <= 16"):
+    with pytest.raises(ValueError, match=r"nofm: params must be \(n, m\) or \(n, m, r\) with 1 <= n <= m <= 16"):
         op("nofm", torch.randn(3, 72), 5, list(packed.tensors()), [2], None, None, None)
     with pytest.raises(ValueError, match=r"nofm: in-features 72 are not divisible by m = 5"):
         op("nofm", torch.randn(3, 72), 5, list(packed.tensors()), [2, 5], None, None, None)
+
+
+def shared_weight(n_rows, n_cols, seed=0):
+    """bfloat16, 2:4 with a pattern that four rows share."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(-(-n_rows // 4), n_cols // 4, 4, generator=generator).argsort(-1) < 2
+    kept = kept.view(-1, 1, n_cols).expand(-1, 4, -1).reshape(-1, n_cols)[:n_rows]
+    return (torch.randn(n_rows, n_cols, generator=generator) * kept).bfloat16()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 197])
+@pytest.mark.parametrize(("n_rows", "n_cols"), [(131, 128), (128, 64), (3, 4), (261, 100), (1, 68)])
+def test_shared_pattern_is_as_accurate_as_dense(isa, tokens, n_rows, n_cols):
+    torch.manual_seed(tokens)
+    weight = shared_weight(n_rows, n_cols)
+    packed = NofMWeight.pack(weight, n=2, m=4, r=4)
+    x, scale = torch.randn(tokens, n_cols).bfloat16(), torch.randn(n_rows).bfloat16()
+    bias, residual = torch.randn(n_rows).bfloat16(), torch.randn(tokens, n_rows).bfloat16()
+    for tail in ((None, None, None, None), (bias, "gelu", residual, scale)):
+        assert_as_accurate_as_dense(cpu.linear(x, packed, *tail), x, weight, *tail)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n_rows=st.integers(1, 150), groups=st.integers(1, 40), extra_zeros=st.floats(0, 1), seed=st.integers(0, 99))
+def test_the_law_of_a_shared_pattern(n_rows, groups, extra_zeros, seed):
+    weight = shared_weight(n_rows, 4 * groups, seed) * (torch.rand(n_rows, 4 * groups) >= extra_zeros)
+    packed = NofMWeight.pack(weight, n=2, m=4, r=4)
+    assert torch.equal(packed.unpack().view(torch.int16), (weight + 0.0).view(torch.int16))
+    x = torch.randn(3, 4 * groups).double()
+    got = reference.linear(x, packed, None, None, None)
+    torch.testing.assert_close(got, x @ weight.double().T, rtol=1e-12, atol=1e-12)  # float64 on both sides
+
+
+def test_a_shared_pattern_is_recognised_and_counted():
+    weight = shared_weight(768, 768)
+    assert list(NofMWeight.variants(weight)) == [{"n": 2, "m": 4}, {"n": 2, "m": 4, "r": 4}]
+    assert list(NofMWeight.variants(random_weight(768, 768, 2, 4).bfloat16())) == [{"n": 2, "m": 4}]
+    assert NofMWeight.pack(weight, n=2, m=4, r=4).nbytes == 768 * 768 * (1 + 1 / 32)
+
+
+def test_inf_at_a_place_that_a_shared_pattern_pruned_goes_nowhere(isa):
+    weight, x = shared_weight(40, 64), torch.randn(20, 64).bfloat16()
+    x[1, 9] = float("inf")
+    got = cpu.linear(x, NofMWeight.pack(weight, n=2, m=4, r=4), None, None, None)
+    assert torch.isfinite(got[1]).equal(weight[:, 9] == 0)
+
+
+def test_refusals_of_a_shared_pattern(isa):
+    weight = random_weight(8, 64, 2, 4).bfloat16()
+    message = r"nofm 2:4x4: rows 0 on, columns \d+ to \d+ have [34] non-zeros, more than 2 .*; prune with pattern 2:4x4"
+    with pytest.raises(ValueError, match=message):
+        NofMWeight.pack(weight, n=2, m=4, r=4)
+    with pytest.raises(ValueError, match=r"nofm: r must be 4, for torch.bfloat16 only, got 4 for torch.float32"):
+        NofMWeight.pack(weight.float(), n=2, m=4, r=4)
+    with pytest.raises(ValueError, match=r"nofm: r must be 4, for torch.bfloat16 only, got 2 for torch.bfloat16"):
+        NofMWeight.pack(weight, n=2, m=4, r=2)
+    packed = NofMWeight.pack(shared_weight(9, 68), n=2, m=4, r=4)
+    x, op = torch.randn(3, 68).bfloat16(), torch.ops.rmtkern.cpu_linear
+    with pytest.raises(ValueError, match=r"nofm: r must be 4, for bfloat16 only"):
+        op("nofm", x, 9, list(packed.tensors()), [2, 4, 1], None, None, None)
+    with pytest.raises(ValueError, match=r"part 'values' must have shape \(51, 8\)"):
+        op("nofm", x, 9, [packed.values[:-1], packed.masks], [2, 4, 4], None, None, None)
+    for code in (6, 7, 8, 15):
+        damaged = packed.masks.clone()
+        damaged[-1] = code
+        with pytest.raises(ValueError, match="nofm: a code is none of the six pairs of four columns; pack the weight"):
+            op("nofm", x, 9, [packed.values, damaged], [2, 4, 4], None, None, None)

@@ -29,6 +29,7 @@ def test_parse():
     assert parse_pattern("2:4") == ("n:m", {"n": 2, "m": 4})
     assert parse_pattern("12:16") == ("n:m", {"n": 12, "m": 16})
     assert parse_pattern("4x1") == ("rxc", {"r": 4, "c": 1})
+    assert parse_pattern("2:4x4") == ("n:m", {"n": 2, "m": 4, "r": 4})
 
 
 @settings(deadline=None, max_examples=30)
@@ -52,15 +53,23 @@ def test_size_of_a_mini_block(bad):
         parse_pattern(bad)
 
 
-@pytest.mark.parametrize("bad", ["2-4", "", "2:4x4", "-1:4"])
+@pytest.mark.parametrize("bad", ["2-4", "", "2:4x", "2:4x4x1", "-1:4"])
 def test_unknown_pattern(bad):
-    with pytest.raises(ValueError, match=r"unknown pattern .*; expected 'unstructured', n:m such as '2:4' or rxc"):
+    with pytest.raises(
+        ValueError, match=r"unknown pattern .*; expected 'unstructured', n:m such as '2:4', n:mxr such as"
+    ):
         parse_pattern(bad)
 
 
 @pytest.mark.parametrize("bad", ["4:4", "0:4", "5:4"])
 def test_n_out_of_range(bad):
     with pytest.raises(ValueError, match="expected 1 <= n < m"):
+        parse_pattern(bad)
+
+
+@pytest.mark.parametrize("bad", ["2:4x1", "2:4x65", "2:4x0"])
+def test_outputs_that_share_out_of_range(bad):
+    with pytest.raises(ValueError, match="expected 2 to 64 outputs that share a pattern"):
         parse_pattern(bad)
 
 

@@ -3,7 +3,7 @@
 from safetensors.torch import load_file
 
 from rmtkern.cli import main
-from rmtkern.loading import read_metadata
+from rmtkern.storage import read_metadata
 from tests.test_cli import FC, fails, images, strict_json, work  # noqa: F401  (fixtures)
 
 TUNE = ["finetune", "clitoys:toy", "--train", "images", "-o", "tuned.safetensors"]

@@ -14,6 +14,19 @@ def product(tokens: Float, w: PackedWeight) -> Float:
     n_rows, n_cols = w.shape
     y = np.zeros((len(tokens), n_rows))
     values, masks = w.tensors()[0].double().numpy(), w.tensors()[1].numpy()
+    if "r" in w.params:
+        line = word = 0
+        for first in range(0, -(-n_rows // 4), 32):
+            for before in range(0, n_cols // 4, 16):
+                for strip in range(first, min(first + 32, -(-n_rows // 4))):
+                    for group in range(before, min(before + 16, n_cols // 4)):
+                        code = int(masks[word]) >> 4 * (group - before) & 15
+                        for i, column in enumerate(((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))[code]):
+                            for row in range(4 * strip, min(4 * strip + 4, n_rows)):
+                                y[:, row] += tokens[:, 4 * group + column] * values[line, 2 * (row % 4) + i]
+                        line += 1
+                    word += 1
+        return y
     if w.tensors()[0].dtype == torch.bfloat16:
         groups = n_cols // 4
         for row in range(n_rows):

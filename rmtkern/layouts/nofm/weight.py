@@ -1,6 +1,6 @@
 """NofMWeight: how a weight with n kept entries per group of m columns is stored. It knows no kernel."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -14,12 +14,20 @@ __all__ = ["NofMWeight"]
 
 TILE = 16
 """Rows of a tile of a bfloat16 weight; part of the format."""
+SHARED = 4
+"""Rows of a strip, which share a pattern, of a bfloat16 weight with r; part of the format."""
+BLOCK_STRIPS, CODE_GROUPS = 32, 16
+"""Strips of a row block and groups of a segment of such a weight; part of the format."""
+PAIRS = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
+"""The columns of a group that each code picks; part of the format."""
 
 
 def _check(shape: tuple[int, ...], params: dict[str, int], dtype: torch.dtype) -> tuple[int, int]:
-    if sorted(params) != ["m", "n"]:
-        raise ValueError(f"nofm takes the params n and m, got {sorted(params)}")
+    if set(params) - {"r"} != {"n", "m"}:
+        raise ValueError(f"nofm takes the params n and m, and r or not, got {sorted(params)}")
     n, m = params["n"], params["m"]
+    if "r" in params and (params["r"] != SHARED or dtype != torch.bfloat16):
+        raise ValueError(f"nofm: r must be {SHARED}, for torch.bfloat16 only, got {params['r']} for {dtype}")
     if not (isinstance(n, int) and isinstance(m, int) and 1 <= n <= m <= 16):
         raise ValueError(f"nofm: expected 1 <= n <= m <= 16, got {n}:{m}")
     if dtype == torch.bfloat16 and (n, m) != (2, 4):
@@ -37,6 +45,51 @@ def _tiled(rows: NDArray[Any]) -> NDArray[Any]:
     return padded.reshape(-1, TILE, groups, c).transpose(0, 2, 1, 3)
 
 
+def _used(dense: Tensor, r: int) -> Tensor:
+    """Which columns each strip of r rows uses, bool [ceil(N / r), K]."""
+    used = dense.detach() != 0
+    return torch.nn.functional.pad(used, (0, 0, 0, -used.shape[0] % r)).view(-1, r, used.shape[1]).any(1)
+
+
+def _runs(n_strips: int, n_groups: int) -> Iterator[tuple[slice, slice]]:
+    """(strips, groups) of each run of segments, in the order of the format with r."""
+    for first in range(0, n_strips, BLOCK_STRIPS):
+        for group in range(0, n_groups, CODE_GROUPS):
+            yield slice(first, min(first + BLOCK_STRIPS, n_strips)), slice(group, min(group + CODE_GROUPS, n_groups))
+
+
+_SHIFTS = np.arange(0, 4 * CODE_GROUPS, 4, dtype=np.uint64)
+
+
+def _pack_shared(dense: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The parts in the format with r, values and masks, of a weight [N, K] as integers."""
+    n_rows, n_cols = dense.shape
+    strips = np.pad(dense, ((0, -n_rows % SHARED), (0, 0))).reshape(-1, SHARED, n_cols // 4, 4).transpose(0, 2, 1, 3)
+    kept = np.sort(np.argsort((strips == 0).all(2), axis=2, kind="stable")[:, :, :2], axis=2)  # [strips, groups, 2]
+    pairs = np.take_along_axis(strips, kept[:, :, None], axis=3)  # [strips, groups, SHARED, 2]
+    code = np.zeros((4, 4), np.uint64)
+    code[PAIRS[:, 0], PAIRS[:, 1]] = np.arange(len(PAIRS))
+    codes = code[kept[..., 0], kept[..., 1]]
+    runs = list(_runs(len(strips), n_cols // 4))
+    values = [pairs[run].reshape(-1, 2 * SHARED) for run in runs]
+    masks = [np.bitwise_or.reduce(codes[run] << _SHIFTS[: codes[run].shape[1]], axis=1) for run in runs]
+    return np.concatenate(values), np.concatenate(masks).view(np.int64)
+
+
+def _unpack_shared(values: NDArray[Any], masks: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    """The weight [N, K] as integers of what `_pack_shared` returned."""
+    n_strips, n_groups = -(-shape[0] // SHARED), shape[1] // 4
+    full = np.zeros((n_strips, n_groups, SHARED, 4), values.dtype)
+    value = word = 0
+    for strips, groups in _runs(n_strips, n_groups):
+        height, width = strips.stop - strips.start, groups.stop - groups.start
+        codes = masks[word : word + height].view(np.uint64)[:, None] >> _SHIFTS[:width] & np.uint64(15)
+        pairs = values[value : value + height * width].reshape(height, width, SHARED, 2)
+        np.put_along_axis(full[strips, groups], PAIRS[codes.astype(int)][:, :, None], pairs, axis=3)
+        value, word = value + height * width, word + height
+    return full.transpose(0, 2, 1, 3).reshape(-1, shape[1])[: shape[0]].copy()
+
+
 class NofMWeight(PackedWeight):
     """n entries kept in every group of m consecutive columns (m <= 16, in-features divisible by m).
 
@@ -51,6 +104,13 @@ class NofMWeight(PackedWeight):
         masks: [tiles * ceil(K / 8), 64] uint8, line t ceil(K / 8) + h: for each row of tile t four bytes that say
             columns c0 < c1 (0 to 3) of groups 2 h and 2 h + 1 are kept: byte i holds 2 c + i % 2, c = c0 for i = 0, 1,
             and c = c1 for i = 2, 3; the first group lies in the lower four bits and the second in the upper four.
+
+    Parts, bfloat16 (2:4) with r = 4, the rows that share a pattern. 33/64 of the dense bytes. A strip is 4 rows (the
+    last one filled up with zeros), a segment its 16 consecutive groups (the last one may be shorter). Segments lie row
+    block by row block (128 rows), in it by column, then by strip.
+        values: [strips * K / 4, 8] bfloat16, segment by segment and group by group: the kept pair of each row.
+        masks: [strips * ceil(K / 64)] int64, a word for each segment, four bits for each of its groups: the index in
+            (01, 02, 03, 12, 13, 23) of the columns that are kept.
     """
 
     layout = "nofm"
@@ -64,21 +124,23 @@ class NofMWeight(PackedWeight):
         """The first group with too many non-zeros, or None; ValueError for impossible n, m or K."""
         check_dense(dense, cls.dtypes, cls.layout)
         n, m = _check(dense.shape, params, dense.dtype)
-        counts = (dense.detach() != 0).view(dense.shape[0], -1, m).sum(-1)
+        r = params.get("r", 1)
+        counts = _used(dense, r).view(-1, dense.shape[1] // m, m).sum(-1)
         worst = (counts > n).nonzero()
         if len(worst) == 0:
             return None
-        row, group = worst[0].tolist()
+        strip, group = worst[0].tolist()
+        rows, pattern = (f"row {strip}", f"{n}:{m}") if r == 1 else (f"rows {r * strip} on", f"{n}:{m}x{r}")
         return (
-            f"nofm {n}:{m}: row {row}, columns {group * m} to {group * m + m - 1} have {int(counts[row, group])}"
-            f" non-zeros, more than {n} ({len(worst)} such groups); prune with pattern {n}:{m} first"
+            f"nofm {pattern}: {rows}, columns {group * m} to {group * m + m - 1} have {int(counts[strip, group])}"
+            f" non-zeros, more than {n} ({len(worst)} such groups); prune with pattern {pattern} first"
         )
 
     @classmethod
     def variants(cls, dense: Tensor) -> Iterable[dict[str, int]]:
         """The tightest n:m with m = 4, 8 or 16 that holds this weight, if at most a fifth of its places are padding.
 
-        In bfloat16 that is 2:4 or nothing.
+        In bfloat16 that is 2:4 or nothing, and with r = 4 besides if the rows share their patterns by four.
         """
         found = []
         for m in (4, 8, 16):
@@ -88,7 +150,11 @@ class NofMWeight(PackedWeight):
                 known = dense.dtype == torch.float32 or (n, m) == (2, 4)
                 if known and n < m and int(counts.sum()) >= 0.8 * n * counts.numel():
                     found.append({"n": n, "m": m})
-        return [min(found, key=lambda params: params["n"] / params["m"])] if found else []
+        if dense.dtype == torch.float32 or not found:
+            return sorted(found, key=lambda params: params["n"] / params["m"])[:1]
+        if cls.reason_against(dense, n=2, m=4, r=SHARED) is None:
+            found.append({"n": 2, "m": 4, "r": SHARED})
+        return found
 
     @classmethod
     def pack(cls, dense: Tensor, **params: int) -> Self:
@@ -96,7 +162,7 @@ class NofMWeight(PackedWeight):
 
         Args:
             dense: [N, K] float32 or bfloat16, finite, at most n non-zeros in each group.
-            params: n and m, 1 <= n <= m <= 16; m divides K.
+            params: n and m, 1 <= n <= m <= 16; m divides K; for bfloat16 r = 4 or none.
 
         Returns:
             The packed weight, on the device of `dense`.
@@ -110,6 +176,8 @@ class NofMWeight(PackedWeight):
             raise ValueError(reason)
         n, m = params["n"], params["m"]
         n_rows, n_cols = dense.shape
+        if "r" in params:
+            return cls._of(dense, {"n": n, "m": m, "r": SHARED}, _pack_shared(as_integers(dense)))
         groups = as_integers(dense).reshape(n_rows, n_cols // m, m)
         kept = np.sort(np.argsort(groups == 0, axis=2, kind="stable")[:, :, :n], axis=2)  # non-zeros, then zeros
         values = np.take_along_axis(groups, kept, axis=2)
@@ -134,6 +202,10 @@ class NofMWeight(PackedWeight):
     def unpack(self) -> Tensor:
         """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
         n_rows, n_cols = self.shape
+        if "r" in self.params:
+            values, masks = self.values.cpu().view(torch.int16).numpy(), self.masks.cpu().numpy()
+            full = torch.from_numpy(_unpack_shared(values, masks, self.shape))
+            return full.to(self.values.device).view(torch.bfloat16)
         if self.values.dtype == torch.bfloat16:
             groups = n_cols // 4
             pairs = self.values.view(torch.int16).view(-1, groups, TILE, 2).transpose(1, 2).reshape(-1, groups, 2)

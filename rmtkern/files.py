@@ -1,0 +1,356 @@
+"""save and load: a packed model as one safetensors file, and back into a model of the same architecture.
+
+docs/formats.md is the specification. Nothing in a file is trusted or run: what it says is compared with the model, and
+every packed weight is tried, before anything of the model is changed. It chooses no form; packing.py does.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rmtkern.errors import PackedModelError
+from rmtkern.layouts import LAYOUTS
+from rmtkern.layouts.base import PackedWeight
+from rmtkern.nn import AbsorbedActivation, PackedLinear
+from rmtkern.ops import ACTIVATIONS, linear
+from rmtkern.packing_attention import enable, enabled
+from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, is_cast, resume_cast_
+from rmtkern.storage import read_metadata, write_tensors
+
+__all__ = ["load", "save"]
+
+FORMAT, FORMAT_VERSION = "rmtkern packed model", 1
+Record = dict[str, Any]
+
+
+class _Plan(Protocol):
+    def to_json(self) -> str: ...
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _form_record(form: PackedWeight, tokens: int) -> Record:
+    return {"layout": form.layout, "params": form.params, "tokens": tokens}
+
+
+def _linear_record(module: PackedLinear) -> Record:
+    forms = (module.weight, *module.others)
+    return {
+        "features": [module.out_features, module.in_features],
+        "bias": module.bias is not None,
+        "activation": module.activation,
+        "requires_grad": list(module.requires_grad),
+        "forms": [_form_record(form, tokens) for form, tokens in zip(forms, module.tokens, strict=True)],
+    }
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = None) -> None:
+    """Write a packed model to one safetensors file; complete or not at all.
+
+    Its tensors have the model's own names; a packed linear's parts are `<name>.weight.<part>`. What is packed how
+    stands in the metadata. The layouts do not depend on the machine.
+
+    Args:
+        model: what `pack_` changed; it may be on any device.
+        path: of the file, such as "vit.safetensors"; written beside it first, then renamed.
+        plan: of `prune_`, to travel along; read it with `rmtkern.load_plan`.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: nothing of the model is packed.
+        OSError: the file cannot be written.
+    """
+    from rmtkern import __version__  # not above: the package imports this file
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    names = {module: name for name, module in model.named_modules()}
+    linears = {name: _linear_record(module) for module, name in names.items() if isinstance(module, PackedLinear)}
+    attention = [names[module] for module in enabled(model)]
+    if not linears and not attention:
+        raise ValueError(
+            "the model is not packed, so there is nothing that state_dict does not hold; call rmtkern.pack_(model,"
+            " example) first, or write model.state_dict() with safetensors"
+        )
+    cast = cast_record(model)
+    record = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "rmtkern": __version__,
+        "linears": linears,
+        "absorbed": [name for module, name in names.items() if isinstance(module, AbsorbedActivation)],
+        "attention": attention,
+        "cast": None
+        if cast is None
+        else {"inside": _name(cast.inside), "outside": _name(cast.outside), "names": list(cast.names)},
+        "plan": None if plan is None else json.loads(plan.to_json()),
+    }
+    state = model.state_dict()
+    record["checksums"] = {name: _checksum(tensor) for name, tensor in state.items()}
+    write_tensors(state, path, _metadata(record))
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    if tensor.numel() == 0:
+        return 0
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _metadata(record: Record) -> dict[str, str]:
+    text = json.dumps(record, allow_nan=False)
+    return {"rmtkern": text, "rmtkern.crc32": str(zlib.crc32(text.encode()))}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_NAMES = {_name(dtype): dtype for dtype in DTYPES}
+
+
+class _Damaged(ValueError):
+    """What is wrong with a file, without its name."""
+
+
+def _expect(holds: bool, what: str, expected: str, got: object) -> None:
+    if not holds:
+        raise _Damaged(f"{what}: expected {expected}, got {_short(got)}")
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _record(path: Path) -> Record:
+    """What a file says, its own shape checked."""
+    metadata = read_metadata(path)
+    text = metadata.get("rmtkern")
+    if text is None:
+        raise _Damaged("it has no rmtkern metadata; give a file that rmtkern.save wrote")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _Damaged(f"its metadata is not complete JSON ({_short(str(error))})") from error
+    _expect(isinstance(record, dict), "metadata", "an object", record)
+    if record.get("format") != FORMAT:
+        raise _Damaged(
+            "it holds no packed model (a dense one loads with model.load_state_dict); give a file that rmtkern.save"
+            " wrote"
+        )
+    version = record.get("version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise _Damaged(f"it has format version {_short(version)}, this rmtkern reads {FORMAT_VERSION}; update rmtkern")
+    if metadata.get("rmtkern.crc32") != str(zlib.crc32(text.encode())):
+        raise _Damaged("its metadata differs from its checksum; copy the file again")
+    for key in ("linears", "checksums"):
+        _expect(isinstance(record.get(key), dict), key, "an object", record.get(key))
+    for key in ("absorbed", "attention"):
+        _expect(_is_names(record.get(key)), key, "names", record.get(key))
+    return record
+
+
+def _checked_linear(name: str, record: Any) -> Record:
+    keys = {"features", "bias", "activation", "requires_grad", "forms"}
+    _expect(isinstance(record, dict) and set(record) == keys, name, f"an object of {', '.join(sorted(keys))}", record)
+    features, forms, grad = (record[key] for key in ("features", "forms", "requires_grad"))
+    _expect(
+        isinstance(features, list) and len(features) == 2 and all(type(n) is int and n >= 1 for n in features),
+        f"{name}.features", "two positive integers", features,
+    )  # fmt: skip
+    _expect(type(record["bias"]) is bool, f"{name}.bias", "true or false", record["bias"])
+    _expect(
+        isinstance(grad, list) and [type(g) for g in grad] == [bool, bool],
+        f"{name}.requires_grad",
+        "two booleans",
+        grad,
+    )
+    activation = record["activation"]
+    _expect(
+        activation is None or (isinstance(activation, str) and activation in ACTIVATIONS),
+        f"{name}.activation", "a known activation or null", activation,
+    )  # fmt: skip
+    _expect(isinstance(forms, list) and bool(forms), f"{name}.forms", "a list", forms)
+    for form in forms or ():
+        fits = isinstance(form, dict) and isinstance(form.get("layout"), str) and form["layout"] in LAYOUTS
+        _expect(fits, f"{name}.forms", f"a layout of {', '.join(LAYOUTS)}", form)
+        params, tokens = form.get("params"), form.get("tokens")
+        _expect(
+            isinstance(params, dict) and all(type(value) is int and 0 <= value < 2**31 for value in params.values()),
+            f"{name}.params", "integers", params,
+        )  # fmt: skip
+        _expect(type(tokens) is int and 1 <= tokens < 2**31, f"{name}.tokens", "a positive integer", tokens)
+    return record
+
+
+def _packed_linear(name: str, record: Record, tensors: Mapping[str, Tensor]) -> tuple[PackedLinear, set[str]]:
+    """The module of a record, tried on one token, and the keys of its tensors."""
+    keys: set[str] = set()
+
+    def take(key: str) -> Tensor:
+        if key not in tensors:
+            raise _Damaged(f"{key} is missing")
+        keys.add(key)
+        return tensors[key]
+
+    bias = take(f"{name}.bias") if record["bias"] else None
+    shape = (record["features"][0], record["features"][1])
+    forms: dict[int, PackedWeight] = {}
+    for index, form in enumerate(record["forms"]):
+        kind = LAYOUTS[form["layout"]]
+        prefix = f"{name}.weight" if index == 0 else f"{name}.others.{index - 1}"
+        parts = tuple(take(f"{prefix}.{part}") for part in kind.parts)
+        values = [part for part in parts if part.is_floating_point()]
+        dtype = values[0].dtype if values else None
+        _expect(dtype in kind.dtypes, prefix, f"values of {', '.join(map(str, kind.dtypes))}", dtype)
+        for part in values:
+            if not bool(torch.isfinite(part).all()):
+                raise _Damaged(f"{prefix} has NaN or Inf entries")
+        _expect(bias is None or bias.dtype == dtype, f"{name}.bias", str(dtype), None if bias is None else bias.dtype)
+        try:
+            packed = kind(shape, form["params"], parts)
+            linear(torch.zeros(1, shape[1], dtype=dtype), packed)  # refuses parts of a wrong shape and damaged ones
+        except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
+            raise _Damaged(f"{prefix}: {error}") from error
+        if form["tokens"] in forms:
+            raise _Damaged(f"{name}.tokens: {form['tokens']} stands there twice")
+        forms[form["tokens"]] = packed
+    (tokens, first), *others = forms.items()
+    try:
+        module = PackedLinear(
+            first,
+            bias,
+            record["activation"],
+            tokens=tokens,
+            others=dict(others) or None,
+            requires_grad=(record["requires_grad"][0], record["requires_grad"][1]),
+        )
+    except ValueError as error:
+        raise _Damaged(f"{name}: {error}") from error
+    return module, keys
+
+
+def _cast_of(record: Record) -> CastRecord | None:
+    cast = record.get("cast")
+    if cast is None:
+        return None
+    known = isinstance(cast, dict) and {cast.get("inside"), cast.get("outside")} <= {*_NAMES}
+    _expect(known and _is_names(cast.get("names")), "cast", "two dtypes and names", cast)
+    return CastRecord(_NAMES[cast["inside"]], _NAMES[cast["outside"]], tuple(cast["names"]))
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise _Damaged(f"the model has no module {_short(name)}; give the model that was packed") from error
+
+
+class _Loaded:
+    """What a file turns a model into, built and checked without touching the model."""
+
+    def __init__(self, model: nn.Module, path: Path) -> None:
+        record = _record(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise _Damaged(f"not a complete safetensors file ({error}); copy it again") from error
+        for key, tensor in tensors.items():
+            if record["checksums"].get(key) != _checksum(tensor):
+                raise _Damaged(f"{key} differs from its checksum; copy the file again")
+        self.cast = _cast_of(record)
+        self.swaps: dict[str, nn.Module] = {}
+        used: set[str] = set()
+        replaced: set[str] = set()
+        for name, entry in record["linears"].items():
+            entry = _checked_linear(name, entry)
+            module = _module(model, name)
+            wanted = (list(module.weight.shape), module.bias is not None) if isinstance(module, nn.Linear) else None
+            if wanted != (entry["features"], entry["bias"]):
+                found = f"{entry['features']} {'with' if entry['bias'] else 'without'} a bias"
+                have = type(module).__name__ if wanted is None else f"nn.Linear {wanted[0]}"
+                raise _Damaged(f"{name} is {found} in the file and {have} in the model; give the model that was packed")
+            self.swaps[name], keys = _packed_linear(name, entry, tensors)
+            used |= keys
+            replaced |= {f"{name}.weight", f"{name}.bias"}
+        for name in record["absorbed"]:
+            module = _module(model, name)
+            if module.state_dict() or next(module.children(), None) is not None:
+                raise _Damaged(f"{name} is no activation in the model; give the model that was packed")
+            self.swaps[name] = AbsorbedActivation(module).eval()
+        self.attention = [_module(model, name) for name in record["attention"]]
+        self.state = {key: tensor for key, tensor in tensors.items() if key not in used}
+        self._check_rest(model, replaced)
+
+    def _check_rest(self, model: nn.Module, replaced: set[str]) -> None:
+        """The tensors that are not packed must be the model's."""
+        have = {name: tensor for name, tensor in model.state_dict().items() if name not in replaced}
+        missing = [name for name in have if name not in self.state]
+        more = [name for name in self.state if name not in have]
+        if missing or more:
+            raise _Damaged(
+                f"{len(missing)} tensors of the model are missing ({', '.join(missing[:3])}) and {len(more)} are"
+                f" unknown to it ({', '.join(map(_short, more[:3]))}); give the model that was packed"
+            )
+        for name, tensor in have.items():
+            _expect(self.state[name].shape == tensor.shape, name, str(list(tensor.shape)), list(self.state[name].shape))
+            narrow = self.cast is not None and name in self.cast.names
+            dtype = self.cast.inside if self.cast is not None and narrow else tensor.dtype
+            _expect(self.state[name].dtype == dtype, name, str(dtype), self.state[name].dtype)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Turn a model into the packed one that `save` wrote.
+
+    What was fastest was measured on the machine that packed it: where that is another one, `unpack_` and `pack_`
+    measure again.
+
+    Args:
+        path: of the file.
+        model: the same architecture, not packed, changed in place; its weights do not matter, so it may be built on the
+            meta device, and no dense weight is made for its packed linears.
+
+    Returns:
+        `model`, in eval mode.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: no such file, a damaged or foreign one, or one of another model; it names the tensor. Nothing of the
+            model was changed.
+        PackedModelError: the model is packed already, or buffers that the file does not hold are on the meta device.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if is_cast(model) or enabled(model) or any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first, or build a new one")
+    source = Path(path)
+    try:
+        loaded = _Loaded(model, source)
+    except _Damaged as error:
+        raise ValueError(f"{source}: {error}") from error
+    held = model.state_dict()
+    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in held]
+    if empty:
+        raise PackedModelError(
+            f"the buffers {', '.join(empty[:3])} are on the meta device and not in any state_dict, so no file holds"
+            " them; build the model with its buffers on the CPU"
+        )
+    for name, module in loaded.swaps.items():
+        parent, _, key = name.rpartition(".")
+        model.get_submodule(parent)._modules[key] = module
+    model.load_state_dict(loaded.state, strict=False, assign=True)
+    if loaded.cast is not None:
+        resume_cast_(model, loaded.cast)
+    enable(loaded.attention)
+    return model.eval()
