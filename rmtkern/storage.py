@@ -1,4 +1,4 @@
-"""One safetensors file: its metadata, its tensors, and writing it whole or not at all. It knows no model and no layout."""
+"""One safetensors file: its metadata, its tensors, and writing it whole or not at all. It knows no model, no layout."""
 
 import json
 import os

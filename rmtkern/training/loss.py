@@ -30,7 +30,7 @@ def objective(
         temperature: T > 0.
 
     Returns:
-        Scalar. Source: docs/method of CAST, distillation fine-tune (T = 2, d = 0.5, smoothing 0.1 as published).
+        Scalar. Source: the distillation fine-tune of arXiv 2606.02608 (T = 2, d = 0.5, smoothing 0.1).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     share = 0.0 if teacher is None else 1.0 if labels is None else distill
