@@ -7,7 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import evaluate, folder_batches, preprocessing_of
 from rmtkern.files import save
-from rmtkern.loading import input_size_of, load_model, save_dense
+from rmtkern.loading import input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
 from rmtkern.pruning.presets import PRESETS
+from rmtkern.storage import read_metadata
 from rmtkern.sweep import sweep
 from rmtkern.tables import Table
+from rmtkern.training.config import FinetuneConfig
+from rmtkern.training.loop import finetune_
 
 __all__ = ["main"]
 
@@ -58,6 +61,18 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
 
 
+SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
+"""Field -> what the dataclass says of it; each is an option of `rmtkern finetune`."""
+
+
+def _settings_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = {"int": int, "float": float, "str": str}
+    for name, field in SETTINGS.items():
+        kind = kinds[str(getattr(field.type, "__name__", field.type)).partition(" ")[0]]
+        default = "none" if field.default is None else field.default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"default: {default}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rmtkern",
@@ -69,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,analyze,advise,prune,sweep,bench,info}")
+    names = "{demo,analyze,advise,prune,sweep,finetune,bench,info}"
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         return verbs.add_parser(
@@ -129,6 +145,18 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--calibration-images", type=int, default=128, help="how many of them")
     many.add_argument("--picture", type=Path, help="draw accuracy against sparsity there (png, pdf or svg)")
     many.add_argument("-o", "--output", type=Path, required=True, help="the CSV; its rows are not computed again")
+
+    tune = verb("finetune", "train the surviving weights of a pruned model; the zeros of its checkpoint stay zero")
+    _model_arguments(tune)
+    tune.add_argument(
+        "--train", type=Path, required=True, help="folder of images, a sub-folder per class; held in memory"
+    )
+    tune.add_argument("--train-images", type=int, help="at most so many of them, evenly over the classes")
+    tune.add_argument("--teacher", type=Path, help="safetensors of the dense model to distil from")
+    tune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
+    tune.add_argument("--run", type=Path, help="safetensors file with the whole run after every epoch; gone on from")
+    _settings_arguments(tune)
+    tune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
 
     bench = verb("bench", "pack a pruned model and time it against the strongest dense form")
     _model_arguments(bench)
@@ -267,6 +295,46 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
+def _finetune(args: argparse.Namespace) -> int:
+    _check_folder(args.output)
+    config = FinetuneConfig(**{name: getattr(args, name) for name in SETTINGS})
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    stored = None
+    if args.checkpoint is not None and args.checkpoint.suffix == ".safetensors":
+        stored = read_metadata(args.checkpoint).get("rmtkern")
+    plan = None if stored is None else load_plan(args.checkpoint)
+    batches = folder_batches(args.train, preprocessing_of(model), limit=args.train_images)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    before = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    report = finetune_(
+        model,
+        plan,
+        (images, labels),
+        teacher=args.teacher,
+        config=config,
+        checkpoint=args.run,
+        resume=args.run is not None,
+        show_progress=False if args.json else None,
+    )
+    after = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    save_dense(model, args.output, stored)
+    if args.json:
+        _print_json(
+            {
+                "output": str(args.output),
+                "before": before.to_dict() if before else None,
+                "after": after.to_dict() if after else None,
+                "report": report.to_dict(),
+            }
+        )
+        return 0
+    print(report)
+    if before and after:
+        print(f"before: {before}\nafter:  {after}")
+    print(f"wrote {args.output}")
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
@@ -327,8 +395,8 @@ def _info(args: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "demo": _demo, "analyze": _analyze, "advise": _advise, "prune": _prune, "sweep": _sweep, "bench": _bench,
-    "info": _info,
+    "demo": _demo, "analyze": _analyze, "advise": _advise, "prune": _prune, "sweep": _sweep,
+    "finetune": _finetune, "bench": _bench, "info": _info,
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """A model from what a user types: a timm name, `module:function`, and a checkpoint in safetensors.
 
-Only the command line needs it. Pickled checkpoints are read with torch's safe loader; no code in a file is ever run.
+Only the command line and fine-tuning need it. Pickled checkpoints are read with torch's safe loader; no code in a file
+is ever run.
 """
 
 import importlib
@@ -11,15 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
 from rmtkern.pruning.plan import PrunePlan
-from rmtkern.storage import read_metadata, write_tensors
+from rmtkern.storage import read_metadata, read_tensors, write_tensors
 
-__all__ = ["input_size_of", "load_model", "load_plan", "save_dense"]
+__all__ = ["input_size_of", "load_model", "load_plan", "load_state_", "save_dense"]
 
 
 def _from_function(spec: str) -> nn.Module:
@@ -63,10 +62,7 @@ def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
+        return read_tensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -122,10 +118,24 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weight
     else:
         model = _from_timm(spec, pretrained=not random_weights and checkpoint is None)
     if checkpoint is not None:
-        state = _read_checkpoint(Path(checkpoint))
-        _check_fit(f"{checkpoint}: does not fit {spec}", state, model.state_dict())
-        model.load_state_dict(dict(state))
+        load_state_(model, checkpoint, spec)
     return model.eval()
+
+
+def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
+    """Load a checkpoint strictly into a model.
+
+    Args:
+        model: not changed if the checkpoint does not fit.
+        checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: a checkpoint that is damaged or does not fit.
+    """
+    state = _read_checkpoint(Path(checkpoint))
+    _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
+    model.load_state_dict(dict(state))
 
 
 def input_size_of(model: nn.Module, batch: int) -> tuple[int, int, int, int]:

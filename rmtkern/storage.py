@@ -1,4 +1,4 @@
-"""One safetensors file: its metadata, and writing it complete or not at all. It knows no model and no layout."""
+"""One safetensors file: its metadata, its tensors, and writing it whole or not at all. It knows no model, no layout."""
 
 import json
 import os
@@ -7,10 +7,11 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["read_metadata", "write_tensors"]
+__all__ = ["read_metadata", "read_tensors", "write_tensors"]
 
 MAX_HEADER = 100_000_000
 """Largest safetensors header that is read [bytes]; the limit of the safetensors library itself."""
@@ -44,6 +45,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
         raise ValueError(f"{source}: not a safetensors file: its metadata is not a table of texts; copy it again")
     return found
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged or not safetensors.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
 
 
 def write_tensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:

@@ -38,7 +38,7 @@ def offenders(folder: str, banned: tuple[str, ...]) -> list[str]:
     ]
 
 
-TOP = ("cli", "demo", "advice", "api", "evaluation", "packing")
+TOP = ("cli", "demo", "advice", "api", "evaluation", "packing", "training")
 RIGHT = ("nn", "ops", "layouts", "_C")
 LEFT = ("pruning", "spectrum", "models", "arrays", "certificates")
 
@@ -50,6 +50,14 @@ def test_spectrum_knows_only_mathematics():
 def test_pruning_knows_no_storage_and_no_kernel():
     assert offenders("pruning", (*TOP, *RIGHT)) == []
     assert offenders("models.py", (*TOP, *RIGHT, "pruning", "spectrum")) == []
+
+
+def test_training_knows_models_and_plans_and_no_kernel():
+    assert offenders("training", (*RIGHT, "packing", "spectrum", "api", "cli", "demo")) == []
+    assert offenders("loading.py", (*RIGHT, "packing", "spectrum", "training", "api", "cli")) == []
+    assert {"models", "pruning.plan"} <= set().union(*map(imports, (PACKAGE / "training").glob("*.py")))
+    for name in ("masks", "schedule", "loss", "batches", "ranks", "ema", "config", "report", "checkpoint"):
+        assert offenders(f"training/{name}.py", ("training.loop",)) == []
 
 
 def test_layouts_know_no_spectrum_and_no_pruning():

@@ -191,12 +191,14 @@ def mask_hash(mask: Tensor) -> str:
     """SHA-256 of a zero pattern.
 
     Args:
-        mask: bool [N, K], true where the weight is zero; rows in order, 8 entries to a byte, first entry highest.
+        mask: bool [N, K], true where the weight is zero; rows in order, 8 entries to a byte, first entry highest. A
+            sharded one (DTensor) is gathered first, so that every rank must call this.
 
     Returns:
         64 hexadecimal digits.
     """
-    return hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
+    whole: Tensor = mask.full_tensor() if hasattr(mask, "full_tensor") else mask
+    return hashlib.sha256(np.packbits(whole.cpu().numpy()).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
