@@ -98,14 +98,14 @@ def prune_(
     """Set weights of a model to zero, in place and nothing else: it stays an ordinary, trainable module.
 
     A pruned weight is exactly 0.0, so the zero pattern is the mask; weights that are zero already stay zero and count
-    towards the sparsity. With method "obs", method "rmt" or haar > 0 the surviving weights change too, as those methods
+    towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those methods
     say. If anything fails, the model is bit for bit as it was.
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
-        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda", "obs" or "random"; see PruneConfig and
-            PRESETS. "auto" with calibration images is "obs".
+        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda", "obs", "admm" or "random"; see PruneConfig
+            and PRESETS. "auto" with calibration images is "admm".
         pattern: "unstructured", n:m such as "2:4", or mini-blocks of outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
+from rmtkern.pruning.admm import admm_mask
 from rmtkern.pruning.calibrate import evaluating, forward_passes, second_moment, weights_in_order
 from rmtkern.pruning.cycles import Pruned
 from rmtkern.pruning.obs import obs_mask
@@ -20,7 +21,10 @@ from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.repair import REPAIRS, damped
 from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 
-__all__ = ["prune_layerwise"]
+__all__ = ["MASKS", "prune_layerwise"]
+
+MASKS = {"obs": obs_mask, "admm": admm_mask}
+"""Score that is known layer by layer -> function(matrix, moment, start, counts, kind, params) -> mask [N, K]."""
 
 
 def prune_layerwise(
@@ -32,7 +36,7 @@ def prune_layerwise(
     *,
     show_progress: bool | None = None,
 ) -> tuple[list[Pruned], int]:
-    """Choose (score "obs") and repair every weight for its second moments behind the layers pruned before it.
+    """Choose (scores "obs" and "admm") and repair every weight for its second moments behind the layers pruned before it.
 
     The model runs once over the images, block by block. Between two weights it holds pruned weights; at the end, and
     if anything fails, it is bit for bit as it was.
@@ -40,8 +44,8 @@ def prune_layerwise(
     Args:
         model: runs its layers in one order, whatever the batch.
         weights: of the model.
-        config: resolved, with score "obs" or a repair other than "none".
-        chosen: bool [N, K] for each weight: the mask, or with score "obs" how many units go from each weight (with
+        config: resolved, with a score of MASKS or a repair other than "none".
+        chosen: bool [N, K] for each weight: the mask, or with a score of MASKS how many units go from each weight (with
             budget "row", from each row).
         images: as for calibrate.calibrate.
         show_progress: progress bar; None: only on a terminal.
@@ -101,7 +105,7 @@ def _prune(weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: Prun
     """One weight's mask and repaired matrix, block by block of the rows that see inputs of their own."""
     matrix, kind_params = weight.as_matrix(), parse_pattern(config.pattern)
     mask = chosen
-    if config.score == "obs":
+    if config.score in MASKS:
         r, _ = unit_of(kind_params[1])
         aligned = moments if len(matrix) // len(moments) % r == 0 else moments.mean(0, keepdim=True)
         parts = (part.chunk(len(aligned)) for part in (matrix, chosen))
@@ -121,4 +125,4 @@ def _choose(
 ) -> Tensor:
     goes = whole_units(chosen, unit_of(params))
     counts = goes.sum(1) if config.budget == "row" else goes.sum()[None]
-    return obs_mask(matrix, damped(moment), matrix == 0, counts, kind, params)
+    return MASKS[config.score or ""](matrix, damped(moment), matrix == 0, counts, kind, params)

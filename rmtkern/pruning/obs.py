@@ -6,7 +6,7 @@ It chooses and moves on as if what it removed were repaired in the columns to th
 import torch
 from torch import Tensor
 
-from rmtkern.pruning.pattern import PATTERNS, unit_entries, unit_of, whole_units
+from rmtkern.pruning.pattern import PATTERNS, smallest_units, unit_entries, unit_of, whole_units
 
 __all__ = ["obs_mask"]
 
@@ -62,9 +62,8 @@ def obs_mask(matrix: Tensor, moment: Tensor, start: Tensor, counts: Tensor, kind
             rest = open_[:, at:].reshape(len(counts), -1).sum(1)
             take = torch.where(rest > 0, (left * here.sum(1) / rest).round().long(), 0)
             left = left - take
-            first_ones = torch.arange(loss.shape[1], device=loss.device) < take[:, None]
-            goes = torch.zeros_like(here).scatter_(1, loss.argsort(dim=1, stable=True), first_ones)
-            mask[:, first:last] |= unit_entries(goes.reshape(-1, to - at), unit)
+            goes = smallest_units(loss, take).reshape(-1, to - at)
+            mask[:, first:last] |= unit_entries(goes, unit)
         errors = _eliminate_(part, factor, mask[:, first:last])
         weight[:, last:] -= errors @ upper[first:last, last:]
     return mask

@@ -23,6 +23,7 @@ PRESETS: dict[str, Preset] = {
     "rmt": Preset("cycle", "magnitude"),
     "wanda": Preset("row", "activation"),
     "obs": Preset("uniform", "obs", "obs"),
+    "admm": Preset("uniform", "admm", "obs"),
 }
 """Method -> preset."""
 
@@ -31,7 +32,7 @@ PRESETS: dict[str, Preset] = {
 AUTO = "row"
 """What method="auto" means without calibration images."""
 
-AUTO_CALIBRATED = "wanda"
+AUTO_CALIBRATED = "admm"
 """What method="auto" means with calibration images."""
 
 AUTO_NM = "magnitude"

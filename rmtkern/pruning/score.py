@@ -35,8 +35,8 @@ def activation(matrix: Tensor, moments: Tensor | None, generator: torch.Generato
     return matrix.abs().float() * rms
 
 
-def obs(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -> Tensor:
-    """|W|, [N, K] float32: what a budget sees of a score that is known only layer by layer (see obs.obs_mask)."""
+def later(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -> Tensor:
+    """|W|, [N, K] float32: what a budget sees of a score that is known only layer by layer (obs.obs_mask, admm.admm_mask)."""
     return magnitude(matrix, moments, generator)
 
 
@@ -48,13 +48,14 @@ def random(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -
 SCORES: dict[str, Callable[[Tensor, Tensor | None, torch.Generator], Tensor]] = {
     "magnitude": magnitude,
     "activation": activation,
-    "obs": obs,
+    "obs": later,
+    "admm": later,
     "random": random,
 }
 """Name -> function(matrix [N, K], moments [G, K] | None, generator) -> score [N, K] float32, >= 0."""
 
-CALIBRATED: tuple[str, ...] = ("activation", "obs")
+CALIBRATED: tuple[str, ...] = ("activation", "obs", "admm")
 """The scores that need calibration images."""
 
-LAYERWISE: tuple[str, ...] = ("obs",)
-"""The scores that a budget cannot compare: it says how much goes from each layer, and obs_mask what."""
+LAYERWISE: tuple[str, ...] = ("obs", "admm")
+"""The scores that no budget can compare: it says how much goes from each layer, and layerwise.MASKS which."""
