@@ -92,7 +92,7 @@ class _Forward:
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._answers: SimpleQueue[bool] = SimpleQueue()
         self._started, self._ended = False, False
-        self.thread = Thread(target=self._work, args=(run,), daemon=True)  # which lets go of `run` at its end
+        self.thread = Thread(target=self._work, args=(run,), name="calibration", daemon=True)
 
     def _work(self, run: Callable[[], Any]) -> None:
         try:
