@@ -110,7 +110,9 @@ def main() -> None:
             rows.append(row)
             if args.out:
                 write_rows(args.out, [stamped(row)], KEYS)
-            lost = f"top-1 {found['top1']:.4f}, {100 * found['loss']:.1f} +- {100 * found['loss_error']:.1f} points lost"
+            lost = (
+                f"top-1 {found['top1']:.4f}, {100 * found['loss']:.1f} +- {100 * found['loss_error']:.1f} points lost"
+            )
             print(f"{method:20} {pattern:12} {sparsity:.2f}  {lost}, pruned in {seconds:.1f} s", flush=True)
     print(Table(list(rows[0]), [list(row.values()) for row in rows]).to_text())
 

@@ -98,8 +98,8 @@ def prune_(
     """Set weights of a model to zero, in place and nothing else: it stays an ordinary, trainable module.
 
     A pruned weight is exactly 0.0, so the zero pattern is the mask; weights that are zero already stay zero and count
-    towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those methods
-    say. If anything fails, the model is bit for bit as it was.
+    towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those
+    methods say. If anything fails, the model is bit for bit as it was.
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
@@ -110,7 +110,7 @@ def prune_(
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader of
-            tensors, of tuples whose first item is the images, or of mappings (keyword arguments, as a text model takes).
+            tensors, of tuples whose first item is the images, or of mappings (keyword arguments, as text models take).
         config: a PruneConfig with all the fields; then none of the others may be given.
         budget: overrides the method's budget.
         score: overrides the method's score.

@@ -1,4 +1,4 @@
-"""Which weights of one matrix go by the full second moment of its inputs: all weights at once, by alternating projections.
+"""Which weights of one matrix go by the full second moment of its inputs: all at once, by alternating projections.
 
 Slower than obs.obs_mask and with less loss, at every pattern; it returns a mask only.
 """

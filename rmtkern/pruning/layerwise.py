@@ -36,7 +36,7 @@ def prune_layerwise(
     *,
     show_progress: bool | None = None,
 ) -> tuple[list[Pruned], int]:
-    """Choose (scores "obs" and "admm") and repair every weight for its second moments behind the layers pruned before it.
+    """Choose (scores "obs" and "admm") and repair every weight for the inputs that the layers pruned before it give.
 
     The model runs once over the images, block by block. Between two weights it holds pruned weights; at the end, and
     if anything fails, it is bit for bit as it was.
@@ -108,8 +108,8 @@ def _prune(weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: Prun
     if config.score in MASKS:
         r, _ = unit_of(kind_params[1])
         aligned = moments if len(matrix) // len(moments) % r == 0 else moments.mean(0, keepdim=True)
-        parts = (part.chunk(len(aligned)) for part in (matrix, chosen))
-        mask = torch.cat([_choose(*part, config, *kind_params) for part in zip(*parts, aligned, strict=True)])
+        parts = zip(matrix.chunk(len(aligned)), chosen.chunk(len(aligned)), aligned, strict=True)
+        mask = torch.cat([_choose(part, gone, moment, config, *kind_params) for part, gone, moment in parts])
     repaired = [
         REPAIRS[config.repair or ""](part, gone, damped(moment))
         for part, gone, moment in zip(matrix.chunk(len(moments)), mask.chunk(len(moments)), moments, strict=True)

@@ -13,7 +13,9 @@ __all__ = ["obs_mask"]
 _WIDTH = 128
 
 
-def obs_mask(matrix: Tensor, moment: Tensor, start: Tensor, counts: Tensor, kind: str, params: dict[str, int]) -> Tensor:
+def obs_mask(
+    matrix: Tensor, moment: Tensor, start: Tensor, counts: Tensor, kind: str, params: dict[str, int]
+) -> Tensor:
     """The zero pattern that loses least of the outputs, one block of 128 columns after the other.
 
     In a block, the loss of a weight is w_j^2 / [H^-1]_jj, with H over the columns from j on; that of a mini-block is
@@ -36,7 +38,7 @@ def obs_mask(matrix: Tensor, moment: Tensor, start: Tensor, counts: Tensor, kind
 
     Source: Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1; units of two columns as in Hassibi and Stork 1993.
     """
-    unit, (rows, columns) = unit_of(params), matrix.shape
+    unit, columns = unit_of(params), matrix.shape[1]
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
         upper = torch.linalg.cholesky(inverse, upper=True)

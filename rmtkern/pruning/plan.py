@@ -266,8 +266,8 @@ class PrunePlan:
         lines = [("selected weights", self.selected), ("prunable weights with patch embedding and head", self.prunable),
                  ("all parameters", self.parameters)]  # fmt: skip
         notes = [
-            f"method {config.method} (budget {config.budget}, score {config.score}, repair {config.repair}), pattern {config.pattern}, "
-            f"asked sparsity {config.sparsity:g}",
+            f"method {config.method} (budget {config.budget}, score {config.score}, repair {config.repair}), "
+            f"pattern {config.pattern}, asked sparsity {config.sparsity:g}",
             *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
         ]
         return Table(("weight", "role", "shape", "zeros", "total", "sparsity %"), rows, notes)

@@ -28,7 +28,7 @@ PRESETS: dict[str, Preset] = {
 """Method -> preset."""
 
 # Chosen on 500 training images (benchmarks/results/accuracy-vits14-imagenette-choice.csv): "row" was best of the
-# data-free presets, closely followed by "uniform" and "rmt" (within the error of so few images); "wanda" led them all.
+# data-free presets, closely followed by "uniform" and "rmt" (within the error of so few images).
 AUTO = "row"
 """What method="auto" means without calibration images."""
 

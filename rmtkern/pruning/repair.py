@@ -1,4 +1,4 @@
-"""What the weights that stay become once the others have gone. Knows no budget, no score and no pattern: only a mask."""
+"""What the weights that stay become once the others have gone. Knows a mask, and no budget, score or pattern."""
 
 from collections.abc import Callable
 

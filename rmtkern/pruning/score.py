@@ -36,7 +36,7 @@ def activation(matrix: Tensor, moments: Tensor | None, generator: torch.Generato
 
 
 def later(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -> Tensor:
-    """|W|, [N, K] float32: what a budget sees of a score that is known only layer by layer (obs.obs_mask, admm.admm_mask)."""
+    """|W|, [N, K] float32: what a budget sees of a score that is known only layer by layer (layerwise.MASKS)."""
     return magnitude(matrix, moments, generator)
 
 

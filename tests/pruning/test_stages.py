@@ -1,4 +1,4 @@
-"""Stages of real models, and passes that stop at each: what is seen, in which order, and that nothing is left behind."""
+"""Stages of real models, and passes that stop at each: what is seen, in which order, and that nothing is left."""
 
 import threading
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from rmtkern.models import prunable_weights
 from rmtkern.pruning.stages import find_stages, visit_stages
-from tests.test_api import IMAGES, MODELS
+from tests.test_api import MODELS
 
 
 def waiting_threads():
@@ -81,7 +81,9 @@ def test_a_failure_leaves_no_thread_and_no_hook(at):
         model[1].register_forward_hook(fail)
     runs = [lambda: model(torch.randn(3, 4)), lambda: model(torch.randn(3, 5 if at == "input" else 4))]
     with pytest.raises(RuntimeError if at == "input" else Injected):
-        visit_stages(find_stages(model, prunable_weights(model, "all")), runs, fail if at == "visit" else lambda *_: None)
+        visit_stages(
+            find_stages(model, prunable_weights(model, "all")), runs, fail if at == "visit" else lambda *_: None
+        )
     assert waiting_threads() == 0 and all(not module._forward_pre_hooks for module in model.modules())
 
 
@@ -109,7 +111,9 @@ def test_batches_that_the_model_treats_differently():
     model = Either()
     stages = find_stages(model, prunable_weights(model, "all"))
     runs = [lambda: model(torch.ones(2, 4)), lambda: model(-torch.ones(2, 4))]
-    with pytest.raises(ValueError, match=r"every batch to run the layers in one order, but some came to a and others to b"):
+    with pytest.raises(
+        ValueError, match=r"every batch to run the layers in one order, but some came to a and others to b"
+    ):
         visit_stages(stages, runs, lambda *_: None)
     with pytest.raises(ValueError, match=r"no image reached b.weight; add it to ignore="):
         visit_stages(stages, runs[:1], lambda *_: None)
