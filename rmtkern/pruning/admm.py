@@ -37,7 +37,7 @@ def admm_mask(
     Source: Meng et al. 2024, arXiv 2406.07831 (ALPS), algorithm 1, with a penalty that grows at a fixed rate.
     """
     scale = moment.diagonal().sqrt()
-    values, vectors = torch.linalg.eigh(moment / scale[:, None] / scale)
+    values, vectors = torch.linalg.eigh((moment / scale[:, None]).div_(scale))
     shape = matrix.to(moment.dtype) * scale
     target = ((shape @ vectors) * values) @ vectors.t()
     kept, dual, penalty, mask = shape, torch.zeros_like(shape), _PENALTY, start

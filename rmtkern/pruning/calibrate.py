@@ -317,8 +317,8 @@ class _Watch(TorchFunctionMode):
         moments = []
         for at in range(0, weight.shape[0], block):
             seen = [rows for rows in sums if rows[0] <= at < rows[1]]
-            moments.append(torch.stack([sums[rows] for rows in seen]).sum(0) / sum(counts[rows] for rows in seen))
-        moment = torch.cat(moments)
+            moments.append(sum(sums[rows] for rows in seen) / sum(counts[rows] for rows in seen))
+        moment = torch.cat(moments) if len(moments) > 1 else moments[0]
         if not bool(torch.isfinite(moment).all()):
             raise ValueError(
                 f"calibration: the inputs of {weight.name} have NaN or Inf; check the images and the model"

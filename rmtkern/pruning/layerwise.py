@@ -71,8 +71,9 @@ def prune_layerwise(
 
     def visit(stage: Stage, calls: list[Call]) -> None:
         for weight, uses in weights_in_order(stage, calls[0]):
-            moment = second_moment(stage, weight, uses, calls)
-            masks[weight.name], matrix = _prune(weight, masks[weight.name], moment, config)
+            masks[weight.name], matrix = _prune(
+                weight, masks[weight.name], second_moment(stage, weight, uses, calls), config
+            )
             weight.parameter.copy_(weight.to_parameter(matrix))
             next(steps, None)
 
@@ -104,14 +105,14 @@ def _restored(weights: Sequence[PrunableWeight]) -> Iterator[Any]:
 def _prune(weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: PruneConfig) -> Pruned:
     """One weight's mask and repaired matrix, block by block of the rows that see inputs of their own."""
     matrix, kind_params = weight.as_matrix(), parse_pattern(config.pattern)
-    mask = chosen
+    mask, moments = chosen, damped(moments)
     if config.score in MASKS:
         r, _ = unit_of(kind_params[1])
         aligned = moments if len(matrix) // len(moments) % r == 0 else moments.mean(0, keepdim=True)
         parts = zip(matrix.chunk(len(aligned)), chosen.chunk(len(aligned)), aligned, strict=True)
         mask = torch.cat([_choose(part, gone, moment, config, *kind_params) for part, gone, moment in parts])
     repaired = [
-        REPAIRS[config.repair or ""](part, gone, damped(moment))
+        REPAIRS[config.repair or ""](part, gone, moment)
         for part, gone, moment in zip(matrix.chunk(len(moments)), mask.chunk(len(moments)), moments, strict=True)
     ]
     value = torch.cat(repaired).to(matrix.dtype)
@@ -125,4 +126,4 @@ def _choose(
 ) -> Tensor:
     goes = whole_units(chosen, unit_of(params))
     counts = goes.sum(1) if config.budget == "row" else goes.sum()[None]
-    return MASKS[config.score or ""](matrix, damped(moment), matrix == 0, counts, kind, params)
+    return MASKS[config.score or ""](matrix, moment, matrix == 0, counts, kind, params)

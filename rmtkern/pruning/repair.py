@@ -75,12 +75,13 @@ def damped(moment: Tensor) -> Tensor:
     An input that is always zero gets the mean diagonal: its weights cost nothing and disturb no other.
 
     Args:
-        moment: [K, K], positive semidefinite.
+        moment: [..., K, K], positive semidefinite.
 
     Source: Frantar and Alistarh 2023, arXiv 2301.00774, damping.
     """
     moment = moment.clone()
-    diagonal = moment.diagonal()
-    mean = float(diagonal.mean()) or 1.0
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    mean = torch.where(mean > 0, mean, 1.0)
     diagonal.add_(torch.where(diagonal <= 0, mean, _DAMPING * mean))
     return moment
