@@ -12,6 +12,7 @@ from rmtkern import evaluation
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.pruning.calibrate import Moments, calibrate
 from rmtkern.pruning.cycles import Pruned, make_masks, matrices
+from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
 from rmtkern.pruning.target import Target, search
@@ -89,6 +90,7 @@ def prune_(
     config: PruneConfig | None = None,
     budget: str | None = None,
     score: str | None = None,
+    repair: str | None = None,
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
@@ -101,22 +103,26 @@ def prune_(
     """Set weights of a model to zero, in place and nothing else: it stays an ordinary, trainable module.
 
     A pruned weight is exactly 0.0, so the zero pattern is the mask; weights that are zero already stay zero and count
-    towards the sparsity. With method "rmt" or haar > 0 the surviving weights change too, as those methods say. If
-    anything fails, the model is bit for bit as it was.
+    towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those
+    methods say. If anything fails, the model is bit for bit as it was.
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
             None: 0.5, or with `max_drop` whatever that allows.
-        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda" or "random"; see PruneConfig and PRESETS.
+        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda", "obs", "admm" or "random"; see PruneConfig
+            and PRESETS. "auto" with calibration images is "admm".
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
             outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
-        calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader.
+        calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader of
+            tensors, of tuples whose first item is the images, or of mappings (keyword arguments, as text models take).
         config: a PruneConfig with all the fields; then none of the others may be given.
         budget: overrides the method's budget.
         score: overrides the method's score.
+        repair: overrides the method's repair: "none", or "obs" (the survivors of any method's mask are refit to the
+            layer's outputs on the calibration images).
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
@@ -142,6 +148,7 @@ def prune_(
     given = {
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
+        "repair": repair,
     }  # fmt: skip
     config = _config(given, config)
     if max_drop is not None:
@@ -159,9 +166,11 @@ def _prune_(
     config = config.resolve(calibration is not None)
     weights = _selected(model, config)
     moments = Moments()
-    if config.needs_calibration and calibration is not None:
+    if config.needs_calibration and isinstance(calibration, Iterator):
+        calibration = list(calibration)  # which may be read twice
+    if config.score == "activation" and calibration is not None:
         moments = calibrate(model, weights, calibration, show_progress=show_progress)
-    elif calibration is not None:
+    elif calibration is not None and not config.layerwise:
         _log.warning(
             "method %s with score %s uses no calibration images; they were ignored", config.method, config.score
         )
@@ -171,7 +180,11 @@ def _prune_(
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
     pruned = make_masks(weights, config, fits, moments.features, fit, show_progress=show_progress)
-    plan = _plan(model, config, weights, pruned, fits, moments.images)
+    images = moments.images
+    if config.layerwise and calibration is not None:
+        masks = [mask for mask, _ in pruned]
+        pruned, images = prune_layerwise(model, weights, config, masks, calibration, show_progress=show_progress)
+    plan = _plan(model, config, weights, pruned, fits, images)
     _write_(weights, [matrix for _, matrix in pruned])
     return plan
 

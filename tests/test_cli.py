@@ -182,7 +182,7 @@ def test_prune_with_calibration(work, images, capsys):
     argv = ["prune", "clitoys:toy", "--calibration", "images", "--calibration-images", "4", "-o", "p.safetensors", *FC]
     assert main([*argv, "--json"]) == 0
     plan = strict_json(capsys.readouterr().out)["plan"]
-    assert plan["config"]["method"] == "wanda" and plan["calibration_images"] == 4
+    assert plan["config"]["method"] == "admm" and plan["calibration_images"] == 4
 
 
 def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):
