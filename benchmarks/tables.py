@@ -208,6 +208,28 @@ def accuracy() -> Table:
     return Table(["method", *(f"{level:.0%}" for level in levels)], cells, [note])
 
 
+def calibrated() -> Table:
+    """Points of top-1 that the calibrated methods lose on a real ViT-S/14 without fine-tuning, by pattern."""
+    found = [row for row in rows("accuracy-vits14-imagenette-calibrated.csv") if row["split"] == "val"]
+    cases = sorted({(row["pattern"] != "unstructured", row["pattern"], row["asked"]) for row in found})
+    lost = {
+        (row["method"], row["calibration_images"], row["pattern"], row["asked"]): (
+            f"{100 * float(row['loss']):.1f} ± {100 * float(row['loss_error']):.1f}"
+        )
+        for row in found
+    }
+    methods = list(dict.fromkeys((row["method"], row["calibration_images"]) for row in found))
+    cells = [[*method, *(lost.get((*method, pattern, asked)) for _, pattern, asked in cases)] for method in methods]
+    dense = sorted({f"{100 * float(row['dense_top1']):.1f}" for row in found})
+    images = ", ".join(sorted({row["images"] for row in found}))
+    note = (
+        f"Points of top-1 lost against dense ({', '.join(dense)}), paired standard error, {images} validation "
+        "photographs of Imagenette, ViT-S/14 (DINOv2). One-shot, no fine-tuning."
+    )
+    heads = [f"{pattern} {float(asked):.0%}" for _, pattern, asked in cases]
+    return Table(["method", "calibration images", *heads], cells, [note])
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "spectra": spectra,
     "kernels": lambda: kernels(["vit_b.fc1"], ["197", "1576"]),
@@ -218,6 +240,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "models-all": models,
     "growth": growth,
     "accuracy": accuracy,
+    "calibrated": calibrated,
 }
 
 

@@ -6,6 +6,7 @@ report = rmtkern.pack_(model, example)          # in place; each linear in the f
 
 from rmtkern.advice import Advice, advise
 from rmtkern.api import analyze, prune_
+from rmtkern.certificates import Certificate, certify
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.files import load, save
@@ -16,13 +17,17 @@ from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
+from rmtkern.training.config import FinetuneConfig
+from rmtkern.training.loop import finetune_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Advice",
+    "Certificate",
     "Decisions",
     "Evaluation",
+    "FinetuneConfig",
     "KernelUnavailable",
     "PackReport",
     "PackedModelError",
@@ -33,7 +38,9 @@ __all__ = [
     "advise",
     "analyze",
     "available",
+    "certify",
     "evaluate",
+    "finetune_",
     "fit_spectra",
     "fit_spectrum",
     "load",

@@ -1,4 +1,4 @@
-"""The command line: rmtkern {demo, analyze, advise, prune, finetune, bench, info}. It parses, calls and prints."""
+"""The command line: rmtkern VERB; `rmtkern --help` lists the verbs. It parses, calls public functions and prints."""
 
 import argparse
 import copy
@@ -7,11 +7,12 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from rmtkern.advice import PATTERNS, advise
 from rmtkern.api import analyze, prune_
@@ -24,6 +25,7 @@ from rmtkern.ops import available
 from rmtkern.packing import pack_
 from rmtkern.pruning.presets import PRESETS
 from rmtkern.storage import read_metadata
+from rmtkern.sweep import sweep
 from rmtkern.tables import Table
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
@@ -50,7 +52,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of the selected weights removed, [0, 1)")
+    parser.add_argument("--sparsity", type=float, help="fraction of the selected weights removed, [0, 1); default 0.5")
     parser.add_argument("--method", default="auto", help=f"auto, {', '.join(PRESETS)}")
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured, n:m such as 2:4 or 2:4x4, or mini-blocks such as 4x1"
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    names = "{demo,analyze,advise,prune,finetune,bench,info}"
+    names = "{demo,analyze,advise,prune,sweep,finetune,bench,info}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -123,8 +125,26 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", type=Path, help="folder of images (a sub-folder per class) for calibrated methods"
     )
     prune.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    prune.add_argument(
+        "--max-drop", type=float, help="find the highest sparsity that loses at most so much top-1; 0.01 is one point"
+    )
+    prune.add_argument("--images", type=Path, help="folder of held-out images (a sub-folder per class) for --max-drop")
     prune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
     prune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
+
+    many = verb("sweep", "prune copies of a model by several methods and score them, as CSV and as a picture")
+    _model_arguments(many)
+    many.add_argument("--images", type=Path, required=True, help="folder of images (a sub-folder per class) to score")
+    many.add_argument("--limit", type=int, help="score only so many of them")
+    many.add_argument("--sparsities", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="each [0, 1)")
+    many.add_argument("--methods", nargs="+", default=["magnitude", "row", "seb"], help=f"of {', '.join(PRESETS)}")
+    many.add_argument("--patterns", nargs="+", default=["unstructured"], help="as --pattern of prune")
+    many.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
+    many.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
+    many.add_argument("--calibration", type=Path, help="folder of images for the methods that use them")
+    many.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    many.add_argument("--picture", type=Path, help="draw accuracy against sparsity there (png, pdf or svg)")
+    many.add_argument("-o", "--output", type=Path, required=True, help="the CSV; its rows are not computed again")
 
     tune = verb("finetune", "train the surviving weights of a pruned model; the zeros of its checkpoint stay zero")
     _model_arguments(tune)
@@ -200,11 +220,12 @@ def _check_folder(output: Path | None) -> None:
 
 def _prune(args: argparse.Namespace) -> int:
     _check_folder(args.output)
+    if args.max_drop is not None and (args.sparsity is not None or args.images is None):
+        raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
+    if args.images is not None and args.max_drop is None:
+        raise ValueError("--images are for --max-drop; to score a model before and after, use --evaluate FOLDER")
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
-    calibration = None
-    if args.calibration is not None:
-        how = preprocessing_of(model)
-        calibration = [x for x, _ in folder_batches(args.calibration, how, limit=args.calibration_images)]
+    calibration = _calibration(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     plan = prune_(
         model,
@@ -214,6 +235,8 @@ def _prune(args: argparse.Namespace) -> int:
         tuple(args.targets) if args.targets else None,
         tuple(args.ignore),
         calibration,
+        max_drop=args.max_drop,
+        evaluate=args.images,
     )
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, plan.to_json())
@@ -231,6 +254,44 @@ def _prune(args: argparse.Namespace) -> int:
     if before and after:
         print(f"before: {before}\nafter:  {after}")
     print(f"wrote {args.output}")
+    return 0
+
+
+def _calibration(args: argparse.Namespace, model: nn.Module) -> list[Tensor] | None:
+    """Batches of the folder that --calibration names, if any."""
+    if args.calibration is None:
+        return None
+    return [x for x, _ in folder_batches(args.calibration, preprocessing_of(model), limit=args.calibration_images)]
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    _check_folder(args.output)
+    _check_folder(args.picture)
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    chosen = " ".join([*(args.targets or []), *(f"not {word}" for word in args.ignore)])
+    scored = f"{args.images.name}{'' if args.limit is None else f'[{args.limit}]'}"
+    found = sweep(
+        model,
+        args.images,
+        args.output,
+        sparsities=args.sparsities,
+        methods=args.methods,
+        patterns=args.patterns,
+        targets=tuple(args.targets) if args.targets else None,
+        ignore=tuple(args.ignore),
+        calibration=_calibration(args, model),
+        data=f"{scored} ({chosen})" if chosen else scored,
+        calibration_data="" if args.calibration is None else f"{args.calibration.name}[{args.calibration_images}]",
+        limit=args.limit,
+    )
+    if args.picture is not None:
+        from rmtkern.plots import accuracy_figure
+
+        accuracy_figure(found.curves, found.rows[0].images).savefig(args.picture)
+    if args.json:
+        _print_json({"rows": [asdict(row) for row in found.rows], "computed": found.computed})
+    else:
+        print(f"{found}\nwrote {args.output}{'' if args.picture is None else f' and {args.picture}'}")
     return 0
 
 
@@ -333,8 +394,10 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"demo": _demo, "analyze": _analyze, "advise": _advise, "prune": _prune, "finetune": _finetune, "bench": _bench,
-         "info": _info}  # fmt: skip
+VERBS = {
+    "demo": _demo, "analyze": _analyze, "advise": _advise, "prune": _prune, "sweep": _sweep,
+    "finetune": _finetune, "bench": _bench, "info": _info,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

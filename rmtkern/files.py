@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from rmtkern.errors import PackedModelError
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
-from rmtkern.nn import AbsorbedActivation, PackedLinear
+from rmtkern.layouts.pairs import rows_of
+from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
 from rmtkern.ops import ACTIVATIONS, linear
 from rmtkern.packing_attention import enable, enabled
 from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, is_cast, resume_cast_
+from rmtkern.packing_gated import GatedPair, fuse, fused, part
 from rmtkern.storage import read_metadata, write_tensors
 
 __all__ = ["load", "save"]
@@ -43,15 +46,25 @@ def _form_record(form: PackedWeight, tokens: int) -> Record:
     return {"layout": form.layout, "params": form.params, "tokens": tokens}
 
 
-def _linear_record(module: PackedLinear) -> Record:
+def _linear_record(module: PackedModule) -> Record:
     forms = (module.weight, *module.others)
     return {
-        "features": [module.out_features, module.in_features],
+        "features": list(module.weight.shape),
         "bias": module.bias is not None,
         "activation": module.activation,
         "requires_grad": list(module.requires_grad),
         "forms": [_form_record(form, tokens) for form, tokens in zip(forms, module.tokens, strict=True)],
     }
+
+
+def _pair_record(model: nn.Module, pair: GatedPair) -> Record:
+    module = model.get_submodule(pair.paths[0])
+    if not isinstance(module, PackedGatedLinear):
+        raise PackedModelError(
+            f"{pair.paths[0]} runs a pair but holds none; call rmtkern.unpack_(model) and pack again"
+        )
+    names = {key: list(getattr(pair, key)) for key in ("head", "linears", "tail")}
+    return {**_linear_record(module), **names, "stacked": pair.stacked, "outputs": module.out_features}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = None) -> None:
@@ -76,8 +89,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = No
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     names = {module: name for name, module in model.named_modules()}
     linears = {name: _linear_record(module) for module, name in names.items() if isinstance(module, PackedLinear)}
+    pairs = {name: _pair_record(model, pair) for name, pair in fused(model).items()}
     attention = [names[module] for module in enabled(model)]
-    if not linears and not attention:
+    if not linears and not pairs and not attention:
         raise ValueError(
             "the model is not packed, so there is nothing that state_dict does not hold; call rmtkern.pack_(model,"
             " example) first, or write model.state_dict() with safetensors"
@@ -88,6 +102,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = No
         "version": FORMAT_VERSION,
         "rmtkern": __version__,
         "linears": linears,
+        "pairs": pairs,
         "absorbed": [name for module, name in names.items() if isinstance(module, AbsorbedActivation)],
         "attention": attention,
         "cast": None
@@ -153,15 +168,18 @@ def _record(path: Path) -> Record:
         raise _Damaged(f"it has format version {_short(version)}, this rmtkern reads {FORMAT_VERSION}; update rmtkern")
     if metadata.get("rmtkern.crc32") != str(zlib.crc32(text.encode())):
         raise _Damaged("its metadata differs from its checksum; copy the file again")
-    for key in ("linears", "checksums"):
+    for key in ("linears", "pairs", "checksums"):
         _expect(isinstance(record.get(key), dict), key, "an object", record.get(key))
     for key in ("absorbed", "attention"):
         _expect(_is_names(record.get(key)), key, "names", record.get(key))
     return record
 
 
-def _checked_linear(name: str, record: Any) -> Record:
-    keys = {"features", "bias", "activation", "requires_grad", "forms"}
+LINEAR = {"features", "bias", "activation", "requires_grad", "forms"}
+PAIR = LINEAR | {"head", "linears", "tail", "stacked", "outputs"}
+
+
+def _checked_linear(name: str, record: Any, keys: set[str] = LINEAR) -> Record:
     _expect(isinstance(record, dict) and set(record) == keys, name, f"an object of {', '.join(sorted(keys))}", record)
     features, forms, grad = (record[key] for key in ("features", "forms", "requires_grad"))
     _expect(
@@ -169,12 +187,11 @@ def _checked_linear(name: str, record: Any) -> Record:
         f"{name}.features", "two positive integers", features,
     )  # fmt: skip
     _expect(type(record["bias"]) is bool, f"{name}.bias", "true or false", record["bias"])
+    counts = (2,) if keys is LINEAR else (2, 4)
     _expect(
-        isinstance(grad, list) and [type(g) for g in grad] == [bool, bool],
-        f"{name}.requires_grad",
-        "two booleans",
-        grad,
-    )
+        isinstance(grad, list) and len(grad) in counts and all(type(g) is bool for g in grad),
+        f"{name}.requires_grad", "two booleans for each linear", grad,
+    )  # fmt: skip
     activation = record["activation"]
     _expect(
         activation is None or (isinstance(activation, str) and activation in ACTIVATIONS),
@@ -193,8 +210,40 @@ def _checked_linear(name: str, record: Any) -> Record:
     return record
 
 
-def _packed_linear(name: str, record: Record, tensors: Mapping[str, Tensor]) -> tuple[PackedLinear, set[str]]:
-    """The module of a record, tried on one token, and the keys of its tensors."""
+def _checked_pair(name: str, record: Any) -> Record:
+    record = _checked_linear(name, record, PAIR)
+    for key in ("head", "linears", "tail"):
+        _expect(_is_names(record[key]), f"{name}.{key}", "names", record[key])
+    stacked, outputs = record["stacked"], record["outputs"]
+    known = stacked is None or stacked in ("gate", "up")
+    _expect(known, f"{name}.stacked", "'gate', 'up' or null", stacked)
+    _expect(type(outputs) is int and outputs >= 1, f"{name}.outputs", "a positive integer", outputs)
+    count = 1 if stacked else 2
+    _expect(len(record["linears"]) == count, f"{name}.linears", f"{count} names", record["linears"])
+    _expect(len(record["requires_grad"]) == 2 * count, f"{name}.requires_grad", "two for each linear", record)
+    return record
+
+
+@dataclass
+class _Forms:
+    """The packed forms of a record, tried on one token, by token count; its bias; and the keys of its tensors."""
+
+    by_tokens: dict[int, PackedWeight]
+    bias: Tensor | None
+    keys: set[str]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a packed module takes of them, besides the first form."""
+        (tokens, _), *others = self.by_tokens.items()
+        return {"tokens": tokens, "others": dict(others) or None}
+
+    @property
+    def first(self) -> PackedWeight:
+        return next(iter(self.by_tokens.values()))
+
+
+def _forms(name: str, record: Record, tensors: Mapping[str, Tensor]) -> _Forms:
     keys: set[str] = set()
 
     def take(key: str) -> Tensor:
@@ -209,12 +258,12 @@ def _packed_linear(name: str, record: Record, tensors: Mapping[str, Tensor]) -> 
     for index, form in enumerate(record["forms"]):
         kind = LAYOUTS[form["layout"]]
         prefix = f"{name}.weight" if index == 0 else f"{name}.others.{index - 1}"
-        parts = tuple(take(f"{prefix}.{part}") for part in kind.parts)
-        values = [part for part in parts if part.is_floating_point()]
+        parts = tuple(take(f"{prefix}.{key}") for key in kind.parts)
+        values = [tensor for tensor in parts if tensor.is_floating_point()]
         dtype = values[0].dtype if values else None
         _expect(dtype in kind.dtypes, prefix, f"values of {', '.join(map(str, kind.dtypes))}", dtype)
-        for part in values:
-            if not bool(torch.isfinite(part).all()):
+        for tensor in values:
+            if not bool(torch.isfinite(tensor).all()):
                 raise _Damaged(f"{prefix} has NaN or Inf entries")
         _expect(bias is None or bias.dtype == dtype, f"{name}.bias", str(dtype), None if bias is None else bias.dtype)
         try:
@@ -225,19 +274,7 @@ def _packed_linear(name: str, record: Record, tensors: Mapping[str, Tensor]) -> 
         if form["tokens"] in forms:
             raise _Damaged(f"{name}.tokens: {form['tokens']} stands there twice")
         forms[form["tokens"]] = packed
-    (tokens, first), *others = forms.items()
-    try:
-        module = PackedLinear(
-            first,
-            bias,
-            record["activation"],
-            tokens=tokens,
-            others=dict(others) or None,
-            requires_grad=(record["requires_grad"][0], record["requires_grad"][1]),
-        )
-    except ValueError as error:
-        raise _Damaged(f"{name}: {error}") from error
-    return module, keys
+    return _Forms(forms, bias, keys)
 
 
 def _cast_of(record: Record) -> CastRecord | None:
@@ -281,9 +318,15 @@ class _Loaded:
                 found = f"{entry['features']} {'with' if entry['bias'] else 'without'} a bias"
                 have = type(module).__name__ if wanted is None else f"nn.Linear {wanted[0]}"
                 raise _Damaged(f"{name} is {found} in the file and {have} in the model; give the model that was packed")
-            self.swaps[name], keys = _packed_linear(name, entry, tensors)
-            used |= keys
+            forms = _forms(name, entry, tensors)
+            self.swaps[name] = PackedLinear(
+                forms.first, forms.bias, entry["activation"], requires_grad=tuple(entry["requires_grad"]),
+                **forms.arguments,
+            )  # fmt: skip
+            used |= forms.keys
             replaced |= {f"{name}.weight", f"{name}.bias"}
+        self.pairs = [self._pair(model, name, entry, tensors, used) for name, entry in record["pairs"].items()]
+        replaced |= {f"{path}.{key}" for pair in self.pairs for path in pair.paths for key in ("weight", "bias")}
         for name in record["absorbed"]:
             module = _module(model, name)
             if module.state_dict() or next(module.children(), None) is not None:
@@ -292,6 +335,33 @@ class _Loaded:
         self.attention = [_module(model, name) for name in record["attention"]]
         self.state = {key: tensor for key, tensor in tensors.items() if key not in used}
         self._check_rest(model, replaced)
+
+    def _pair(
+        self, model: nn.Module, name: str, entry: Any, tensors: Mapping[str, Tensor], used: set[str]
+    ) -> GatedPair:
+        entry = _checked_pair(name, entry)
+        module, outputs, stacked = _module(model, name), entry["outputs"], entry["stacked"]
+        children = dict(module.named_children())
+        names = {key: tuple(entry[key]) for key in ("head", "linears", "tail")}
+        pair = GatedPair(name, **names, activation=entry["activation"], stacked=stacked)
+        if not set(children) >= {child for group in names.values() for child in group}:
+            raise _Damaged(f"{name} has other parts in the model; give the model that was packed")
+        rows, columns = entry["features"]
+        wanted = ([2 * outputs if stacked else outputs, columns], entry["bias"])
+        for child in pair.linears:
+            inside = children[child]
+            have = (list(inside.weight.shape), inside.bias is not None) if isinstance(inside, nn.Linear) else None
+            if have != wanted or rows != rows_of(outputs):
+                raise _Damaged(f"{part(name, child)} is another linear in the model; give the model that was packed")
+        forms = _forms(pair.paths[0], entry, tensors)
+        used |= forms.keys
+        self.swaps |= pair.slots(
+            PackedGatedLinear(
+                forms.first, forms.bias, entry["activation"], features=outputs, stacked=stacked,
+                requires_grad=tuple(entry["requires_grad"]), **forms.arguments,
+            )
+        )  # fmt: skip
+        return pair
 
     def _check_rest(self, model: nn.Module, replaced: set[str]) -> None:
         """The tensors that are not packed must be the model's."""
@@ -332,15 +402,16 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if is_cast(model) or enabled(model) or any(isinstance(module, PackedLinear) for module in model.modules()):
+    held = any(isinstance(module, PackedModule) for module in model.modules())
+    if is_cast(model) or enabled(model) or held:
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first, or build a new one")
     source = Path(path)
     try:
         loaded = _Loaded(model, source)
     except _Damaged as error:
         raise ValueError(f"{source}: {error}") from error
-    held = model.state_dict()
-    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in held]
+    state = model.state_dict()
+    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
     if empty:
         raise PackedModelError(
             f"the buffers {', '.join(empty[:3])} are on the meta device and not in any state_dict, so no file holds"
@@ -352,5 +423,6 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     model.load_state_dict(loaded.state, strict=False, assign=True)
     if loaded.cast is not None:
         resume_cast_(model, loaded.cast)
+    fuse(model, loaded.pairs)
     enable(loaded.attention)
     return model.eval()

@@ -77,9 +77,6 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
         A function that puts every tensor back as it was, bit for bit, as long as nothing else replaced it.
     """
     saved = {name: tensor.data for name, tensor in _tensors(model).items() if tensor.dtype == torch.float32}
-    for name, tensor in _tensors(model).items():
-        if name in saved:
-            tensor.data = tensor.data.to(dtype)
     handles = resume_cast_(model, CastRecord(dtype, torch.float32, tuple(saved)))
 
     def restore() -> None:
@@ -93,15 +90,18 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def resume_cast_(model: nn.Module, record: CastRecord) -> tuple[RemovableHandle, RemovableHandle]:
-    """Give a model whose tensors are of the inner dtype already the interface of the outer one.
+    """Give a model the inside and the interface that a record says.
 
     Args:
-        model: gets two hooks.
+        model: gets two hooks; what the record names and is not of the inner dtype yet is cast.
         record: how it was cast.
 
     Returns:
         The handles of the hooks.
     """
+    for name, tensor in _tensors(model).items():
+        if name in record.names and tensor.dtype == record.outside:
+            tensor.data = tensor.data.to(record.inside)
     return (
         model.register_forward_pre_hook(_Enter(record), with_kwargs=True, prepend=True),
         model.register_forward_hook(_Leave(record)),

@@ -40,7 +40,7 @@ def offenders(folder: str, banned: tuple[str, ...]) -> list[str]:
 
 TOP = ("cli", "demo", "advice", "api", "evaluation", "packing", "training")
 RIGHT = ("nn", "ops", "layouts", "_C")
-LEFT = ("pruning", "spectrum", "models", "arrays")
+LEFT = ("pruning", "spectrum", "models", "arrays", "certificates")
 
 
 def test_spectrum_knows_only_mathematics():
@@ -71,6 +71,10 @@ def test_the_columns_meet_only_at_the_top():
     for name in ("packing.py", "packing_decisions.py", "packing_watch.py", "packing_report.py", "testing.py",
                  "files.py", "storage.py"):  # fmt: skip
         assert offenders(name, ("api", "pruning", "spectrum", "cli", "demo")) == []
+    for name in ("certificates", "sweep.py"):
+        assert offenders(name, ("packing", *RIGHT, "cli", "demo")) == []
+    for name in ("api.py", "evaluation.py", "pruning", "spectrum", "models.py"):
+        assert offenders(name, ("certificates", "sweep")) == []
     assert offenders("evaluation.py", (*RIGHT, "packing", "pruning", "spectrum", "cli", "demo")) == []
 
 

@@ -129,6 +129,28 @@ def test_prune_writes_dense_weights_under_their_own_keys(work, capsys):
     assert zeros == round(0.7 * 2 * 32 * 96)
 
 
+def test_prune_to_an_accuracy(work, images, capsys):
+    argv = ["prune", "clitoys:toy", "--max-drop", "0.1", "--images", str(images), *FC, "-o", "pruned.safetensors"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "found for a drop of at most 10 points" in out and "on 6 images" in out
+    assert main([*argv, "--json"]) == 0
+    plan = strict_json(capsys.readouterr().out)["plan"]
+    state = load_file(work / "pruned.safetensors")
+    zeros = sum(int((state[f"{name}.weight"] == 0).sum()) for name in ("fc1", "fc2"))
+    assert zeros == round(plan["config"]["sparsity"] * 2 * 32 * 96) and len(plan["target"]["trials"]) >= 7
+
+
+def test_prune_to_an_accuracy_refuses_half_a_request(work, images, capsys):
+    start = ["prune", "clitoys:toy", "-o", "x.safetensors"]
+    both = "--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity"
+    fails(capsys, [*start, "--max-drop", "0.1"], 2, both)
+    fails(capsys, [*start, "--max-drop", "0.1", "--images", str(images), "--sparsity", "0.5"], 2, both)
+    fails(capsys, [*start, "--images", str(images)], 2, "--images are for --max-drop")
+    fails(capsys, [*start, "--max-drop", "-1", "--images", str(images)], 2, "max_drop: expected a fraction in [0, 1)")
+    assert not (work / "x.safetensors").exists()
+
+
 def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
     argv = [
         "prune",
@@ -160,7 +182,31 @@ def test_prune_with_calibration(work, images, capsys):
     argv = ["prune", "clitoys:toy", "--calibration", "images", "--calibration-images", "4", "-o", "p.safetensors", *FC]
     assert main([*argv, "--json"]) == 0
     plan = strict_json(capsys.readouterr().out)["plan"]
-    assert plan["config"]["method"] == "wanda" and plan["calibration_images"] == 4
+    assert plan["config"]["method"] == "admm" and plan["calibration_images"] == 4
+
+
+def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):
+    pytest.importorskip("matplotlib")
+    argv = ["sweep", "clitoys:toy", "--images", str(images), "--sparsities", "0.3", "0.6", "--calibration", str(images),
+            "--calibration-images", "4", *FC, "-o", "sweep.csv"]  # fmt: skip
+    assert main([*argv, "--methods", "row", "wanda", "--picture", "sweep.png"]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 5 rows computed now" in out and "wrote sweep.csv and sweep.png" in out
+    assert (work / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((work / "sweep.csv").open(newline="")))
+    assert {row["data"] for row in rows} == {"images (*fc1* *fc2*)"}
+    assert [row["calibration"] for row in rows] == ["", "", "", "images[4]", "images[4]"]
+    assert main([*argv, "--methods", "row", "uniform", "--json"]) == 0
+    found = strict_json(capsys.readouterr().out)
+    assert found["computed"] == 2 and len(found["rows"]) == 5 and found["rows"][0]["method"] == "dense"
+
+
+def test_sweep_errors(work, images, capsys):
+    argv = ["sweep", "clitoys:toy", "--images", str(images)]
+    fails(capsys, [*argv, "-o", "no/sweep.csv"], 2, "no: no such folder to write sweep.csv into")
+    fails(capsys, [*argv, "-o", "s.csv", "--picture", "no/p.png"], 2, "no: no such folder to write p.png into")
+    fails(capsys, [*argv, "-o", "s.csv", "--methods", "wanda"], 2, "needs images; pass calibration=")
+    assert not (work / "s.csv").exists()
 
 
 def test_prune_n_of_m(work, capsys):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import VisionTransformer
-from transformers import ViTConfig, ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 import rmtkern
 from rmtkern import files
@@ -26,6 +26,7 @@ from rmtkern.loading import load_plan
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_attention import enabled
+from rmtkern.packing_gated import fused
 from rmtkern.storage import read_metadata
 from rmtkern.testing import random_sparse
 
@@ -95,6 +96,69 @@ def test_a_packed_model_comes_back_bit_for_bit(build, dtype, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor) and again.state_dict()[name].dtype == tensor.dtype, name
     for name, parameter in model.named_parameters():
         assert again.get_parameter(name).requires_grad == parameter.requires_grad, name
+
+
+def swiglu_vit():
+    torch.manual_seed(0)
+    return timm.create_model("eva02_tiny_patch14_224", depth=2, img_size=56, num_classes=5).eval()
+
+
+def dinov2():
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=16, use_swiglu_ffn=True
+    )
+    return Dinov2Model(config).eval()
+
+
+def fused_is_fastest(calls, budget_ms):
+    for call in calls.values():
+        call()
+    if "original" in calls:
+        return {name: {"original": 9.0, "dense": 8.0, "packed": 4.0}[name] for name in calls}
+    return {label: 4.0 if "dense" in label else 3.0 if label == "separate" else 1.0 for label in calls}
+
+
+@pytest.mark.parametrize(("build", "size"), [(swiglu_vit, 56), (dinov2, 64)])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gate_up_pairs_come_back(build, size, dtype, tmp_path):
+    images = torch.randn(2, 3, size, size)
+    model = build()
+    rmtkern.prune_(model, 0.5, "uniform", show_progress=False)
+    report = pack_(model, images, dtype=dtype, timer=fused_is_fastest, show_progress=False)
+    assert len(report.gated) == 2 and len(fused(model)) == 2
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors", build())
+    assert fused(again) == fused(model)
+    with torch.no_grad():
+        assert torch.equal(first(again(images)), first(model(images)))
+    unpack_(again), unpack_(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+PAIR_CHANGES = {
+    "parts": ({"tail": ["fc9"]}, "has other parts in the model"),
+    "outputs": ({"outputs": 5}, "is another linear in the model"),
+    "outputs kind": ({"outputs": 0}, "outputs: expected a positive integer"),
+    "stacked": ({"stacked": "both"}, "stacked: expected 'gate', 'up' or null"),
+    "two": ({"linears": ["fc1", "fc2"]}, "linears: expected 1 names"),
+    "head": ({"head": [1]}, "head: expected names"),
+    "grads": ({"requires_grad": [True] * 4}, "requires_grad: expected two for each linear"),
+}
+
+
+@pytest.mark.parametrize("name", PAIR_CHANGES)
+def test_pairs_that_do_not_fit_are_refused_by_name(name, tmp_path):
+    change, message = PAIR_CHANGES[name]
+    model = swiglu_vit()
+    rmtkern.prune_(model, 0.5, "uniform", show_progress=False)
+    pack_(model, torch.randn(2, 3, 56, 56), timer=fused_is_fastest, show_progress=False)
+    path = tmp_path / "small.safetensors"
+    save(model, path)
+    tensors, record = load_file(path), json.loads(read_metadata(path)["rmtkern"])
+    record["pairs"]["blocks.1.mlp"].update(change)
+    refused(written(tmp_path, tensors, record), message, swiglu_vit)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +360,10 @@ CHANGES = {
     "bias": (lambda t, r: r["linears"]["0"].update(bias=False), "0 is .* without a bias in the file"),
     "bias kind": (lambda t, r: r["linears"]["0"].update(bias=1), "0.bias: expected true or false"),
     "activation": (lambda t, r: r["linears"]["0"].update(activation="exec"), "0.activation: expected a known"),
-    "grad": (lambda t, r: r["linears"]["0"].update(requires_grad=[1, 0]), "0.requires_grad: expected two booleans"),
+    "grad": (
+        lambda t, r: r["linears"]["0"].update(requires_grad=[1, 0]),
+        "0.requires_grad: expected two booleans",
+    ),
     "no forms": (lambda t, r: r["linears"]["0"].update(forms=[]), "0.forms: expected a list"),
     "layout": (lambda t, r: r["linears"]["0"]["forms"][0].update(layout="os"), "0.forms: expected a layout of"),
     "params": (lambda t, r: r["linears"]["0"]["forms"][0].update(params={"n": "2"}), "0.params: expected integers"),
