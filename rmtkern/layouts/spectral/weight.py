@@ -66,11 +66,14 @@ class SpectralWeight(PackedWeight):
 
     @classmethod
     def _split(cls, dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, A, S) in the dtype of the weight; remainders below `tolerance` times its root mean square are dropped."""
+        """(B, A, S) in the dtype of the weight; remainders that are rounding are dropped.
+
+        That is, up to `tolerance` times the entry or the weight's root mean square, whichever is more.
+        """
         b, a = (part.to(dense.dtype) for part in factor(dense, rank))
         wide = dense.detach().double()
         rest = wide - b.double() @ a.double()
-        small = rest.abs() <= tolerance(dense.dtype) * wide.square().mean().sqrt()
+        small = rest.abs() <= tolerance(dense.dtype) * wide.abs().clamp_min(wide.square().mean().sqrt())
         return b, a, rest.masked_fill(small, 0.0).to(dense.dtype)
 
     @classmethod
