@@ -230,6 +230,29 @@ def calibrated() -> Table:
     return Table(["method", "calibration images", *heads], cells, [note])
 
 
+def finetuned() -> Table:
+    """Top-1 of a pruned ViT-S/14 before and after fine-tuning."""
+    found = rows("finetune-vits14-imagenette.csv")
+    cells = [
+        [
+            row["method"],
+            row["calibration_images"],
+            row["pattern"],
+            f"{float(row['sparsity']):.0%}",
+            f"{row['epochs']} x {row['train_images']}",
+            row["val_images"],
+            *(f"{100 * float(row[column]):.1f}" for column in ("dense_top1", "pruned_top1", "top1")),
+        ]
+        for row in found
+    ]
+    columns = ["method", "calibration images", "pattern", "sparsity", "epochs x images", "val images"]
+    note = (
+        "Top-1 in %, ViT-S/14 (DINOv2) on Imagenette: AdamW, distillation from the dense model, bfloat16 autocast, 1"
+        f" thread; at most {max(float(row['train_cpu_s']) for row in found):.0f} s of CPU time."
+    )
+    return Table([*columns, "dense", "pruned", "fine-tuned"], cells, [note])
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "spectra": spectra,
     "kernels": lambda: kernels(["vit_b.fc1"], ["197", "1576"]),
@@ -241,6 +264,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "growth": growth,
     "accuracy": accuracy,
     "calibrated": calibrated,
+    "finetuned": finetuned,
 }
 
 
