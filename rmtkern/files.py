@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rmtkern.errors import PackedModelError
+from rmtkern.errors import PackedModelError, short
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import rows_of
 from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
 from rmtkern.ops import ACTIVATIONS, linear
+from rmtkern.packing import is_packed, place_
 from rmtkern.packing_attention import enable, enabled
-from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, is_cast, resume_cast_
+from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, resume_cast_
 from rmtkern.packing_gated import GatedPair, fuse, fused, part
-from rmtkern.storage import read_metadata, write_tensors
+from rmtkern.storage import read_metadata, read_tensors, write_tensors
 
 __all__ = ["load", "save"]
 
@@ -35,11 +35,6 @@ Record = dict[str, Any]
 
 class _Plan(Protocol):
     def to_json(self) -> str: ...
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _form_record(form: PackedWeight, tokens: int) -> Record:
@@ -140,7 +135,7 @@ class _Damaged(ValueError):
 
 def _expect(holds: bool, what: str, expected: str, got: object) -> None:
     if not holds:
-        raise _Damaged(f"{what}: expected {expected}, got {_short(got)}")
+        raise _Damaged(f"{what}: expected {expected}, got {short(got)}")
 
 
 def _is_names(value: object) -> bool:
@@ -156,7 +151,7 @@ def _record(path: Path) -> Record:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _Damaged(f"its metadata is not complete JSON ({_short(str(error))})") from error
+        raise _Damaged(f"its metadata is not complete JSON ({short(str(error))})") from error
     _expect(isinstance(record, dict), "metadata", "an object", record)
     if record.get("format") != FORMAT:
         raise _Damaged(
@@ -165,7 +160,7 @@ def _record(path: Path) -> Record:
         )
     version = record.get("version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise _Damaged(f"it has format version {_short(version)}, this rmtkern reads {FORMAT_VERSION}; update rmtkern")
+        raise _Damaged(f"it has format version {short(version)}, this rmtkern reads {FORMAT_VERSION}; update rmtkern")
     if metadata.get("rmtkern.crc32") != str(zlib.crc32(text.encode())):
         raise _Damaged("its metadata differs from its checksum; copy the file again")
     for key in ("linears", "pairs", "checksums"):
@@ -290,7 +285,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:
-        raise _Damaged(f"the model has no module {_short(name)}; give the model that was packed") from error
+        raise _Damaged(f"the model has no module {short(name)}; give the model that was packed") from error
 
 
 class _Loaded:
@@ -298,11 +293,7 @@ class _Loaded:
 
     def __init__(self, model: nn.Module, path: Path) -> None:
         record = _record(path)
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError) as error:
-            raise _Damaged(f"not a complete safetensors file ({error}); copy it again") from error
+        tensors = read_tensors(path)
         for key, tensor in tensors.items():
             if record["checksums"].get(key) != _checksum(tensor):
                 raise _Damaged(f"{key} differs from its checksum; copy the file again")
@@ -371,7 +362,7 @@ class _Loaded:
         if missing or more:
             raise _Damaged(
                 f"{len(missing)} tensors of the model are missing ({', '.join(missing[:3])}) and {len(more)} are"
-                f" unknown to it ({', '.join(map(_short, more[:3]))}); give the model that was packed"
+                f" unknown to it ({', '.join(map(short, more[:3]))}); give the model that was packed"
             )
         for name, tensor in have.items():
             _expect(self.state[name].shape == tensor.shape, name, str(list(tensor.shape)), list(self.state[name].shape))
@@ -402,8 +393,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    held = any(isinstance(module, PackedModule) for module in model.modules())
-    if is_cast(model) or enabled(model) or held:
+    if is_packed(model):
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first, or build a new one")
     source = Path(path)
     try:
@@ -417,9 +407,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             f"the buffers {', '.join(empty[:3])} are on the meta device and not in any state_dict, so no file holds"
             " them; build the model with its buffers on the CPU"
         )
-    for name, module in loaded.swaps.items():
-        parent, _, key = name.rpartition(".")
-        model.get_submodule(parent)._modules[key] = module
+    place_(model, loaded.swaps)
     model.load_state_dict(loaded.state, strict=False, assign=True)
     if loaded.cast is not None:
         resume_cast_(model, loaded.cast)

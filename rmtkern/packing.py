@@ -30,7 +30,7 @@ from rmtkern.packing_watch import Seen, reason_to_leave, watch
 from rmtkern.progress import progress
 from rmtkern.testing import accuracy_excess
 
-__all__ = ["pack_", "unpack_"]
+__all__ = ["is_packed", "pack_", "place_", "unpack_"]
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 Slots = dict[str, nn.Module]  # module name -> what stands there
@@ -144,7 +144,18 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
         return _tensors(model(*args, **kwargs))
 
 
-def _place(model: nn.Module, slots: Slots) -> None:
+def is_packed(model: nn.Module) -> bool:
+    """Whether `pack_` or `load` changed this model (or the one it is a copy of)."""
+    return is_cast(model) or bool(enabled(model)) or any(isinstance(module, PackedModule) for module in model.modules())
+
+
+def place_(model: nn.Module, slots: Slots) -> None:
+    """Put modules where their names say.
+
+    Args:
+        model: changed in place.
+        slots: module name -> what stands there from now on.
+    """
     for name, module in slots.items():
         parent, _, key = name.rpartition(".")
         model.get_submodule(parent)._modules[key] = module
@@ -164,7 +175,7 @@ def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float, dtype
     for name in names:
         if name not in LAYOUTS:
             raise ValueError(f"unknown layout {name!r}; valid: {', '.join(LAYOUTS)}")
-    if is_cast(model) or enabled(model) or any(isinstance(module, PackedModule) for module in model.modules()):
+    if is_packed(model):
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first")
     if isinstance(model, nn.Linear):
         raise ValueError("model: a lone nn.Linear cannot be swapped in place; wrap it in nn.Sequential")
@@ -364,7 +375,7 @@ class _Swaps:
     def run(self, slots: Slots, example: Example) -> list[Tensor]:
         """The model's output in one of the states."""
         if self.now is not slots:
-            _place(self.model, slots)
+            place_(self.model, slots)
             (enable if slots is self.packed else disable)(self.attention)
             self.unfuse()
             if slots is self.packed:
@@ -581,12 +592,9 @@ def _why(layer: _Layer, margin: float) -> str:
     for tokens, times in group.ms.items():
         (dense, dense_ms), (sparse, sparse_ms) = _best(times, dense=True), _best(times, dense=False)
         at = f" at T={tokens}" if len(group.ms) > 1 else ""
-        if layer.choice[tokens] == sparse:
-            parts.append(f"{sparse} is {dense_ms / sparse_ms:.2f}x {dense}{at}")
-        else:
-            parts.append(f"{sparse} is {dense_ms / sparse_ms:.2f}x {dense}{at}")
-            if sparse_ms > (1 - margin) * dense_ms:
-                parts[-1] += f", short of the margin ({100 * margin:g} % less time)"
+        parts.append(f"{sparse} is {dense_ms / sparse_ms:.2f}x {dense}{at}")
+        if layer.choice[tokens] != sparse and sparse_ms > (1 - margin) * dense_ms:
+            parts[-1] += f", short of the margin ({100 * margin:g} % less time)"
     return "; ".join([*parts, *dict.fromkeys(group.notes)])
 
 
@@ -795,11 +803,11 @@ def _pack(
         )
         log.save()
     except BaseException:
-        _place(model, swaps.original)
+        place_(model, swaps.original)
         disable(swaps.attention)
         swaps.unfuse()
         raise
-    _place(model, swaps.packed)
+    place_(model, swaps.packed)
     enable(swaps.attention)
     fuse(model, [pair for pair, _ in swaps.pairs.values()])
     return report
@@ -836,7 +844,7 @@ def unpack_(model: nn.Module) -> int:
             count += 1
         elif isinstance(module, AbsorbedActivation):
             slots[name] = module.original.train(module.training)
-    _place(model, slots)
+    place_(model, slots)
     disable(enabled(model))
     uncast_(model)
     return count

@@ -1,17 +1,18 @@
-"""One safetensors file: its metadata, its tensors, and writing it whole or not at all. It knows no model, no layout."""
+"""Files that are written whole or not at all, and safetensors: metadata and tensors. It knows no model, no layout."""
 
 import json
 import os
 import secrets
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["read_metadata", "read_tensors", "write_tensors"]
+__all__ = ["read_metadata", "read_tensors", "replacing", "write_tensors"]
 
 MAX_HEADER = 100_000_000
 """Largest safetensors header that is read [bytes]; the limit of the safetensors library itself."""
@@ -77,18 +78,31 @@ def write_tensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], met
         start = plain.untyped_storage().data_ptr()
         kept[name] = plain.clone() if start in seen else plain
         seen.add(start)
+    with replacing(path) as temporary:
+        save_file(kept, temporary, metadata={"format": "pt", **metadata})
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file that takes the place of another one when the block ends well, and is gone when it does not.
+
+    Args:
+        path: of the file in the end.
+
+    Yields:
+        The path to write to, beside it; nothing is there yet.
+
+    Raises:
+        OSError: the file cannot be written; an old one is as it was.
+    """
     target = Path(path)
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        save_file(kept, temporary, metadata={"format": "pt", **metadata})
-        temporary.chmod(0o666 & ~_umask())  # as if written directly: the library makes private files
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # as if written directly: some libraries make private files
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    found = os.umask(0)
-    os.umask(found)
-    return found

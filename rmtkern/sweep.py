@@ -6,8 +6,6 @@ It joins prune_ and evaluate; it draws nothing and knows no method.
 import copy
 import csv
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from rmtkern.evaluation import evaluate
 from rmtkern.models import prunable_weights
 from rmtkern.progress import progress
 from rmtkern.pruning.plan import PruneConfig
+from rmtkern.storage import replacing
 from rmtkern.tables import Table
 
 __all__ = ["Sweep", "SweepRow", "sweep"]
@@ -203,14 +202,5 @@ def _read(path: Path) -> list[SweepRow]:
 def _write(path: Path, rows: Sequence[SweepRow]) -> None:
     columns = [field.name for field in fields(SweepRow)]
     text = Table(columns, [list(asdict(row).values()) for row in rows]).to_csv()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", newline="") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # as if written directly: mkstemp makes private files
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        file.write(text)
