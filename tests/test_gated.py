@@ -13,34 +13,12 @@ from rmtkern.layouts import LAYOUTS, cpu
 from rmtkern.layouts.pairs import interleave, separate
 from rmtkern.nn import PackedGatedLinear
 from rmtkern.testing import accuracy_excess, assert_as_accurate_as_dense, random_sparse
+from tests.layouts.test_contract import BF16, FACTORED, FORMS
 
-FACTORED = "factored"  # layouts that store products: here of rank 2, that is, 1 for each half
-FLOAT32 = [
-    ("dense", {"form": 0}, None),
-    ("dense", {"form": 1}, None),
-    ("dense", {"form": 2}, None),
-    ("dense", {"form": 3}, None),
-    ("bitmask", {}, None),
-    ("block", {"r": 2, "c": 1}, None),
-    ("block", {"r": 4, "c": 1}, None),
-    ("block", {"r": 8, "c": 1}, None),
-    ("nofm", {"n": 2, "m": 4}, (2, 4)),
-    ("nofm", {"n": 1, "m": 16}, (1, 16)),
-    ("lowrank", {"rank": 2}, FACTORED),
-    ("spectral", {"rank": 2}, FACTORED),
-]
-BFLOAT16 = [
-    ("dense", {"form": 0}, None),
-    ("dense", {"form": 1}, None),
-    ("dense", {"form": 2}, None),
-    ("dense", {"form": 3}, None),
-    ("bitmask", {}, None),
-    ("block", {"r": 1, "c": 2}, None),
-    ("block", {"r": 4, "c": 2}, None),
-    ("nofm", {"n": 2, "m": 4}, (2, 4)),
-    ("lowrank", {"rank": 2}, FACTORED),
-    ("spectral", {"rank": 2}, FACTORED),
-]
+# as in the contract of the layouts; those that store products have rank 2 here, that is, 1 for each half
+FACTORS = [("lowrank", {"rank": 2}, FACTORED), ("spectral", {"rank": 2}, FACTORED)]
+FLOAT32 = [form for form in FORMS if form[2] != FACTORED] + FACTORS
+BFLOAT16 = BF16 + FACTORS
 CASES = [(torch.float32, *form) for form in FLOAT32] + [(torch.bfloat16, *form) for form in BFLOAT16]
 
 
