@@ -224,7 +224,7 @@ def _summary(dense: Evaluation, results: dict[float, _Result]) -> str:
             )
     notes = (
         "nn.Linear: the pruned model as PyTorch runs it. Strongest dense, the one to beat: each linear in its fastest",
-        "dense float32 form (nn.Linear, oneDNN, or oneDNN with a reordered weight). packed: share of the linear",
+        "dense float32 form (nn.Linear, oneDNN, oneDNN with a reordered weight, our own). packed: share of the linear",
         f"weights that a sparse kernel runs. Medians of interleaved float32 runs, {torch.get_num_threads()} thread(s).",
     )
     return Table(columns, rows, notes).to_text()
