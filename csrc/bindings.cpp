@@ -115,6 +115,28 @@ void attention(const py::array& q, const py::array& k, const py::array& v, const
     if (a.B && a.H && a.Tq) table.attention(a);
 }
 
+void layernorm(const py::array& x, const std::optional<py::array>& weight, const std::optional<py::array>& bias,
+               py::array& y, double eps, int threads, const std::optional<std::string>& isa) {
+    const rk::Table& table = rk::table_of(isa_or_environment(isa));
+    rk::LayerNormArgs a;
+    const rk::Array xa = as_array(x, "x");
+    if (xa.ndim != 2) throw std::invalid_argument("x must have shape (T, K), got " + shape_text(x));
+    a.T = xa.shape[0];
+    a.K = xa.shape[1];
+    if (a.K < 1) throw std::invalid_argument("layernorm needs K >= 1, got " + shape_text(x));
+    a.dtype = activations_dtype(x.dtype(), "x");
+    a.x = xa.data;
+    if (weight) a.weight = as_values(*weight, "weight", a.dtype, a.K, -1).data;
+    if (bias) a.bias = as_values(*bias, "bias", a.dtype, a.K, -1).data;
+    as_values(y, "y", a.dtype, a.T, a.K);
+    a.y = y.mutable_data();  // refuses a read-only array
+    a.eps = float(eps);
+    if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
+    a.threads = threads;
+    py::gil_scoped_release release;
+    if (a.T) table.layernorm(a);
+}
+
 void linear(const std::string& layout, const py::array& x, const std::vector<py::array>& parts,
             const std::vector<int64_t>& params, const std::optional<py::array>& bias,
             const std::optional<py::array>& scale, const std::optional<py::array>& residual, py::array& y,
@@ -174,6 +196,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &isas);
     m.def("attention", &attention, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
           py::arg("mask").noconvert().none(true), py::arg("y").noconvert(), py::arg("scale"), py::arg("threads"),
+          py::arg("isa") = py::none());
+    m.def("layernorm", &layernorm, py::arg("x").noconvert(), py::arg("weight").noconvert().none(true),
+          py::arg("bias").noconvert().none(true), py::arg("y").noconvert(), py::arg("eps"), py::arg("threads"),
           py::arg("isa") = py::none());
     m.def("linear", &linear, py::arg("layout"), py::arg("x").noconvert(), py::arg("parts").noconvert(), py::arg("params"),
           py::arg("bias").noconvert().none(true), py::arg("scale").noconvert().none(true), py::arg("residual").noconvert().none(true),

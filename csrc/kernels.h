@@ -87,10 +87,24 @@ struct AttentionArgs {
 };
 using AttentionFn = void (*)(const AttentionArgs&);
 
+// y [T, K] = (x [T, K] - mean) / sqrt(variance + eps) * weight [K] + bias [K], mean and variance of each row.
+struct LayerNormArgs {
+    int64_t T = 0, K = 0;
+    DType dtype = DType::float32;  // of all arrays: float32 or bfloat16
+    const void* x = nullptr;
+    const void* weight = nullptr;  // may be null: ones
+    const void* bias = nullptr;    // may be null: zeros
+    void* y = nullptr;
+    float eps = 0;
+    int threads = 1;
+};
+using LayerNormFn = void (*)(const LayerNormArgs&);
+
 #define RK_FIELD(name) LinearFn name;
 struct Table {
     const char* isa;
     AttentionFn attention;
+    LayerNormFn layernorm;
     RK_LAYOUTS(RK_FIELD)
 };
 #undef RK_FIELD

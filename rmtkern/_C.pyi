@@ -34,6 +34,31 @@ def attention(
         TypeError: a wrong dtype, or strides that are not allowed.
     """
 
+def layernorm(
+    x: NDArray[np.float32 | np.uint16],
+    weight: NDArray[np.float32 | np.uint16] | None,
+    bias: NDArray[np.float32 | np.uint16] | None,
+    y: NDArray[np.float32 | np.uint16],
+    eps: float,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """Write y = (x - mean) / sqrt(variance + eps) * weight + bias for each row, without the GIL.
+
+    Args:
+        x: [T, K] float32, or bfloat16 as uint16, C-contiguous (as every array here). All arrays have its dtype.
+        weight: [K] or None for ones.
+        bias: [K] or None for zeros.
+        y: [T, K], written; may be `x` itself.
+        eps: added to the variance.
+        threads: OpenMP threads, >= 1.
+        isa: one of isas(); None takes the environment's RMTKERN_ISA, or else the best.
+
+    Raises:
+        ValueError: a wrong shape or name.
+        TypeError: a wrong dtype, or an array that is not C-contiguous.
+    """
+
 def linear(
     layout: str,
     x: NDArray[np.float32 | np.uint16],

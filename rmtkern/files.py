@@ -22,9 +22,11 @@ from rmtkern.layouts.pairs import rows_of
 from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
 from rmtkern.ops import ACTIVATIONS, linear
 from rmtkern.packing import is_packed, place_
-from rmtkern.packing_attention import enable, enabled
+from rmtkern.packing_attention import AttentionForward
 from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, resume_cast_
 from rmtkern.packing_gated import GatedPair, fuse, fused, part
+from rmtkern.packing_norm import NormForward
+from rmtkern.packing_sites import KernelForward, enable
 from rmtkern.storage import read_metadata, read_tensors, write_tensors
 
 __all__ = ["load", "save"]
@@ -85,8 +87,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = No
     names = {module: name for name, module in model.named_modules()}
     linears = {name: _linear_record(module) for module, name in names.items() if isinstance(module, PackedLinear)}
     pairs = {name: _pair_record(model, pair) for name, pair in fused(model).items()}
-    attention = [names[module] for module in enabled(model)]
-    if not linears and not pairs and not attention:
+    sites = {key: [names[site.module] for site in kind.of(model)] for key, kind in _SITES.items()}
+    if not linears and not pairs and not any(sites.values()):
         raise ValueError(
             "the model is not packed, so there is nothing that state_dict does not hold; call rmtkern.pack_(model,"
             " example) first, or write model.state_dict() with safetensors"
@@ -99,7 +101,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = No
         "linears": linears,
         "pairs": pairs,
         "absorbed": [name for module, name in names.items() if isinstance(module, AbsorbedActivation)],
-        "attention": attention,
+        **sites,
         "cast": None
         if cast is None
         else {"inside": _name(cast.inside), "outside": _name(cast.outside), "names": list(cast.names)},
@@ -127,6 +129,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 _NAMES = {_name(dtype): dtype for dtype in DTYPES}
+_SITES: dict[str, type[KernelForward]] = {"attention": AttentionForward, "norms": NormForward}
 
 
 class _Damaged(ValueError):
@@ -165,7 +168,8 @@ def _record(path: Path) -> Record:
         raise _Damaged("its metadata differs from its checksum; copy the file again")
     for key in ("linears", "pairs", "checksums"):
         _expect(isinstance(record.get(key), dict), key, "an object", record.get(key))
-    for key in ("absorbed", "attention"):
+    record.setdefault("norms", [])  # the first files have none
+    for key in ("absorbed", *_SITES):
         _expect(_is_names(record.get(key)), key, "names", record.get(key))
     return record
 
@@ -323,7 +327,10 @@ class _Loaded:
             if module.state_dict() or next(module.children(), None) is not None:
                 raise _Damaged(f"{name} is no activation in the model; give the model that was packed")
             self.swaps[name] = AbsorbedActivation(module).eval()
-        self.attention = [_module(model, name) for name in record["attention"]]
+        for name in record["norms"]:
+            if not isinstance(_module(model, name), nn.LayerNorm):
+                raise _Damaged(f"{name} is no nn.LayerNorm in the model; give the model that was packed")
+        self.forwards = [kind(_module(model, name)) for key, kind in _SITES.items() for name in record[key]]
         self.state = {key: tensor for key, tensor in tensors.items() if key not in used}
         self._check_rest(model, replaced)
 
@@ -412,5 +419,5 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     if loaded.cast is not None:
         resume_cast_(model, loaded.cast)
     fuse(model, loaded.pairs)
-    enable(loaded.attention)
+    enable(loaded.forwards)
     return model.eval()

@@ -20,11 +20,13 @@ from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import interleave
 from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
 from rmtkern.ops import gated_linear, linear
-from rmtkern.packing_attention import disable, enable, enabled, measure_attention, watch_attention
+from rmtkern.packing_attention import AttentionForward, watch_attention
 from rmtkern.packing_decisions import DecisionLog, Decisions
 from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
 from rmtkern.packing_gated import GatedPair, find_pairs, fuse, fused, unfuse
-from rmtkern.packing_report import EndToEnd, GatedReport, LayerReport, PackReport
+from rmtkern.packing_norm import NormForward, watch_norms
+from rmtkern.packing_report import EndToEnd, GatedReport, LayerReport, PackReport, SiteReport
+from rmtkern.packing_sites import KernelForward, disable, enable, measure_sites
 from rmtkern.packing_timing import Timer, interleaved_ms
 from rmtkern.packing_watch import Seen, reason_to_leave, watch
 from rmtkern.progress import progress
@@ -146,7 +148,8 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
 
 def is_packed(model: nn.Module) -> bool:
     """Whether `pack_` or `load` changed this model (or the one it is a copy of)."""
-    return is_cast(model) or bool(enabled(model)) or any(isinstance(module, PackedModule) for module in model.modules())
+    kernels = bool(KernelForward.of(model))
+    return is_cast(model) or kernels or any(isinstance(module, PackedModule) for module in model.modules())
 
 
 def place_(model: nn.Module, slots: Slots) -> None:
@@ -322,7 +325,7 @@ class _Swaps:
                 self.original[layer.seen.follower] = model.get_submodule(layer.seen.follower)
         self.dense: Slots = dict(self.original)
         self.packed: Slots = dict(self.original)
-        self.attention: list[nn.Module] = []  # modules that use the attention kernel in the packed state
+        self.sites: dict[str, list[KernelForward]] = {}  # kernel -> what stands in modules in the packed state
         self.pairs: dict[str, tuple[GatedPair, Slots]] = {}  # by module; what they replace in the packed state
         self.now: Slots | None = self.original
 
@@ -366,17 +369,21 @@ class _Swaps:
         """Names of the linears in pairs."""
         return {path for pair, _ in self.pairs.values() for path in pair.paths}
 
-    def drop_attention(self) -> None:
-        """PyTorch's attention in every state."""
-        disable(self.attention)
-        self.attention = []
+    @property
+    def forwards(self) -> list[KernelForward]:
+        """All that stand in modules in the packed state."""
+        return [forward for forwards in self.sites.values() for forward in forwards]
+
+    def drop_site(self, kernel: str) -> None:
+        """PyTorch's function instead of this kernel in every state."""
+        disable(self.sites.pop(kernel))
         self.now = None
 
     def run(self, slots: Slots, example: Example) -> list[Tensor]:
         """The model's output in one of the states."""
         if self.now is not slots:
             place_(self.model, slots)
-            (enable if slots is self.packed else disable)(self.attention)
+            (enable if slots is self.packed else disable)(self.forwards)
             self.unfuse()
             if slots is self.packed:
                 fuse(self.model, [pair for pair, _ in self.pairs.values()])
@@ -417,7 +424,7 @@ def _guard(
             states = {"original": swaps.original}
             if swaps.dense != swaps.original:
                 states["dense"] = swaps.dense
-            if swaps.attention or swaps.packed not in (swaps.original, swaps.dense):
+            if swaps.sites or swaps.packed not in (swaps.original, swaps.dense):
                 states["packed"] = swaps.packed
             calls = {name: lambda s=slots, e=example: swaps.run(s, e) for name, slots in states.items()}
             ms = timer(calls, budget_ms)
@@ -442,11 +449,12 @@ def _guard(
             notes.append("end to end gate and up in one kernel made the model slower: the linears are separate again")
             times = measure()
             continue
-        if not groups and not swaps.attention:
+        if not groups and not swaps.sites:
             break
         if not groups:
-            swaps.drop_attention()
-            notes.append("end to end the attention kernel made the model slower: PyTorch's was put back")
+            kernel = list(swaps.sites)[-1]
+            swaps.drop_site(kernel)
+            notes.append(f"end to end the {kernel} kernel made the model slower: PyTorch's was put back")
             times = measure()
             continue
         worst = min(groups, key=lambda group: group.speedup(group.first.choice))
@@ -463,7 +471,8 @@ def _guard(
     if slower(times) and original_behind < dense_behind:
         for layer in layers:
             layer.choice = dict.fromkeys(layer.tokens, PLAIN)
-        swaps.drop_attention()
+        for kernel in tuple(swaps.sites):
+            swaps.drop_site(kernel)
         swaps.drop_pairs()
         swaps.packed = dict(swaps.original)  # a new state, so it is placed before it runs
         notes.append("end to end the swapped linears were slower than the original model: all were put back")
@@ -630,6 +639,11 @@ def _reports(
     return tuple(reports[layer.name] for layer in layers)
 
 
+def _site_reports(sites: Sequence[SiteReport], swaps: _Swaps, kernel: str) -> tuple[SiteReport, ...]:
+    """What was measured of a kernel's sites, with what the guard left of them."""
+    return tuple(replace(site, used=site.used and kernel in swaps.sites) for site in sites)
+
+
 def _layer_report(layer: _Layer, now: nn.Module, margin: float) -> LayerReport:
     weight, group = layer.module.weight, layer.group
     forms = list(dict.fromkeys(layer.choice.values()))
@@ -661,6 +675,7 @@ def pack_(
     dtype: torch.dtype | None = None,
     layouts: Sequence[str] | None = None,
     attention: bool = True,
+    norms: bool = True,
     margin: float = 0.03,
     budget_ms: float = 600.0,
     timer: Timer | None = None,
@@ -689,6 +704,7 @@ def pack_(
         layouts: names in LAYOUTS that may be chosen; default, all. Dense forms are always tried.
         attention: whether modules that call PyTorch's scaled_dot_product_attention may use our kernel, where it is
             measured faster by the margin.
+        norms: whether LayerNorm modules may use our kernel, where it is measured faster by the margin.
         margin: by what fraction sparse must be faster than the strongest dense form, [0, 1).
         budget_ms: time spent on each distinct measurement [ms]; the whole model gets five times as much per example.
         timer: (name -> call, budget_ms) -> (name -> ms); default `interleaved_ms`.
@@ -712,7 +728,7 @@ def pack_(
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
     try:
         return _pack(
-            model, examples, layouts, attention, margin, budget_ms, timer or interleaved_ms, show_progress, log
+            model, examples, layouts, attention, norms, margin, budget_ms, timer or interleaved_ms, show_progress, log
         )
     except BaseException:
         if restore is not None:
@@ -725,6 +741,7 @@ def _pack(
     examples: list[Example],
     layouts: Sequence[str],
     attention: bool,
+    norms: bool,
     margin: float,
     budget_ms: float,
     time_calls: Timer,
@@ -734,7 +751,8 @@ def _pack(
     layers = _find(model)
     movable = [layer for layer in layers if layer.reason is None]
     expected = []
-    with watch(model, {layer.name: layer.module for layer in movable}) as watched, watch_attention(model) as calls:
+    linears = {layer.name: layer.module for layer in movable}
+    with watch(model, linears) as watched, watch_attention(model) as calls, watch_norms(model) as norm_calls:
         for index, one in enumerate(examples):
             try:
                 output = _run(model, one)
@@ -760,9 +778,12 @@ def _pack(
             layer.choice = _choose(group.ms, margin)
             layer.dense = _choose(group.ms, margin, dense_only=True)
 
-    sites = measure_attention(calls, margin, budget_ms, time_calls) if attention else []
+    sites = measure_sites("attention", calls, margin, budget_ms, time_calls) if attention else []
+    norm_sites = measure_sites("layer_norm", norm_calls, margin, budget_ms, time_calls) if norms else []
     swaps = _Swaps(model, movable)
-    swaps.attention = [model.get_submodule(site.name) for site in sites if site.used]
+    for kernel, kind, found in (("attention", AttentionForward, sites), ("LayerNorm", NormForward, norm_sites)):
+        if any(site.used for site in found):
+            swaps.sites[kernel] = [kind(model.get_submodule(site.name)) for site in found if site.used]
     end_to_end: list[EndToEnd] = []
     notes: list[str] = []
     gated: list[GatedReport] = []
@@ -773,7 +794,7 @@ def _pack(
                 swaps.copy(swaps.packed, layer, swaps.dense)
             else:
                 swaps.put(swaps.packed, layer, _pack_layer(layer, layer.choice))
-        if movable or swaps.attention:
+        if movable or swaps.sites:
             _verify(swaps, examples, expected, swaps.dense)
             _verify(swaps, examples, expected, swaps.packed)
             gated = _measure_pairs(pairs, by_name, swaps, layouts, margin, budget_ms, time_calls)
@@ -795,20 +816,21 @@ def _pack(
             tuple(end_to_end),
             torch.get_num_threads(),
             tuple(notes),
-            tuple(site if site.used and swaps.attention else replace(site, used=False) for site in sites),
+            _site_reports(sites, swaps, "attention"),
             log.new,
             log.measured,
             log.reused if log.given else None,
             tuple(gated),
+            _site_reports(norm_sites, swaps, "LayerNorm"),
         )
         log.save()
     except BaseException:
         place_(model, swaps.original)
-        disable(swaps.attention)
+        disable(swaps.forwards)
         swaps.unfuse()
         raise
     place_(model, swaps.packed)
-    enable(swaps.attention)
+    enable(swaps.forwards)
     fuse(model, [pair for pair, _ in swaps.pairs.values()])
     return report
 
@@ -816,7 +838,7 @@ def _pack(
 def unpack_(model: nn.Module) -> int:
     """Turn every PackedLinear, and every packed gate-up pair, back into plain nn.Linears.
 
-    Absorbed activations, PyTorch's attention and a dtype that pack_ changed come back too.
+    Absorbed activations, PyTorch's attention and LayerNorm, and a dtype that pack_ changed come back too.
 
     Args:
         model: a model that pack_ changed, or a copy of one; changed in place.
@@ -845,6 +867,6 @@ def unpack_(model: nn.Module) -> int:
         elif isinstance(module, AbsorbedActivation):
             slots[name] = module.original.train(module.training)
     place_(model, slots)
-    disable(enabled(model))
+    disable(KernelForward.of(model))
     uncast_(model)
     return count

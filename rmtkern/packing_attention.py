@@ -4,7 +4,7 @@ It finds who calls it by watching a forward pass, so it needs to know no model; 
 nn.MultiheadAttention, whose fast path calls nothing. packing.py puts it in.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rmtkern.attention import attention, reason_against
-from rmtkern.packing_report import AttentionReport
-from rmtkern.packing_timing import Timer
+from rmtkern.packing_sites import KernelForward
 
-__all__ = ["AttentionCall", "MultiheadCall", "disable", "enable", "enabled", "measure_attention", "watch_attention"]
+__all__ = ["AttentionCall", "AttentionForward", "MultiheadCall", "watch_attention"]
 
 _GRADIENT = "a gradient is wanted"
 _AUTOCAST = "autocast chooses the dtype"
@@ -49,6 +48,11 @@ class AttentionCall:
         """What a measurement depends on."""
         mask = None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)
         return tuple(self.q.shape), self.q.stride(), tuple(self.k.shape), self.q.dtype, mask
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of q and k."""
+        return tuple(self.q.shape), tuple(self.k.shape)
 
     def torch(self) -> Tensor:
         """PyTorch's own result."""
@@ -197,13 +201,11 @@ def _run_kernel(call: AttentionCall) -> Tensor | None:
     return call.kernel() if call.reason is None else None
 
 
-class _KernelForward:
+class AttentionForward(KernelForward):
     """Stands as a module's `forward`: its own one, with attention done by the kernel where it can."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's class says."""
         module = self.module
         if type(module) is nn.MultiheadAttention:
             call = _parse_multihead(module, *args, **kwargs)
@@ -257,68 +259,3 @@ def _named(base: type, name: str, watch: _Watch) -> type:
             watch.stack.pop()
 
     return type(base.__name__, (base,), {"forward": forward})
-
-
-def enabled(model: nn.Module) -> list[nn.Module]:
-    """The modules that use the kernel."""
-    return [module for module in model.modules() if isinstance(vars(module).get("forward"), _KernelForward)]
-
-
-def enable(modules: Iterable[nn.Module]) -> None:
-    """Make these modules use the kernel."""
-    for module in modules:
-        vars(module)["forward"] = _KernelForward(module)
-
-
-def disable(modules: Iterable[nn.Module]) -> None:
-    """Give modules their own forward back."""
-    for module in modules:
-        vars(module).pop("forward", None)
-
-
-def measure_attention(
-    calls: Mapping[str, Sequence[AttentionCall]], margin: float, budget_ms: float, timer: Timer
-) -> list[AttentionReport]:
-    """Check and time our kernel against PyTorch's on the calls that each module made.
-
-    Args:
-        calls: module name -> its calls, as `watch_attention` found them.
-        margin: by what fraction the kernel must be faster, [0, 1).
-        budget_ms: time spent on each distinct call [ms].
-        timer: as `pack_` takes it.
-
-    Returns:
-        One entry for each module; `used` says whether the kernel won all of its calls.
-    """
-    ms: dict[int, Mapping[str, float]] = {}
-    why: dict[int, str] = {}
-    for call in {id(call): call for found in calls.values() for call in found}.values():
-        if call.reason is not None:
-            why[id(call)] = call.reason
-            continue
-        with torch.no_grad():
-            if (excess := call.excess()) > 1:
-                why[id(call)] = f"the kernel misses the accuracy rule by a factor {excess:.2g}"
-                continue
-            times = timer({"attention/torch": call.torch, "attention/kernel": call.kernel}, budget_ms)
-        ms[id(call)] = times
-        gain = times["attention/torch"] / times["attention/kernel"]
-        if times["attention/kernel"] > (1 - margin) * times["attention/torch"]:
-            why[id(call)] = f"{gain:.2f}x PyTorch's, short of the margin ({100 * margin:g} % less time)"
-    reports = []
-    for name, found in calls.items():
-        measured = [ms[id(call)] for call in found if id(call) in ms]
-        slowest = max(measured, key=lambda times: times["attention/torch"], default=None)
-        against = [why[id(call)] for call in found if id(call) in why]
-        gains = sorted({f"{times['attention/torch'] / times['attention/kernel']:.2f}x" for times in measured})
-        reports.append(
-            AttentionReport(
-                name,
-                tuple(dict.fromkeys((tuple(call.q.shape), tuple(call.k.shape)) for call in found)),
-                None if slowest is None else slowest["attention/torch"],
-                None if slowest is None else slowest["attention/kernel"],
-                not against,
-                "; ".join(dict.fromkeys(against)) or f"{' and '.join(gains)} PyTorch's",
-            )
-        )
-    return reports

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from rmtkern.packing_decisions import Decisions
 from rmtkern.tables import Table
 
-__all__ = ["AttentionReport", "EndToEnd", "GatedReport", "LayerReport", "PackReport"]
+__all__ = ["EndToEnd", "GatedReport", "LayerReport", "PackReport", "SiteReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionReport:
-    """One module that calls PyTorch's scaled_dot_product_attention.
+class SiteReport:
+    """One module that calls a function of PyTorch for which we have a kernel: attention or LayerNorm.
 
     Args:
         name: module name.
-        shapes: q and k [B, H, T, d] of its calls on the examples.
+        shapes: of the inputs of its calls on the examples: q and k [B, H, T, d] for attention, [..., K] for LayerNorm.
         torch_ms: PyTorch's time for one of its calls, the largest of all shapes, with its projections if it is an
             nn.MultiheadAttention; None if not measured.
         kernel_ms: the same of our kernel.
@@ -62,7 +62,7 @@ class AttentionReport:
     """
 
     name: str
-    shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
     torch_ms: float | None
     kernel_ms: float | None
     used: bool
@@ -127,17 +127,19 @@ class PackReport:
         groups_measured: how many groups of alike layers were timed.
         groups_reused: how many took their times from earlier decisions; None if none were given.
         gated: one entry per gate-up pair that was found.
+        norms: one entry per LayerNorm module that ran.
     """
 
     layers: tuple[LayerReport, ...]
     end_to_end: tuple[EndToEnd, ...]
     threads: int
     notes: tuple[str, ...] = ()
-    attention: tuple[AttentionReport, ...] = ()
+    attention: tuple[SiteReport, ...] = ()
     decisions: Decisions = field(default_factory=Decisions)
     groups_measured: int = 0
     groups_reused: int | None = None
     gated: tuple[GatedReport, ...] = ()
+    norms: tuple[SiteReport, ...] = ()
 
     @property
     def packed_layers(self) -> int:
@@ -191,10 +193,11 @@ class PackReport:
                 f"times of {self.groups_reused} groups of alike layers reused from saved decisions,"
                 f" {self.groups_measured} measured"
             )
-        if self.attention:
-            used = sum(site.used for site in self.attention)
-            why = "; ".join(dict.fromkeys(site.reason for site in self.attention))
-            lines.append(f"attention kernel in {used} of {len(self.attention)} modules: {why}")
+        for kernel, sites in (("attention", self.attention), ("LayerNorm", self.norms)):
+            if sites:
+                used = sum(site.used for site in sites)
+                why = "; ".join(dict.fromkeys(site.reason for site in sites))
+                lines.append(f"{kernel} kernel in {used} of {len(sites)} modules: {why}")
         if self.gated:
             used = sum(pair.form is not None for pair in self.gated)
             why = "; ".join(dict.fromkeys(pair.reason for pair in self.gated))

@@ -25,8 +25,8 @@ from rmtkern.layouts import LAYOUTS
 from rmtkern.loading import load_plan
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_attention import enabled
 from rmtkern.packing_gated import fused
+from rmtkern.packing_sites import KernelForward
 from rmtkern.storage import read_metadata
 from rmtkern.testing import random_sparse
 
@@ -89,7 +89,7 @@ def test_a_packed_model_comes_back_bit_for_bit(build, dtype, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
     kinds = {name: type(module) for name, module in model.named_modules()}
     assert {name: type(module) for name, module in again.named_modules()} == kinds
-    assert len(enabled(again)) == len(enabled(model)) > 0
+    assert len(KernelForward.of(again)) == len(KernelForward.of(model)) > 0
     assert load_plan(path) == plan
     assert unpack_(again) == unpack_(model) > 0
     for name, tensor in model.state_dict().items():
@@ -317,7 +317,7 @@ def parts(tmp_path_factory):
     for module in model:
         if isinstance(module, nn.Linear):
             module.weight.data = random_sparse(module.out_features, module.in_features, 0.8)
-    pack_(model, torch.randn(5, 64), timer=timer(["bitmask"]))
+    pack_(model, torch.randn(5, 64), timer=timer(["bitmask", "kernel"]))
     path = tmp_path_factory.mktemp("files") / "small.safetensors"
     save(model, path)
     return load_file(path), json.loads(read_metadata(path)["rmtkern"])
@@ -350,6 +350,8 @@ CHANGES = {
     "linears": (lambda t, r: r.update(linears=[]), "linears: expected an object"),
     "attention": (lambda t, r: r.update(attention=[1]), "attention: expected names"),
     "attention name": (lambda t, r: r.update(attention=["9"]), "the model has no module '9'"),
+    "norms": (lambda t, r: r.update(norms="3"), "norms: expected names"),
+    "norms kind": (lambda t, r: r.update(norms=["1"]), "1 is no nn.LayerNorm in the model"),
     "absorbed": (lambda t, r: r.update(absorbed=["3"]), "3 is no activation in the model"),
     "cast": (lambda t, r: r.update(cast={"inside": "int8", "outside": "float32", "names": []}), "cast: expected"),
     "module": (lambda t, r: r["linears"].update({"7": r["linears"]["0"]}), "the model has no module '7'"),
@@ -382,6 +384,17 @@ CHANGES = {
     "other dtype": (lambda t, r: t.update({"3.weight": torch.ones(40).double()}), "3.weight: expected torch.float32"),
     "bias dtype": (lambda t, r: t.update({"0.bias": torch.ones(96).double()}), "0.bias: expected torch.float32"),
 }
+
+
+def test_a_file_from_before_layer_norms_were_swapped_loads(parts, tmp_path):
+    tensors, record = copy.deepcopy(parts)
+    norms = record.pop("norms")
+    assert norms == ["3"]
+    assert KernelForward.of(load(written(tmp_path, tensors, record), small())) == []
+    record["norms"] = norms
+    assert [
+        site.module.normalized_shape for site in KernelForward.of(load(written(tmp_path, tensors, record), small()))
+    ] == [(40,)]
 
 
 @pytest.mark.parametrize("name", CHANGES)
