@@ -15,7 +15,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from rmtkern.nn import PackedLinear, check_inference, refuse_gradient
 from rmtkern.packing_watch import is_altered
 
-__all__ = ["PackedMultihead", "Split", "find_multiheads", "in_projection", "reason_to_keep", "watch_calls"]
+__all__ = [
+    "PackedMultihead",
+    "Split",
+    "find_multiheads",
+    "in_projection",
+    "linears_of",
+    "reason_to_keep",
+    "watch_calls",
+]
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -130,7 +138,7 @@ class PackedMultihead(nn.Module):
         vars(whole).update({key: vars(self)[key] for key in self._own})
         whole.in_proj_weight = inner.weight  # type: ignore[assignment]
         if inner.bias is not None:
-            whole.in_proj_bias = inner.bias  # type: ignore[assignment]
+            whole.in_proj_bias = inner.bias
         whole.out_proj = _sharing(NonDynamicallyQuantizableLinear, outer.weight, outer.bias, self.training)  # type: ignore[assignment,arg-type]
         return whole.train(self.training)
 
