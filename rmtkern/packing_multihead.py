@@ -56,6 +56,8 @@ def reason_to_keep(module: nn.Module) -> str | None:
     Args:
         module: any.
     """
+    if not isinstance(module, nn.MultiheadAttention):
+        return f"it is a {type(module).__name__}, not an nn.MultiheadAttention"
     if type(module) is not nn.MultiheadAttention:
         return f"it is a {type(module).__name__}, whose forward may differ from nn.MultiheadAttention's"
     if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
