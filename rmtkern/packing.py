@@ -796,13 +796,9 @@ def _split(
     except (ValueError, TypeError):
         same = False
     if not same:
+        reason = "the model needs nn.MultiheadAttention itself: with the linears apart it fails or differs"
         for name in tuple(split.apart):
-            place_(
-                model,
-                split.leave(
-                    name, "the model needs nn.MultiheadAttention itself: with its linears apart it gives another output"
-                ),
-            )
+            place_(model, split.leave(name, reason))
     return expected, calls
 
 

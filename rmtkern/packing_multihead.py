@@ -113,6 +113,7 @@ class PackedMultihead(nn.Module):
     head_dim: int
     dropout: float
     batch_first: bool
+    merge_masks = nn.MultiheadAttention.merge_masks  # nn.TransformerEncoderLayer calls it
 
     def __init__(self, whole: nn.MultiheadAttention) -> None:
         super().__init__()
