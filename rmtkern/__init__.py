@@ -16,6 +16,8 @@ from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
+from rmtkern.shrink_plan import ShrinkPlan
+from rmtkern.shrinking import shrink_
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
@@ -33,6 +35,7 @@ __all__ = [
     "PackedModelError",
     "PruneConfig",
     "PrunePlan",
+    "ShrinkPlan",
     "SpectralFit",
     "SpectralFits",
     "advise",
@@ -48,5 +51,6 @@ __all__ = [
     "pack_",
     "prune_",
     "save",
+    "shrink_",
     "unpack_",
 ]
