@@ -5,8 +5,9 @@
 DIR is put on the import path. The model function takes nothing and returns a classifier; the images function takes
 (split, limit) and returns (images [B, C, H, W], labels [B]). Methods are presets, or budget+score+repair such as
 uniform+activation+obs (without a repair: none). With --shrink, rows are of smaller dense models instead: shares of
-hidden features and heads, such as 0.3 or 0.3+0.17, by calibration ("lstsq") and by norms. Choose on --split train (held-out from calibration), report on --split
-val. Every row is written as soon as it is known; rows of the file for other methods, patterns or sparsities stay.
+hidden features and heads that go, such as 0.3 or 0.3+0.17, chosen by calibration ("lstsq") or by norms. Choose on
+--split train (held-out from calibration), report on --split val. Every row is written as soon as it is known; rows of
+the file for other methods, patterns or sparsities stay.
 """
 
 import argparse
