@@ -19,6 +19,7 @@ from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
+from rmtkern.speed import SpeedReport, prune_to_speed_
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
 
@@ -38,6 +39,7 @@ __all__ = [
     "ShrinkPlan",
     "SpectralFit",
     "SpectralFits",
+    "SpeedReport",
     "advise",
     "analyze",
     "available",
@@ -50,6 +52,7 @@ __all__ = [
     "load_plan",
     "pack_",
     "prune_",
+    "prune_to_speed_",
     "save",
     "shrink_",
     "unpack_",

@@ -23,9 +23,11 @@ from rmtkern.files import save
 from rmtkern.loading import SHRUNK, input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
+from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.presets import PRESETS
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
+from rmtkern.speed import prune_to_speed_
 from rmtkern.storage import read_metadata
 from rmtkern.sweep import sweep
 from rmtkern.tables import Table
@@ -140,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--max-drop", type=float, help="find the highest sparsity that loses at most so much top-1; 0.01 is one point"
     )
+    prune.add_argument(
+        "--speedup", type=float, help="find the lowest sparsity whose packed model is so much faster than dense here"
+    )
+    prune.add_argument("--batch", type=int, default=8, help="batch size for --speedup")
     prune.add_argument("--images", type=Path, help="folder of held-out images (a sub-folder per class) for --max-drop")
     prune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
     prune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
@@ -273,6 +279,10 @@ def _report(
 
 def _prune(args: argparse.Namespace) -> int:
     _check_folder(args.output)
+    if args.speedup is not None and (args.sparsity, args.max_drop) != (None, None):
+        raise ValueError("--speedup finds the sparsity: give it no --sparsity and no --max-drop")
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
     if args.max_drop is not None and (args.sparsity is not None or args.images is None):
         raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
     if args.images is not None and args.max_drop is None:
@@ -280,17 +290,26 @@ def _prune(args: argparse.Namespace) -> int:
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     calibration = _calibration(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
-    plan = prune_(
-        model,
-        args.sparsity,
-        args.method,
-        args.pattern,
-        tuple(args.targets) if args.targets else None,
-        tuple(args.ignore),
-        calibration,
-        max_drop=args.max_drop,
-        evaluate=args.images,
-    )
+    targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
+    if args.speedup is not None:
+        example = torch.randn(input_size_of(model, args.batch), generator=torch.Generator().manual_seed(0))
+        asked = PruneConfig(method=args.method, pattern=args.pattern, targets=targets, ignore=ignore)
+        found = prune_to_speed_(model, args.speedup, example, asked, calibration)
+        plan = found.plan
+        if not args.json:
+            print(found)
+    else:
+        plan = prune_(
+            model,
+            args.sparsity,
+            args.method,
+            args.pattern,
+            targets,
+            ignore,
+            calibration,
+            max_drop=args.max_drop,
+            evaluate=args.images,
+        )
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, plan.to_json(), _stored(args.checkpoint, SHRUNK))
     _report(args, "plan", plan, before, after)
