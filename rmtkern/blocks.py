@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rmtkern.fewer_heads import FewerHeads
 from rmtkern.models import HEAD_COUNTS, HEAD_WIDTHS, PrunableWeight, prunable_weights
-from rmtkern.multihead import FewerHeads
 from rmtkern.testing import random_copy
 
 __all__ = ["Block", "cut_all_", "find_blocks"]

@@ -43,7 +43,7 @@ def shrink_(
     the bias that take the others are refit by least squares, and they are. Without, the smallest norms go and nothing
     is refit. A block is cut only if trying a copy shows that it computes the same as with those units set to
     zero. Cut weights are new parameters: make optimizers afterwards. An nn.MultiheadAttention becomes a
-    `rmtkern.multihead.FewerHeads`. If anything fails, the model is as it was.
+    `rmtkern.fewer_heads.FewerHeads`. If anything fails, the model is as it was.
 
     Args:
         model: any module, not packed; on one device.

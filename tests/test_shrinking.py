@@ -15,9 +15,9 @@ from rmtkern.api import prune_
 from rmtkern.blocks import find_blocks
 from rmtkern.cli import main
 from rmtkern.errors import PackedModelError
+from rmtkern.fewer_heads import FewerHeads
 from rmtkern.files import load, save
 from rmtkern.loading import load_state_, save_dense
-from rmtkern.multihead import FewerHeads
 from rmtkern.nn import PackedLinear
 from rmtkern.packing import pack_, unpack_
 from rmtkern.shrink_plan import BlockPlan, ShrinkPlan
