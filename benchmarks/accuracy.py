@@ -4,8 +4,10 @@
 
 DIR is put on the import path. The model function takes nothing and returns a classifier; the images function takes
 (split, limit) and returns (images [B, C, H, W], labels [B]). Methods are presets, or budget+score+repair such as
-uniform+activation+obs (without a repair: none). Choose on --split train (held-out from calibration), report on --split
-val. Every row is written as soon as it is known; rows of the file for other methods, patterns or sparsities stay.
+uniform+activation+obs (without a repair: none). With --shrink, rows are of smaller dense models instead: shares of
+hidden features and heads that go, such as 0.3 or 0.3+0.17, chosen by calibration ("lstsq") or by norms. Choose on
+--split train (held-out from calibration), report on --split val. Every row is written as soon as it is known; rows of
+the file for other methods, patterns or sparsities stay.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.record import stamped, write_rows
 from rmtkern.api import prune_
 from rmtkern.pruning.plan import PruneConfig
+from rmtkern.shrinking import shrink_
 from rmtkern.tables import Table
 
 
@@ -61,6 +64,25 @@ KEYS = ("model", "split", "images", "method", "pattern", "asked", "calibration_i
 """Columns that identify a row."""
 
 
+SHRINK_KEYS = ("model", "split", "images", "method", "mlp", "heads", "calibration_images")
+"""The same, of smaller models."""
+
+
+def smaller(
+    dense: nn.Module, shares: str, calibration: Tensor | None, dense_hits: Tensor, images: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    """Shrink a copy by "mlp" or "mlp+heads" shares and score it."""
+    mlp, heads = [*map(float, shares.split("+")), 0.0][:2]
+    model = copy.deepcopy(dense)
+    start = time.process_time()
+    plan = shrink_(model, mlp, heads, calibration)
+    seconds = time.process_time() - start
+    before, after = plan.parameters
+    row = {"mlp": mlp, "heads": heads, "parameters": before, "parameters_left": after}
+    row |= against(dense_hits, hits(model, images, labels))
+    return {**row, "calibration_images": plan.calibration_images, "shrink_cpu_s": round(seconds, 2)}
+
+
 def main() -> None:
     """Run the grid and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,6 +94,8 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.3, 0.4, 0.5, 0.6, 0.7])
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--cases", nargs="+", help="pattern=sparsity, such as 2:4=0.5; instead of the two above")
+    parser.add_argument("--shrink", nargs="+", help="mlp or mlp+heads shares to remove; no methods and cases then")
+    parser.add_argument("--by", nargs="+", default=["lstsq", "norms"], choices=("lstsq", "norms"), help="with --shrink")
     parser.add_argument("--split", default="val", choices=("train", "val"))
     parser.add_argument("--limit", type=int, default=500, help="images to evaluate on")
     parser.add_argument("--calibration", type=int, default=128, help="training images to calibrate on")
@@ -87,6 +111,15 @@ def main() -> None:
 
     dense_hits = hits(dense, images, labels)
     print(f"dense: {float(dense_hits.mean()):.4f} on {len(labels)} {args.split} images", flush=True)
+    if args.shrink:
+        for shares in args.shrink:
+            for by in args.by:
+                row = {"model": args.name, "split": args.split, "images": len(labels), "method": by}
+                row |= smaller(dense, shares, calibration if by == "lstsq" else None, dense_hits, images, labels)
+                if args.out:
+                    write_rows(args.out, [stamped(row)], SHRINK_KEYS)
+                print(Table(list(row), [list(row.values())]).to_text(), flush=True)
+        return
     cases = [(args.pattern, sparsity) for sparsity in args.sparsities]
     if args.cases:
         cases = [(pattern, float(sparsity)) for pattern, sparsity in (case.split("=") for case in args.cases)]

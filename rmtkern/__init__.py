@@ -16,7 +16,10 @@ from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
+from rmtkern.shrink_plan import ShrinkPlan
+from rmtkern.shrinking import shrink_
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
+from rmtkern.speed import SpeedReport, prune_to_speed_
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
 
@@ -33,8 +36,10 @@ __all__ = [
     "PackedModelError",
     "PruneConfig",
     "PrunePlan",
+    "ShrinkPlan",
     "SpectralFit",
     "SpectralFits",
+    "SpeedReport",
     "advise",
     "analyze",
     "available",
@@ -47,6 +52,8 @@ __all__ = [
     "load_plan",
     "pack_",
     "prune_",
+    "prune_to_speed_",
     "save",
+    "shrink_",
     "unpack_",
 ]

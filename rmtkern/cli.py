@@ -18,12 +18,16 @@ from rmtkern.advice import PATTERNS, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
-from rmtkern.evaluation import evaluate, folder_batches, preprocessing_of
+from rmtkern.evaluation import Evaluation, evaluate, folder_batches, preprocessing_of
 from rmtkern.files import save
-from rmtkern.loading import input_size_of, load_model, load_plan, save_dense
+from rmtkern.loading import SHRUNK, input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
+from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.presets import PRESETS
+from rmtkern.shrink_plan import ShrinkPlan
+from rmtkern.shrinking import shrink_
+from rmtkern.speed import prune_to_speed_
 from rmtkern.storage import read_metadata
 from rmtkern.sweep import sweep
 from rmtkern.tables import Table
@@ -84,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    names = "{demo,analyze,advise,prune,sweep,finetune,bench,info}"
+    names = "{demo,analyze,advise,shrink,prune,sweep,finetune,bench,info}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -118,6 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     advice.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.9], help="fractions of zeros")
     advice.add_argument("--pattern", nargs="+", default=list(PATTERNS), help="as prune takes them")
 
+    shrink = verb("shrink", "remove hidden features and attention heads of a model and write what is left")
+    _model_arguments(shrink)
+    shrink.add_argument("--mlp", type=float, default=0.0, help="share of the hidden features of each MLP, [0, 1)")
+    shrink.add_argument("--heads", type=float, default=0.0, help="share of the heads of each attention, [0, 1)")
+    shrink.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs whose blocks stay whole")
+    shrink.add_argument("--calibration", type=Path, help="folder of images; without one, norms choose")
+    shrink.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    shrink.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
+    shrink.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
+
     prune = verb("prune", "prune a model and write it as dense safetensors under its original keys")
     _model_arguments(prune)
     _prune_arguments(prune)
@@ -128,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--max-drop", type=float, help="find the highest sparsity that loses at most so much top-1; 0.01 is one point"
     )
+    prune.add_argument(
+        "--speedup", type=float, help="find the lowest sparsity whose packed model is so much faster than dense here"
+    )
+    prune.add_argument("--batch", type=int, default=8, help="batch size for --speedup")
     prune.add_argument("--images", type=Path, help="folder of held-out images (a sub-folder per class) for --max-drop")
     prune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
     prune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
@@ -218,8 +236,53 @@ def _check_folder(output: Path | None) -> None:
         raise ValueError(f"{output.parent}: no such folder to write {output.name} into; create it first")
 
 
+def _stored(checkpoint: Path | None, key: str) -> str | None:
+    """What travels with a checkpoint under a name, if anything."""
+    if checkpoint is None or checkpoint.suffix != ".safetensors":
+        return None
+    return read_metadata(checkpoint).get(key)
+
+
+def _shrink(args: argparse.Namespace) -> int:
+    _check_folder(args.output)
+    if _stored(args.checkpoint, SHRUNK) is not None:
+        raise ValueError(f"{args.checkpoint}: it was made smaller already; shrink the model that it came from")
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    calibration = _calibration(args, model)
+    before = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    plan = shrink_(model, args.mlp, args.heads, calibration, ignore=tuple(args.ignore))
+    after = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    save_dense(model, args.output, None, plan.to_json())
+    _report(args, "plan", plan, before, after)
+    return 0
+
+
+def _report(
+    args: argparse.Namespace, name: str, made: Any, before: Evaluation | None, after: Evaluation | None
+) -> None:
+    """Print what was made of a model, its scores and the file."""
+    if args.json:
+        _print_json(
+            {
+                "output": str(args.output),
+                "before": before.to_dict() if before else None,
+                "after": after.to_dict() if after else None,
+                name: json.loads(made.to_json()),
+            }
+        )
+        return
+    print(made)
+    if before and after:
+        print(f"before: {before}\nafter:  {after}")
+    print(f"wrote {args.output}")
+
+
 def _prune(args: argparse.Namespace) -> int:
     _check_folder(args.output)
+    if args.speedup is not None and (args.sparsity, args.max_drop) != (None, None):
+        raise ValueError("--speedup finds the sparsity: give it no --sparsity and no --max-drop")
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
     if args.max_drop is not None and (args.sparsity is not None or args.images is None):
         raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
     if args.images is not None and args.max_drop is None:
@@ -227,33 +290,29 @@ def _prune(args: argparse.Namespace) -> int:
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     calibration = _calibration(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
-    plan = prune_(
-        model,
-        args.sparsity,
-        args.method,
-        args.pattern,
-        tuple(args.targets) if args.targets else None,
-        tuple(args.ignore),
-        calibration,
-        max_drop=args.max_drop,
-        evaluate=args.images,
-    )
-    after = evaluate(model, args.evaluate) if args.evaluate is not None else None
-    save_dense(model, args.output, plan.to_json())
-    if args.json:
-        _print_json(
-            {
-                "output": str(args.output),
-                "before": before.to_dict() if before else None,
-                "after": after.to_dict() if after else None,
-                "plan": json.loads(plan.to_json()),
-            }
+    targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
+    if args.speedup is not None:
+        example = torch.randn(input_size_of(model, args.batch), generator=torch.Generator().manual_seed(0))
+        asked = PruneConfig(method=args.method, pattern=args.pattern, targets=targets, ignore=ignore)
+        found = prune_to_speed_(model, args.speedup, example, asked, calibration)
+        plan = found.plan
+        if not args.json:
+            print(found)
+    else:
+        plan = prune_(
+            model,
+            args.sparsity,
+            args.method,
+            args.pattern,
+            targets,
+            ignore,
+            calibration,
+            max_drop=args.max_drop,
+            evaluate=args.images,
         )
-        return 0
-    print(plan)
-    if before and after:
-        print(f"before: {before}\nafter:  {after}")
-    print(f"wrote {args.output}")
+    after = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    save_dense(model, args.output, plan.to_json(), _stored(args.checkpoint, SHRUNK))
+    _report(args, "plan", plan, before, after)
     return 0
 
 
@@ -299,9 +358,7 @@ def _finetune(args: argparse.Namespace) -> int:
     _check_folder(args.output)
     config = FinetuneConfig(**{name: getattr(args, name) for name in SETTINGS})
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
-    stored = None
-    if args.checkpoint is not None and args.checkpoint.suffix == ".safetensors":
-        stored = read_metadata(args.checkpoint).get("rmtkern")
+    stored = _stored(args.checkpoint, "rmtkern")
     plan = None if stored is None else load_plan(args.checkpoint)
     batches = folder_batches(args.train, preprocessing_of(model), limit=args.train_images)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -317,21 +374,8 @@ def _finetune(args: argparse.Namespace) -> int:
         show_progress=False if args.json else None,
     )
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
-    save_dense(model, args.output, stored)
-    if args.json:
-        _print_json(
-            {
-                "output": str(args.output),
-                "before": before.to_dict() if before else None,
-                "after": after.to_dict() if after else None,
-                "report": report.to_dict(),
-            }
-        )
-        return 0
-    print(report)
-    if before and after:
-        print(f"before: {before}\nafter:  {after}")
-    print(f"wrote {args.output}")
+    save_dense(model, args.output, stored, _stored(args.checkpoint, SHRUNK))
+    _report(args, "report", report, before, after)
     return 0
 
 
@@ -350,7 +394,8 @@ def _bench(args: argparse.Namespace) -> int:
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     report = pack_(packed, examples, dtype=dtype, decisions=args.decisions)
     if args.output is not None:
-        save(packed, args.output, plan)
+        shrunk = _stored(args.checkpoint, SHRUNK)
+        save(packed, args.output, plan, None if shrunk is None else ShrinkPlan.from_json(shrunk))
     if args.json:
         _print_json({"environment": environment(), **json.loads(report.to_json())})
     else:
@@ -395,7 +440,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "demo": _demo, "analyze": _analyze, "advise": _advise, "prune": _prune, "sweep": _sweep,
+    "demo": _demo, "analyze": _analyze, "advise": _advise, "shrink": _shrink, "prune": _prune, "sweep": _sweep,
     "finetune": _finetune, "bench": _bench, "info": _info,
 }  # fmt: skip
 

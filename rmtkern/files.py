@@ -7,7 +7,7 @@ every packed weight is tried, before anything of the model is changed. It choose
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from rmtkern.packing_gated import GatedPair, fuse, fused, part
 from rmtkern.packing_multihead import PackedMultihead, linears_of, reason_to_keep
 from rmtkern.packing_norm import NormForward
 from rmtkern.packing_sites import KernelForward, enable
+from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.storage import read_metadata, read_tensors, write_tensors
 
 __all__ = ["load", "save"]
@@ -65,7 +66,9 @@ def _pair_record(model: nn.Module, pair: GatedPair) -> Record:
     return {**_linear_record(module), **names, "stacked": pair.stacked, "outputs": module.out_features}
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = None) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = None, shrunk: ShrinkPlan | None = None
+) -> None:
     """Write a packed model to one safetensors file; complete or not at all.
 
     Its tensors have the model's own names; a packed linear's parts are `<name>.weight.<part>`. What is packed how
@@ -75,6 +78,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = No
         model: what `pack_` changed; it may be on any device.
         path: of the file, such as "vit.safetensors"; written beside it first, then renamed.
         plan: of `prune_`, to travel along; read it with `rmtkern.load_plan`.
+        shrunk: of `shrink_`, so that `load` makes the model as small; without it the file loads only into a model that
+            is.
 
     Raises:
         TypeError: `model` is not a module.
@@ -108,6 +113,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = No
         if cast is None
         else {"inside": _name(cast.inside), "outside": _name(cast.outside), "names": list(cast.names)},
         "plan": None if plan is None else json.loads(plan.to_json()),
+        "shrunk": None if shrunk is None else json.loads(shrunk.to_json()),
     }
     state = model.state_dict()
     record["checksums"] = {name: _checksum(tensor) for name, tensor in state.items()}
@@ -308,8 +314,7 @@ def _taken_apart(model: nn.Module, name: str, linears: Mapping[str, object]) -> 
 class _Loaded:
     """What a file turns a model into, built and checked without touching the model."""
 
-    def __init__(self, model: nn.Module, path: Path) -> None:
-        record = _record(path)
+    def __init__(self, model: nn.Module, path: Path, record: Record) -> None:
         tensors = read_tensors(path)
         for key, tensor in tensors.items():
             if record["checksums"].get(key) != _checksum(tensor):
@@ -409,6 +414,26 @@ class _Loaded:
             _expect(self.state[name].dtype == dtype, name, str(dtype), self.state[name].dtype)
 
 
+def _as_small_(model: nn.Module, record: Record) -> Callable[[], None] | None:
+    """Cut a model as the one in the file was; what takes it back, or None if that was not cut."""
+    if record.get("shrunk") is None:
+        return None
+    try:
+        return ShrinkPlan.from_json(json.dumps(record["shrunk"])).apply_(model)
+    except ValueError as error:
+        raise _Damaged(str(error)) from error
+
+
+def _refuse_empty_buffers(model: nn.Module) -> None:
+    state = model.state_dict()
+    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
+    if empty:
+        raise PackedModelError(
+            f"the buffers {', '.join(empty[:3])} are on the meta device and not in any state_dict, so no file holds"
+            " them; build the model with its buffers on the CPU"
+        )
+
+
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     """Turn a model into the packed one that `save` wrote.
 
@@ -417,8 +442,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         path: of the file.
-        model: the same architecture, not packed, changed in place; its weights do not matter, so it may be built on the
-            meta device, and no dense weight is made for its packed linears.
+        model: the same architecture (as it was before `shrink_`), not packed, changed in place; its weights do not
+            matter, so it may be built on the meta device, and no dense weight is made for its packed linears.
 
     Returns:
         `model`, in eval mode.
@@ -434,17 +459,18 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     if is_packed(model):
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first, or build a new one")
     source = Path(path)
+    take_back = None
     try:
-        loaded = _Loaded(model, source)
-    except _Damaged as error:
-        raise ValueError(f"{source}: {error}") from error
-    state = model.state_dict()
-    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
-    if empty:
-        raise PackedModelError(
-            f"the buffers {', '.join(empty[:3])} are on the meta device and not in any state_dict, so no file holds"
-            " them; build the model with its buffers on the CPU"
-        )
+        record = _record(source)
+        take_back = _as_small_(model, record)
+        loaded = _Loaded(model, source, record)
+        _refuse_empty_buffers(model)
+    except BaseException as error:
+        if take_back is not None:
+            take_back()
+        if isinstance(error, _Damaged):
+            raise ValueError(f"{source}: {error}") from error
+        raise
     place_(model, loaded.swaps)
     model.load_state_dict(loaded.state, strict=False, assign=True)
     if loaded.cast is not None:

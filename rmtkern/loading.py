@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
 from rmtkern.pruning.plan import PrunePlan
+from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.storage import read_metadata, read_tensors, write_tensors
 
-__all__ = ["input_size_of", "load_model", "load_plan", "load_state_", "save_dense"]
+__all__ = ["SHRUNK", "input_size_of", "load_model", "load_plan", "load_state_", "save_dense"]
+
+SHRUNK = "rmtkern.shrunk"
+"""Name in a checkpoint's metadata of the ShrinkPlan that made the model smaller."""
 
 
 def _from_function(spec: str) -> nn.Module:
@@ -126,15 +130,23 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
     """Load a checkpoint strictly into a model.
 
     Args:
-        model: not changed if the checkpoint does not fit.
+        model: not changed if the checkpoint does not fit; made as small as the checkpoint is if `shrink_` made that.
         checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
         name: of the model, for messages.
 
     Raises:
         ValueError: a checkpoint that is damaged or does not fit.
     """
-    state = _read_checkpoint(Path(checkpoint))
-    _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
+    path = Path(checkpoint)
+    state = _read_checkpoint(path)
+    shrunk = read_metadata(path).get(SHRUNK) if path.suffix == ".safetensors" else None
+    take_back = None if shrunk is None else ShrinkPlan.from_json(shrunk).apply_(model)
+    try:
+        _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
+    except ValueError:
+        if take_back is not None:
+            take_back()
+        raise
     model.load_state_dict(dict(state))
 
 
@@ -145,17 +157,22 @@ def input_size_of(model: nn.Module, batch: int) -> tuple[int, int, int, int]:
     return (batch, channels, *preprocessing_of(model).size)
 
 
-def save_dense(model: nn.Module, path: str | Path, plan_json: str | None = None) -> None:
+def save_dense(
+    model: nn.Module, path: str | Path, plan_json: str | None = None, shrink_json: str | None = None
+) -> None:
     """Write the model's state dict as dense safetensors under its own keys; complete or not at all.
 
-    Shared tensors are stored once per key. The plan travels in the metadata under "rmtkern".
+    Shared tensors are stored once per key. The plans travel in the metadata under "rmtkern" and "rmtkern.shrunk".
 
     Args:
         model: not packed.
         path: of the new file; written beside it first, then renamed.
         plan_json: the plan, as PrunePlan.to_json gives it.
+        shrink_json: what made the model smaller, as ShrinkPlan.to_json gives it; without it the file loads only into a
+            model that is as small.
     """
-    write_tensors(model.state_dict(), path, {} if plan_json is None else {"rmtkern": plan_json})
+    metadata = {"rmtkern": plan_json, SHRUNK: shrink_json}
+    write_tensors(model.state_dict(), path, {key: text for key, text in metadata.items() if text is not None})
 
 
 def load_plan(path: str | Path) -> PrunePlan:

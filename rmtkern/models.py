@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from rmtkern.errors import PackedModelError
 
-__all__ = ["GROUPS", "ROLES", "PrunableWeight", "check_values", "layer_type", "prunable_weights"]
+__all__ = [
+    "GROUPS",
+    "HEAD_COUNTS",
+    "HEAD_WIDTHS",
+    "ROLES",
+    "PrunableWeight",
+    "check_values",
+    "layer_type",
+    "prunable_weights",
+]
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "attn": ("qkv", "q", "k", "v", "attn_out"),
@@ -41,6 +50,12 @@ _MLP: dict[str, str] = {
     **dict.fromkeys(("fc1_g", "gate_proj", "w0"), "mlp_gate"),
     **dict.fromkeys(("fc2", "down_proj", "lin2", "linear2", "ln2"), "mlp_out"),
 }
+HEAD_COUNTS: tuple[str, ...] = ("num_heads", "num_attention_heads", "n_heads", "heads", "nhead")
+"""Attributes of attention modules that hold the number of heads."""
+
+HEAD_WIDTHS: tuple[str, ...] = ("attn_dim", "all_head_size", "inner_dim", "attention_dim")
+"""Attributes of attention modules that hold the number of heads times their size."""
+
 _ATTENTION_WORDS = ("attn", "attention")
 _MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "intermediate")
 _EMBED_WORDS = ("patch_embed", "patch_embedding", "patch_embeddings", "stem", "embeddings")

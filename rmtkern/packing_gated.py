@@ -4,7 +4,6 @@ It finds them by trying a copy of a module with random parameters, so it needs t
 packing.py decides which pair is swapped, by timing.
 """
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import interleave
 from rmtkern.nn import PackedGatedLinear
 from rmtkern.ops import ACTIVATIONS
+from rmtkern.testing import random_copy
 
 __all__ = ["AbsorbedLinear", "GatedPair", "find_pairs", "fuse", "fused", "part", "unfuse"]
 
@@ -144,14 +144,7 @@ def _try(name: str, module: nn.Module, movable: Mapping[str, nn.Linear]) -> Gate
         return hook
 
     try:
-        trial = copy.deepcopy(module).double()
-        for tensor in (*trial.parameters(), *trial.buffers()):
-            if tensor.is_floating_point():
-                bound = (3 / max(tensor.shape[-1] if tensor.ndim > 1 else 1, 1)) ** 0.5
-                tensor.data.uniform_(-bound, bound, generator=generator)
-        for part_of in trial.modules():  # other people's hooks are not for random numbers
-            part_of._forward_hooks.clear()
-            part_of._forward_pre_hooks.clear()
+        trial = random_copy(module, generator)
         for key, child in trial.named_children():
             child.register_forward_hook(note(key))
         with torch.no_grad():

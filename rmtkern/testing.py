@@ -1,12 +1,14 @@
-"""The one accuracy rule of the project and random sparse weights, for tests, benchmarks and pack_'s own check."""
+"""The one accuracy rule of the project, random sparse weights, and copies of modules to try something on."""
+
+import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rmtkern.activations import apply_activation
 
-__all__ = ["accuracy_excess", "assert_as_accurate_as_dense", "random_sparse"]
+__all__ = ["accuracy_excess", "assert_as_accurate_as_dense", "random_copy", "random_sparse"]
 
 
 Up = tuple[Tensor, Tensor | None]
@@ -124,3 +126,26 @@ def random_sparse(
         raise ValueError(f"k: expected a multiple of m = {m}, got {k}")
     ranks = torch.rand(n, k // m, m, generator=generator).argsort(-1).argsort(-1)
     return w * (ranks < kept).view(n, k)
+
+
+def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in float64 on the CPU with random numbers in place of its values, and without hooks.
+
+    Args:
+        module: of which only the structure matters; it may be on the meta device.
+        generator: of the numbers.
+
+    Returns:
+        Parameters and buffers of floats are uniform with variance 1 / last dimension (vectors: 1); others are kept.
+    """
+    trial = copy.deepcopy(module)
+    meta = any(tensor.is_meta for tensor in (*trial.parameters(), *trial.buffers()))
+    trial = (trial.to_empty(device="cpu") if meta else trial.cpu()).double()
+    for tensor in (*trial.parameters(), *trial.buffers()):
+        if tensor.is_floating_point():
+            bound = (3 / max(tensor.shape[-1] if tensor.ndim > 1 else 1, 1)) ** 0.5
+            tensor.data.uniform_(-bound, bound, generator=generator)
+    for part in trial.modules():  # other people's hooks are not for random numbers
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    return trial

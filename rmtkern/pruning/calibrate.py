@@ -114,7 +114,9 @@ def weights_in_order(stage: Stage, call: Call) -> list[tuple[PrunableWeight, int
     return [(by_name[name], uses) for name, uses in watch.uses.items()]
 
 
-def second_moment(stage: Stage, weight: PrunableWeight, uses: int, calls: Iterable[Call]) -> Tensor:
+def second_moment(
+    stage: Stage, weight: PrunableWeight, uses: int, calls: Iterable[Call], *, constant: bool = False
+) -> Tensor:
     """E x xᵀ over the inputs x of a weight, [G, K, K], in float32, or float64 for a float64 model.
 
     Args:
@@ -122,6 +124,7 @@ def second_moment(stage: Stage, weight: PrunableWeight, uses: int, calls: Iterab
         weight: one of the stage's.
         uses: from `weights_in_order`.
         calls: one for each batch.
+        constant: give x a last entry that is always 1, as a bias sees it: K is one more, and the last row holds E x.
 
     Returns:
         [G, K, K], symmetric; G > 1 where blocks of rows see different inputs.
@@ -129,7 +132,7 @@ def second_moment(stage: Stage, weight: PrunableWeight, uses: int, calls: Iterab
     Raises:
         ValueError: inputs with NaN or Inf.
     """
-    watch = _Watch([weight], products=True)
+    watch = _Watch([weight], products=True, constant=constant)
     for call in calls:
         watch.stop_at = watch.uses[weight.name] + uses
         try:
@@ -200,9 +203,9 @@ class _Watch(TorchFunctionMode):
     Squares [G, K] in float64, or with `products` all products [G, K, K]. After `stop_at` uses it ends the call.
     """
 
-    def __init__(self, weights: Sequence[PrunableWeight], products: bool = False) -> None:
+    def __init__(self, weights: Sequence[PrunableWeight], products: bool = False, *, constant: bool = False) -> None:
         super().__init__()
-        self.products, self.stop_at = products, -1
+        self.products, self.constant, self.stop_at = products, constant, -1
         self.uses: Counter[str] = Counter()
         self.by_storage: dict[int, list[PrunableWeight]] = {}
         for weight in weights:
@@ -250,6 +253,8 @@ class _Watch(TorchFunctionMode):
         if not self.products:
             return flat.float().square().sum(0, dtype=torch.float64)
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        if self.constant:
+            flat = F.pad(flat, (0, 1), value=1.0)
         return flat.t() @ flat
 
     def _attention(self, call: dict[str, Any]) -> None:
