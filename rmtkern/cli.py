@@ -53,7 +53,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, help="fraction of the selected weights removed, [0, 1); default 0.5")
-    parser.add_argument("--method", default="auto", help=f"auto, {', '.join(PRESETS)}")
+    parser.add_argument("--method", default="auto", help=f"auto, hybrid, {', '.join(PRESETS)}")
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured, n:m such as 2:4 or 2:4x4, or mini-blocks such as 4x1"
     )
@@ -257,11 +257,11 @@ def _prune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration(args: argparse.Namespace, model: nn.Module) -> list[Tensor] | None:
-    """Batches of the folder that --calibration names, if any."""
+def _calibration(args: argparse.Namespace, model: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
+    """Batches (images, labels) of the folder that --calibration names, if any."""
     if args.calibration is None:
         return None
-    return [x for x, _ in folder_batches(args.calibration, preprocessing_of(model), limit=args.calibration_images)]
+    return list(folder_batches(args.calibration, preprocessing_of(model), limit=args.calibration_images))
 
 
 def _sweep(args: argparse.Namespace) -> int:
