@@ -10,6 +10,7 @@ from rmtkern.certificates import Certificate, certify
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.files import load, save
+from rmtkern.gradual import Gradual, prune_gradually_
 from rmtkern.loading import load_plan
 from rmtkern.ops import available
 from rmtkern.packing import pack_, unpack_
@@ -28,6 +29,7 @@ __all__ = [
     "Decisions",
     "Evaluation",
     "FinetuneConfig",
+    "Gradual",
     "KernelUnavailable",
     "PackReport",
     "PackedModelError",
@@ -47,6 +49,7 @@ __all__ = [
     "load_plan",
     "pack_",
     "prune_",
+    "prune_gradually_",
     "save",
     "unpack_",
 ]
