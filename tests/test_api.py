@@ -304,7 +304,7 @@ def packed():
 @pytest.mark.parametrize("make, fields, error, message", [
     (vit, {"sparsity": 1.0}, ValueError, r"sparsity: expected a fraction in \[0, 1\), got 1.0"),
     (vit, {"sparsity": -0.5}, ValueError, "got -0.5"),
-    (vit, {"method": "magic"}, ValueError, "unknown method 'magic'; expected one of auto, magnitude"),
+    (vit, {"method": "magic"}, ValueError, "unknown method 'magic'; expected one of auto, hybrid, magnitude"),
     (vit, {"pattern": "blocky"}, ValueError, "unknown pattern 'blocky'"),
     (vit, {"pattern": "2:4", "sparsity": 0.7}, ValueError, "pattern '2:4' takes only sparsity 0.5"),
     (vit, {"pattern": "8:16"}, ValueError, r"blocks.0.attn.qkv.weight has 24 in features, not divisible by 16"),
