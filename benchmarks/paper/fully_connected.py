@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(f"{claim}: {'holds' if held else 'does not hold'}" for claim, held in holds.items()))
     share, images = max(means.values()) / 100, len(data["t10k"][1])
     error = 100 * (2 * share * (1 - share) / images) ** 0.5
-    print(f"one standard error of a difference on {images} images is at most {error:.2f} points, for one seed each")
+    print(f"one standard error of a difference on {images} images is about {error:.2f} points, for one seed each")
     return 0 if all(holds.values()) else 1
 
 
