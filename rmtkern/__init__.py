@@ -10,6 +10,7 @@ from rmtkern.certificates import Certificate, certify
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.files import load, save
+from rmtkern.gradual import Gradual, prune_gradually_
 from rmtkern.loading import load_plan
 from rmtkern.ops import available
 from rmtkern.packing import pack_, unpack_
@@ -31,6 +32,7 @@ __all__ = [
     "Decisions",
     "Evaluation",
     "FinetuneConfig",
+    "Gradual",
     "KernelUnavailable",
     "PackReport",
     "PackedModelError",
@@ -52,6 +54,7 @@ __all__ = [
     "load_plan",
     "pack_",
     "prune_",
+    "prune_gradually_",
     "prune_to_speed_",
     "save",
     "shrink_",

@@ -11,17 +11,22 @@ from torch import Tensor, nn
 
 from rmtkern import evaluation
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
+from rmtkern.pruning.budget import HILL
 from rmtkern.pruning.calibrate import Moments, calibrate
-from rmtkern.pruning.cycles import Pruned, make_masks, matrices
+from rmtkern.pruning.cycles import Pruned, layer_weights, make_masks, matrices
 from rmtkern.pruning.layerwise import prune_layerwise
-from rmtkern.pruning.pattern import parse_pattern, unit_of
+from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
 from rmtkern.pruning.target import Target, search
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
+from rmtkern.training.reallocate import reallocate
 
 __all__ = ["analyze", "prune_"]
 
 _log = logging.getLogger(__name__)
+
+OVER_PRUNED = 0.03
+"""Fraction of the selected weights that `restore` removes beyond the sparsity and gives back; docs/math.md (25)."""
 
 
 def analyze(
@@ -33,7 +38,7 @@ def analyze(
     alpha: float = 0.25,
     edge: str = "mp",
     beta: float | None = None,
-    k_hill: int = 20,
+    k_hill: int | None = 20,
     legacy: bool = False,
     max_bytes: int | None = None,
     show_progress: bool | None = None,
@@ -49,7 +54,7 @@ def analyze(
         alpha: share of eigenvalues left out at either end of the fit, (0, 0.5).
         edge: "mp" or "tw"; see spectrum.fit.fit_spectrum, which has the options below too.
         beta: level of the Tracy-Widom edge, (0, 1); None: 0.1, or the published 0.8 with `legacy`.
-        k_hill: eigenvalues in the Hill estimate, >= 2.
+        k_hill: eigenvalues in the Hill estimate, >= 2; None: half of them.
         legacy: the published (buggy) numbers.
         max_bytes: bound on the memory of one batch of equal shapes; None: the default of spectrum.fit.fit_spectra.
         show_progress: progress bar; None: only on a terminal.
@@ -92,6 +97,7 @@ def prune_(
     budget: str | None = None,
     score: str | None = None,
     repair: str | None = None,
+    restore: str | None = None,
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
@@ -111,7 +117,8 @@ def prune_(
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
             None: 0.5, or with `max_drop` whatever that allows.
-        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda", "obs", "admm" or "random"; see PruneConfig
+        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "alphapruning", "wanda", "ser",
+            "ser-gradient", "hybrid", "obs", "admm" or "random"; see PruneConfig
             and PRESETS. "auto" with calibration images is "admm".
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
             outputs x inputs such as "4x1".
@@ -119,15 +126,18 @@ def prune_(
         ignore: roles, groups or globs to leave out.
         calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader of
             tensors, of tuples whose first item is the images, or of mappings (keyword arguments, as text models take).
+            With labels for "ser", "ser-gradient" and "hybrid" above 20 %.
         config: a PruneConfig with all the fields; then none of the others may be given.
         budget: overrides the method's budget.
         score: overrides the method's score.
         repair: overrides the method's repair: "none", or "obs" (the survivors of any method's mask are refit to the
             layer's outputs on the calibration images).
+        restore: overrides the method's restore: "none", "movement" or "gradient" (3 % more than asked is removed, and
+            what is missed most comes back).
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
-        seed: of score "random".
+        seed: of score "random", and of the order of images with `restore`.
         max_drop: find the highest sparsity whose top-1 on `evaluate` falls by at most this much, [0, 1); 0.01 is one
             point. By bisection, each trial pruned anew from the dense weights; one copy of the weights to return to and
             one of the best trial are held. Every trial is in the plan.
@@ -149,7 +159,7 @@ def prune_(
     given = {
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
-        "repair": repair,
+        "repair": repair, "restore": restore,
     }  # fmt: skip
     config = _config(given, config)
     if max_drop is not None:
@@ -171,17 +181,30 @@ def _prune_(
         calibration = list(calibration)  # which may be read twice
     if config.score == "activation" and calibration is not None:
         moments = calibrate(model, weights, calibration, show_progress=show_progress)
-    elif calibration is not None and not config.layerwise:
+    elif calibration is not None and not config.layerwise and not config.needs_labels:
         _log.warning(
             "method %s with score %s uses no calibration images; they were ignored", config.method, config.score
         )
 
     def fit(found: Mapping[str, Tensor]) -> SpectralFits:
-        return fit_spectra(found, show_progress=show_progress)
+        return fit_spectra(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
-    pruned = make_masks(weights, config, fits, moments.features, fit, show_progress=show_progress)
-    images = moments.images
+    masks_of = partial(make_masks, weights, config, fits, moments.features, fit, show_progress=show_progress)
+    pruned, images = masks_of(), moments.images
+    if config.needs_labels:
+        unit = unit_of(parse_pattern(config.pattern)[1])
+        count = sum(int(whole_units(mask, unit).sum()) for mask, _ in pruned)
+        total = sum(mask.numel() for mask, _ in pruned) // (unit[0] * unit[1])
+        more = min(OVER_PRUNED, (1 - config.sparsity) / 2)
+        favour = [1.0] * len(weights)
+        if config.budget == "edge":
+            at = layer_weights(weights, fits, config.sparsity + more, alpha_regime=config.alpha_regime)
+            favour = [1 / weight for weight in at]
+        pruned, images = reallocate(
+            model, weights, masks_of(goal=count + round(more * total)), favour, calibration,
+            restore=config.restore or "", count=count, unit=unit, seed=config.seed, show_progress=show_progress,
+        )  # fmt: skip
     if config.layerwise and calibration is not None:
         masks = [mask for mask, _ in pruned]
         found, images = prune_layerwise(model, weights, config, masks, calibration, show_progress=show_progress)

@@ -20,6 +20,7 @@ from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate, folder_batches, preprocessing_of
 from rmtkern.files import save
+from rmtkern.gradual import CYCLE, DROP_THRESHOLD, GRID, prune_gradually_
 from rmtkern.loading import SHRUNK, input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
@@ -57,7 +58,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, help="fraction of the selected weights removed, [0, 1); default 0.5")
-    parser.add_argument("--method", default="auto", help=f"auto, {', '.join(PRESETS)}")
+    parser.add_argument("--method", default="auto", help=f"auto, hybrid, {', '.join(PRESETS)}")
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured, n:m such as 2:4 or 2:4x4, or mini-blocks such as 4x1"
     )
@@ -69,12 +70,22 @@ SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
 """Field -> what the dataclass says of it; each is an option of `rmtkern finetune`."""
 
 
-def _settings_arguments(parser: argparse.ArgumentParser) -> None:
+def _settings_arguments(parser: argparse.ArgumentParser, defaults: FinetuneConfig) -> None:
     kinds = {"int": int, "float": float, "str": str}
     for name, field in SETTINGS.items():
         kind = kinds[str(getattr(field.type, "__name__", field.type)).partition(" ")[0]]
-        default = "none" if field.default is None else field.default
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"default: {default}")
+        value = getattr(defaults, name)
+        shown = "none" if value is None else value
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default: {shown}")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--train", type=Path, required=True, help="folder of images, a sub-folder per class; held in memory"
+    )
+    parser.add_argument("--train-images", type=int, help="at most so many of them, evenly over the classes")
+    parser.add_argument("--teacher", type=Path, help="safetensors of the dense model to distil from")
+    parser.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    names = "{demo,analyze,advise,shrink,prune,sweep,finetune,bench,info}"
+    names = "{demo,analyze,advise,shrink,prune,sweep,finetune,gradual,bench,info}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -166,15 +177,25 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = verb("finetune", "train the surviving weights of a pruned model; the zeros of its checkpoint stay zero")
     _model_arguments(tune)
-    tune.add_argument(
-        "--train", type=Path, required=True, help="folder of images, a sub-folder per class; held in memory"
-    )
-    tune.add_argument("--train-images", type=int, help="at most so many of them, evenly over the classes")
-    tune.add_argument("--teacher", type=Path, help="safetensors of the dense model to distil from")
-    tune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
+    _train_arguments(tune)
     tune.add_argument("--run", type=Path, help="safetensors file with the whole run after every epoch; gone on from")
-    _settings_arguments(tune)
+    _settings_arguments(tune, FinetuneConfig())
     tune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
+
+    steps = verb("gradual", "prune to one sparsity after another and fine-tune after each")
+    _model_arguments(steps)
+    _train_arguments(steps)
+    steps.add_argument("--held-out", type=Path, help="folder of further training images that score every cycle")
+    steps.add_argument("--sparsities", type=float, nargs="+", default=list(GRID), help="rising, each [0, 1)")
+    steps.add_argument(
+        "--method", default="hybrid", help=f"hybrid, {DROP_THRESHOLD} (needs --held-out), {', '.join(PRESETS)}"
+    )
+    steps.add_argument("--drop", type=float, default=0.007, help=f"top-1 that {DROP_THRESHOLD} lets magnitude lose")
+    steps.add_argument("--pattern", default="unstructured", help="unstructured, or mini-blocks such as 4x1")
+    steps.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
+    steps.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
+    _settings_arguments(steps, CYCLE)
+    steps.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
 
     bench = verb("bench", "pack a pruned model and time it against the strongest dense form")
     _model_arguments(bench)
@@ -316,11 +337,11 @@ def _prune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration(args: argparse.Namespace, model: nn.Module) -> list[Tensor] | None:
-    """Batches of the folder that --calibration names, if any."""
+def _calibration(args: argparse.Namespace, model: nn.Module) -> list[tuple[Tensor, Tensor]] | None:
+    """Batches (images, labels) of the folder that --calibration names, if any."""
     if args.calibration is None:
         return None
-    return [x for x, _ in folder_batches(args.calibration, preprocessing_of(model), limit=args.calibration_images)]
+    return list(folder_batches(args.calibration, preprocessing_of(model), limit=args.calibration_images))
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -360,13 +381,12 @@ def _finetune(args: argparse.Namespace) -> int:
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     stored = _stored(args.checkpoint, "rmtkern")
     plan = None if stored is None else load_plan(args.checkpoint)
-    batches = folder_batches(args.train, preprocessing_of(model), limit=args.train_images)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    data = _folder(args.train, model, args.train_images)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     report = finetune_(
         model,
         plan,
-        (images, labels),
+        data,
         teacher=args.teacher,
         config=config,
         checkpoint=args.run,
@@ -376,6 +396,47 @@ def _finetune(args: argparse.Namespace) -> int:
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, stored, _stored(args.checkpoint, SHRUNK))
     _report(args, "report", report, before, after)
+    return 0
+
+
+def _folder(folder: Path, model: nn.Module, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images and labels of a folder, as the model wants them."""
+    batches = folder_batches(folder, preprocessing_of(model), limit=limit)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    return images, labels
+
+
+def _gradual(args: argparse.Namespace) -> int:
+    _check_folder(args.output)
+    config = FinetuneConfig(**{name: getattr(args, name) for name in SETTINGS})
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    data = _folder(args.train, model, args.train_images)
+    before = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    found = prune_gradually_(
+        model,
+        data,
+        args.sparsities,
+        args.method,
+        held_out=None if args.held_out is None else _folder(args.held_out, model),
+        drop=args.drop,
+        pattern=args.pattern,
+        targets=tuple(args.targets) if args.targets else None,
+        ignore=tuple(args.ignore),
+        teacher=args.teacher,
+        finetune=config,
+        seed=args.seed,
+        show_progress=False if args.json else None,
+    )
+    after = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    save_dense(model, args.output, found.plan.to_json(), _stored(args.checkpoint, SHRUNK))
+    if args.json:
+        scores = {"before": before.to_dict() if before else None, "after": after.to_dict() if after else None}
+        _print_json({"output": str(args.output), **scores, **json.loads(found.to_json())})
+        return 0
+    print(found)
+    if before and after:
+        print(f"before: {before}\nafter:  {after}")
+    print(f"wrote {args.output}")
     return 0
 
 
@@ -441,7 +502,7 @@ def _info(args: argparse.Namespace) -> int:
 
 VERBS = {
     "demo": _demo, "analyze": _analyze, "advise": _advise, "shrink": _shrink, "prune": _prune, "sweep": _sweep,
-    "finetune": _finetune, "bench": _bench, "info": _info,
+    "finetune": _finetune, "gradual": _gradual, "bench": _bench, "info": _info,
 }  # fmt: skip
 
 

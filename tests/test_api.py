@@ -19,10 +19,10 @@ from rmtkern.errors import PackedModelError
 from rmtkern.models import PrunableWeight, prunable_weights
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, PRESETS
-from rmtkern.pruning.score import CALIBRATED
 
-DATA_FREE = [name for name, preset in PRESETS.items() if preset.score not in CALIBRATED]
+DATA_FREE = [name for name in PRESETS if not PruneConfig(method=name).resolve(True).needs_calibration]
 IMAGES = torch.randn(4, 3, 32, 32)
+LABELLED = IMAGES, torch.tensor([0, 1, 1, 0])
 HF = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
@@ -119,7 +119,7 @@ def test_masks_only_grow_over_cumulative_cycles(sparsities, methods):
 def test_the_same_request_gives_the_same_zeros(method):
     first = MODELS["timm vit"]()
     second = copy.deepcopy(first)
-    images = None if method in DATA_FREE else IMAGES
+    images = None if method in DATA_FREE else LABELLED
     plans = [prune_(model, 0.6, method, calibration=images, seed=5) for model in (first, second)]
     assert plans[0].to_json() == plans[1].to_json()
     assert unchanged(first, state(second))
@@ -160,8 +160,10 @@ def test_zeros_stay_zero_under_training_with_their_gradient_masked():
 def test_every_method_on_real_models(name):
     model = MODELS[name]().eval()
     for step, method in enumerate(PRESETS):
-        images = None if method in DATA_FREE else IMAGES
-        sparsity = 0.2 + 0.08 * step
+        images = None if method in DATA_FREE else LABELLED
+        if name == "hf clip" and PRESETS[method].restore != "none":
+            continue  # it has no classes
+        sparsity = 0.2 + 0.7 * step / len(PRESETS)
         plan = prune_(model, sparsity, method, calibration=images)
         assert zeros(model) == round(sparsity * total(model))
         plan.verify(model)
@@ -302,7 +304,7 @@ def packed():
 @pytest.mark.parametrize("make, fields, error, message", [
     (vit, {"sparsity": 1.0}, ValueError, r"sparsity: expected a fraction in \[0, 1\), got 1.0"),
     (vit, {"sparsity": -0.5}, ValueError, "got -0.5"),
-    (vit, {"method": "magic"}, ValueError, "unknown method 'magic'; expected one of auto, magnitude"),
+    (vit, {"method": "magic"}, ValueError, "unknown method 'magic'; expected one of auto, hybrid, magnitude"),
     (vit, {"pattern": "blocky"}, ValueError, "unknown pattern 'blocky'"),
     (vit, {"pattern": "2:4", "sparsity": 0.7}, ValueError, "pattern '2:4' takes only sparsity 0.5"),
     (vit, {"pattern": "8:16"}, ValueError, r"blocks.0.attn.qkv.weight has 24 in features, not divisible by 16"),
@@ -311,7 +313,7 @@ def packed():
     (vit, {"ignore": ("attn", "mlp")}, ValueError, "nothing to prune"),
     (vit, {"method": "wanda"}, ValueError, "method 'wanda' with score 'activation' needs images"),
     (vit, {"method": "obs"}, ValueError, r"method 'obs' with score 'obs' needs images; pass calibration=, or take a "
-     "method without: magnitude, uniform, row, random, seb, rmt$"),
+     "method without: magnitude, uniform, row, random, seb, rmt, alphapruning$"),
     (vit, {"method": "row", "repair": "obs"}, ValueError, "method 'row' with repair 'obs' needs images"),
     (vit, {"repair": "half"}, ValueError, "unknown repair 'half'; expected one of none, obs"),
     (vit, {"repair": 1}, TypeError, "repair: expected a string, got int"),

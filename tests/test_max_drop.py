@@ -12,7 +12,6 @@ from rmtkern.evaluation import evaluate
 from rmtkern.models import prunable_weights
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.presets import PRESETS
-from rmtkern.pruning.score import CALIBRATED
 
 IMAGES = torch.randn(120, 16)
 
@@ -58,7 +57,8 @@ METHODS = [(method, "unstructured") for method in PRESETS] + [("magnitude", "4x1
 def test_every_method_and_pattern(method, pattern):
     model = net()
     data, before = split(model), copy.deepcopy(model)
-    calibration = IMAGES if PRESETS[method].score in CALIBRATED else None
+    calibrated = PruneConfig(method=method).resolve(True).needs_calibration
+    calibration = data if calibrated else None
     options = {"method": method, "pattern": pattern, "targets": FC, "calibration": calibration}
     plan = prune_(model, max_drop=0.05, evaluate=data, tolerance=0.05, **options)
     target = plan.target

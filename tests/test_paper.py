@@ -1,9 +1,12 @@
 """The papers' experiments: each runs and confirms its claims; a number outside of its bounds does not."""
 
 import csv
+import gzip
 
+import numpy as np
 import pytest
 
+from benchmarks.paper import fully_connected
 from benchmarks.paper.__main__ import EXPERIMENTS, main
 from benchmarks.paper.finding import Finding
 
@@ -34,3 +37,33 @@ def test_rows_are_stored_and_a_failed_claim_is_the_exit_status(tmp_path, monkeyp
     assert [(row["seed"], row["holds"]) for row in rows] == [("0", "True"), ("1", "False")] and rows[0]["torch"]
     with pytest.raises(SystemExit):
         main(["T99"])
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    """The four idx files of Fashion-MNIST with 80 images of two grey levels per class."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 80), ("t10k", 20)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = (rng.integers(0, 30, (count, 28, 28)) + 20 * labels[:, None, None]).astype(np.uint8)
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = b"\x00\x00\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    return tmp_path
+
+
+def test_fully_connected_networks(few_images, capsys):
+    path = few_images / "fc.csv"
+    argv = ["--data", str(few_images), "--width", "40", "--epochs", "4", "--batch", "20", "--gate", "1"]
+    assert fully_connected.main([*argv, "none", "He, MP + L1 + L2", "--out", str(path)]) == 0  # nothing to compare
+    with path.open(newline="") as file:
+        none, cut = csv.DictReader(file)
+    assert (
+        none["stored"] == none["weights"] == str(784 * 40 + 3 * 40 * 40 + 40 * 10 + 10 * 10) and none["cut_gate"] == ""
+    )
+    assert int(cut["cut_values"]) > 0 and int(cut["stored"]) < int(cut["weights"]) and cut["stopped"] == ""
+    assert (none["published_test_top1"], cut["published_test_top1"]) == ("71.64", "")
+    code = fully_connected.main([*argv, "MP", "none"])
+    assert ("none < MP: holds" in capsys.readouterr().out) is (code == 0)
+    with pytest.raises(SystemExit):
+        fully_connected.main([*argv, "all"])

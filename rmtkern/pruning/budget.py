@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BUDGETS", "SPECTRAL", "Layer", "cycle_targets", "edge_weights", "take_smallest"]
+__all__ = ["BUDGETS", "HILL", "SPECTRAL", "Layer", "alpha_ratios", "cycle_targets", "edge_weights", "take_smallest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +90,35 @@ def cycle(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = Fals
             for layer, target in zip(layers, cycle_targets(layers, cycle), strict=True)]  # fmt: skip
 
 
-BUDGETS: dict[str, Budget] = {"global": global_, "uniform": uniform, "row": row, "edge": edge, "cycle": cycle}
+def alphapruning(
+    layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
+) -> list[Tensor]:
+    """AlphaPruning: a sparsity for each layer by how heavy its spectrum's tail is; heavier tails lose less.
+
+    The key is the rank in the layer, as a fraction, over the layer's share; a share above 1 takes the whole layer.
+
+    Source: Lu et al. 2024, arXiv 2410.10912, section 3; docs/math.md (24).
+    """
+    return [_closed(layer, ((_ranks(layer.score.flatten()) + 0.5) / (ratio * layer.score.numel()))
+                    .reshape(layer.score.shape))
+            for layer, ratio in zip(layers, alpha_ratios(layers, sparsity), strict=True)]  # fmt: skip
+
+
+BUDGETS: dict[str, Budget] = {
+    "global": global_,
+    "uniform": uniform,
+    "row": row,
+    "edge": edge,
+    "cycle": cycle,
+    "alphapruning": alphapruning,
+}
 """Name -> budget."""
 
-SPECTRAL: tuple[str, ...] = ("edge", "cycle")
+SPECTRAL: tuple[str, ...] = ("edge", "cycle", "alphapruning")
 """The budgets that need the layers' spectral fits."""
+
+HILL: dict[str, int | None] = {"alphapruning": None}
+"""Budget -> eigenvalues in its Hill estimates (None: half of them), where these are not the default's 20."""
 
 # Upper end of the regime, signal, beta for attn, mlp and other, and the sparsity s_d at which the weights reach 1.
 _REGIMES: tuple[tuple[float, str, dict[str, float], float], ...] = (
@@ -132,6 +156,34 @@ def edge_weights(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool
         1.0 if value is None else max(_WEIGHT_FLOOR, 1.0 + beta[layer.type] * strength * (value - mean) / deviation)
         for layer, value in zip(layers, values, strict=True)
     ]
+
+
+_SPREAD = 0.3
+
+
+def alpha_ratios(layers: Sequence[Layer], sparsity: float) -> list[float]:
+    """Each layer's sparsity before any is cut at 1: eta ((1 - tau) + 2 tau (alpha_l - min) / (max - min)).
+
+    eta makes the mean over all entries the asked sparsity. tau is 0.3 (the published choice for magnitude), and 1 - s
+    where that is smaller, since a layer that loses everything cuts the model in two.
+
+    Args:
+        layers: with Hill exponents over half of their eigenvalues; one without is put in the middle.
+        sparsity: target s in [0, 1).
+
+    Returns:
+        One number per layer, > 0; equal ones where the exponents do not vary.
+
+    Source: Lu et al. 2024, arXiv 2410.10912, section 3; docs/math.md (24).
+    """
+    known = [layer.alpha for layer in layers if layer.alpha is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    tau = min(_SPREAD, 1 - sparsity) if high - low > 1e-12 * high else 0.0
+    places = [0.5 if layer.alpha is None or tau == 0 else (layer.alpha - low) / (high - low) for layer in layers]
+    shares = [1 - tau + 2 * tau * place for place in places]
+    sizes = [layer.score.numel() for layer in layers]
+    mean = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
+    return [max(sparsity, 1e-12) * share / mean for share in shares]
 
 
 def cycle_targets(layers: Sequence[Layer], cycle: int) -> list[float]:

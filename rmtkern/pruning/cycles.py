@@ -12,14 +12,14 @@ from torch import Tensor
 
 from rmtkern.models import PrunableWeight, layer_type
 from rmtkern.progress import progress
-from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, take_smallest
+from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, edge_weights, take_smallest
 from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_of, unit_scores, whole_units
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.score import SCORES
 from rmtkern.spectrum.denoise import legacy_theta, sparsify_haar, sparsify_singular_vectors
 from rmtkern.spectrum.fit import SpectralFit
 
-__all__ = ["Pruned", "make_masks", "matrices"]
+__all__ = ["Pruned", "layer_weights", "make_masks", "matrices"]
 
 Fits = Mapping[str, SpectralFit]
 Pruned = tuple[Tensor, Tensor | None]
@@ -51,6 +51,7 @@ def make_masks(
     moments: Mapping[str, Tensor],
     fit: Callable[[Mapping[str, Tensor]], Fits],
     *,
+    goal: int | None = None,
     show_progress: bool | None = None,
 ) -> list[Pruned]:
     """Decide which entries go, to the single weight, or to the single mini-block of an rxc pattern.
@@ -64,6 +65,8 @@ def make_masks(
         fits: of `matrices(weights)`; may be empty if the config needs none.
         moments: weight name -> [G, K] second moments; may be empty if the score needs none.
         fit: fits matrices again, for the later cycles of budget "cycle".
+        goal: units that are zero afterwards; None: as many as the sparsity asks. The budget sees the
+            sparsity of `config` all the same.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
@@ -77,7 +80,7 @@ def make_masks(
     masks = [value == 0 for value in values]
     unit = unit_of(params)
     total = sum(mask.numel() for mask in masks) // (unit[0] * unit[1])
-    goal = round(config.sparsity * total)
+    goal = round(config.sparsity * total) if goal is None else goal
     zeros = sum(int(whole_units(mask, unit).sum()) for mask in masks)
     if zeros > goal and kind != "n:m":
         raise ValueError(
@@ -136,12 +139,28 @@ def _layers(
                 layer_type(weight.role),
                 score.masked_fill_(~(allowed | gone), torch.inf),
                 int(gone.sum()),
-                edge=_mean([one.sigma_plus for one in found]),
-                alpha=_mean([one.hill_alpha for one in found]),
+                *_signals(found),
                 randomness=_randomness(found),
             )
         )
     return layers
+
+
+def layer_weights(
+    weights: Sequence[PrunableWeight], fits: Fits, sparsity: float, *, alpha_regime: bool = False
+) -> list[float]:
+    """The weights w_l of budget "edge" at a sparsity, one for each weight; see budget.edge_weights."""
+    nothing = torch.empty(0)
+    layers = [
+        Layer(layer_type(weight.role), nothing, 0,
+              *_signals([fits[label] for label in weight.blocks() if label in fits])) for weight in weights
+    ]  # fmt: skip
+    return edge_weights(layers, sparsity, alpha_regime=alpha_regime)
+
+
+def _signals(found: Sequence[SpectralFit]) -> tuple[float | None, float | None]:
+    """Edge and Hill exponent of a weight: means over its blocks."""
+    return _mean([one.sigma_plus for one in found]), _mean([one.hill_alpha for one in found])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rmtkern.models import PrunableWeight, prunable_weights
 from rmtkern.pruning.budget import BUDGETS, SPECTRAL
 from rmtkern.pruning.pattern import parse_pattern
-from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, PRESETS
+from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, HYBRID_UNTIL, PRESETS, RESTORES
 from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
 from rmtkern.pruning.score import CALIBRATED, LAYERWISE, SCORES
 from rmtkern.pruning.target import Target, Trial
@@ -46,7 +46,8 @@ class PruneConfig:
 
     Args:
         sparsity: fraction of the selected weights that is zero afterwards, over all layers together; [0, 1).
-        method: a preset (a key of PRESETS), or "auto": the best preset for what is at hand.
+        method: a preset (a key of PRESETS); "auto": the best preset for what is at hand; or "hybrid": "magnitude" to
+            20 % and "ser" above.
         budget: key of BUDGETS, how the sparsity is shared over layers; None: the method's.
         score: key of SCORES, which entries matter; None: the method's.
         repair: key of REPAIRS, what becomes of the entries that stay; None: the method's.
@@ -59,7 +60,9 @@ class PruneConfig:
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents as published, instead of plain magnitude.
         theta: unit of the thresholds on singular vectors in budget "cycle": "haar" (scale-free) or "legacy"
             (theta grows with N K, as published).
-        seed: of score "random".
+        seed: of score "random", and of the order of the images with `restore`.
+        restore: one of RESTORES, by what entries come back after 3 % more than asked were removed: "movement" (training
+            these alone) or "gradient" (|g W|); both need calibration images with labels. None: the method's.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -78,18 +81,21 @@ class PruneConfig:
     theta: str = "haar"
     seed: int = 0
     repair: str | None = None
+    restore: str | None = None
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
-        _one_of("method", self.method, ("auto", *PRESETS))
+        _one_of("method", self.method, ("auto", "hybrid", *PRESETS))
         if self.budget is not None:
             _one_of("budget", self.budget, BUDGETS)
         if self.score is not None:
             _one_of("score", self.score, SCORES)
         if self.repair is not None:
             _one_of("repair", self.repair, REPAIRS)
+        if self.restore is not None:
+            _one_of("restore", self.restore, RESTORES)
         _, params = parse_pattern(self.pattern)
         if "n" in params and not math.isclose(self.sparsity, 1 - params["n"] / params["m"], abs_tol=1e-12):
             raise ValueError(
@@ -117,17 +123,20 @@ class PruneConfig:
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
 
     def resolve(self, calibrated: bool) -> Self:
-        """The same request with method, budget, score and repair named.
+        """The same request with method, budget, score, repair and restore named.
 
         Args:
             calibrated: whether calibration images are at hand.
 
         Raises:
-            ValueError: the score or the repair needs calibration images and there are none.
+            ValueError: something needs calibration images and there are none; or entries shall come back where a score
+                is known only layer by layer, or an n:m pattern says itself how many go.
         """
         method = self.method
         if method == "auto":
             method = AUTO_CALIBRATED if calibrated else AUTO_NM if ":" in self.pattern else AUTO
+        elif method == "hybrid":
+            method = "magnitude" if self.sparsity <= HYBRID_UNTIL else "ser"
         preset = PRESETS[method]
         resolved = replace(
             self,
@@ -135,19 +144,35 @@ class PruneConfig:
             budget=self.budget or preset.budget,
             score=self.score or preset.score,
             repair=self.repair or preset.repair,
+            restore=self.restore or preset.restore,
         )
+        if resolved.restore != "none" and (":" in self.pattern or resolved.score in LAYERWISE):
+            raise ValueError(
+                f"restore {resolved.restore!r}: expected a pattern without n:m and a score that is known before any "
+                f"layer is pruned, got pattern {self.pattern!r} and score {resolved.score!r}; take restore='none'"
+            )
         if resolved.needs_calibration and not calibrated:
-            what = f"score {resolved.score!r}" if resolved.score in CALIBRATED else f"repair {resolved.repair!r}"
+            what = f"restore {resolved.restore!r}"
+            if resolved.score in CALIBRATED:
+                what = f"score {resolved.score!r}"
+            elif resolved.repair in CALIBRATED_REPAIRS:
+                what = f"repair {resolved.repair!r}"
+            without = [name for name in PRESETS if not PruneConfig(method=name).resolve(True).needs_calibration]
             raise ValueError(
                 f"method {method!r} with {what} needs images; pass calibration=, or take a method "
-                f"without: {', '.join(name for name, p in PRESETS.items() if p.score not in CALIBRATED)}"
+                f"without: {', '.join(without)}"
             )
         return resolved
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the score or the repair of a resolved config needs calibration images."""
-        return self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS
+        """Whether the score, the repair or the restore of a resolved config needs calibration images."""
+        return self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS or self.needs_labels
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether a resolved config needs calibration images with labels."""
+        return self.restore not in (None, "none")
 
     @property
     def layerwise(self) -> bool:
@@ -272,7 +297,8 @@ class PrunePlan:
         lines = [("selected weights", self.selected), ("prunable weights with patch embedding and head", self.prunable),
                  ("all parameters", self.parameters)]  # fmt: skip
         notes = [
-            f"method {config.method} (budget {config.budget}, score {config.score}, repair {config.repair}), "
+            f"method {config.method} (budget {config.budget}, score {config.score}, repair {config.repair}"
+            f"{f', restore {config.restore}' if config.needs_labels else ''}), "
             f"pattern {config.pattern}, asked sparsity {config.sparsity:g}",
             *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
         ]

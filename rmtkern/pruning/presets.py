@@ -1,17 +1,18 @@
-"""The named methods: a budget, a score and a repair each. Nothing else is decided here."""
+"""The named methods: a budget, a score, a repair and what may come back. Nothing else is decided here."""
 
 from dataclasses import dataclass
 
-__all__ = ["AUTO", "AUTO_CALIBRATED", "AUTO_NM", "PRESETS", "Preset"]
+__all__ = ["AUTO", "AUTO_CALIBRATED", "AUTO_NM", "HYBRID_UNTIL", "PRESETS", "RESTORES", "Preset"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A budget (key of BUDGETS), a score (key of SCORES) and a repair (key of REPAIRS)."""
+    """A budget (key of BUDGETS), a score (of SCORES), a repair (of REPAIRS) and a restore (of RESTORES)."""
 
     budget: str
     score: str
     repair: str = "none"
+    restore: str = "none"
 
 
 PRESETS: dict[str, Preset] = {
@@ -21,11 +22,20 @@ PRESETS: dict[str, Preset] = {
     "random": Preset("uniform", "random"),
     "seb": Preset("edge", "magnitude"),
     "rmt": Preset("cycle", "magnitude"),
+    "alphapruning": Preset("alphapruning", "magnitude"),
     "wanda": Preset("row", "activation"),
+    "ser": Preset("edge", "magnitude", restore="movement"),
+    "ser-gradient": Preset("edge", "magnitude", restore="gradient"),
     "obs": Preset("uniform", "obs", "obs"),
     "admm": Preset("uniform", "admm", "obs"),
 }
 """Method -> preset."""
+
+RESTORES = ("none", "movement", "gradient")
+"""Which entries come back after 3 % more than asked were removed; see training/reallocate.py."""
+
+HYBRID_UNTIL = 0.20
+"""Highest sparsity at which method "hybrid" is "magnitude"; above, it is "ser" (arXiv 2606.02608)."""
 
 # Chosen on 500 training images (benchmarks/results/accuracy-vits14-imagenette-choice.csv): "row" was best of the
 # data-free presets, closely followed by "uniform" and "rmt" (within the error of so few images).

@@ -86,7 +86,7 @@ class FitOptions:
     alpha: float = 0.25
     edge: str = "mp"
     beta: float = 0.1
-    k_hill: int = 20
+    k_hill: int | None = 20
     legacy: bool = False
 
     def __post_init__(self) -> None:
@@ -96,8 +96,8 @@ class FitOptions:
             raise ValueError(f"edge must be 'mp' (plain Marchenko-Pastur) or 'tw' (Tracy-Widom), got {self.edge!r}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta must lie in (0, 1), got {self.beta!r}")
-        if self.k_hill < 2:
-            raise ValueError(f"k_hill must be at least 2, got {self.k_hill!r}")
+        if self.k_hill is not None and self.k_hill < 2:
+            raise ValueError(f"k_hill must be at least 2, or None for half of the values, got {self.k_hill!r}")
 
 
 class SpectralFits(Mapping[str, SpectralFit]):
@@ -157,9 +157,9 @@ def _unit_quantiles(p: int, n: int, start: int, stop: int, legacy: bool) -> np.n
     return values
 
 
-def _hill(squares: np.ndarray, k_hill: int) -> float | None:
+def _hill(squares: np.ndarray, k_hill: int | None) -> float | None:
     """1 + 1 / mean log-excess of the k largest squares over the next; docs/math.md (13)."""
-    k = min(k_hill, len(squares) - 1)
+    k = min(len(squares) // 2 if k_hill is None else k_hill, len(squares) - 1)
     if k < 2 or squares[k] <= 0:
         return None
     excess = float(np.mean(np.log(squares[:k] / squares[k])))
@@ -240,7 +240,7 @@ def fit_spectrum(
     alpha: float = 0.25,
     edge: str = "mp",
     beta: float | None = None,
-    k_hill: int = 20,
+    k_hill: int | None = 20,
     legacy: bool = False,
 ) -> SpectralFit:
     """Fit the Marchenko-Pastur law to one weight matrix by bulk eigenvalue matching (BEMA).
@@ -252,7 +252,7 @@ def fit_spectrum(
         alpha: share of eigenvalues left out at each end of the central window, (0, 0.5).
         edge: "mp" for the plain upper edge (budgets), "tw" for the Tracy-Widom threshold at level `beta` (detection).
         beta: probability that pure noise exceeds the "tw" edge, (0, 1); default 0.1, or 0.8 with `legacy`.
-        k_hill: number of tail values in the Hill estimator, >= 2.
+        k_hill: number of tail values in the Hill estimator, >= 2; None: half of them, min(N, K) // 2.
         legacy: reproduce the published code's numbers, defects included (docs/math.md, "Legacy").
 
     Returns:
@@ -350,7 +350,7 @@ def fit_spectra(
     alpha: float = 0.25,
     edge: str = "mp",
     beta: float | None = None,
-    k_hill: int = 20,
+    k_hill: int | None = 20,
     legacy: bool = False,
     max_bytes: int | None = None,
     show_progress: bool | None = None,

@@ -5,14 +5,14 @@ It knows no model's architecture and no loss. Everything random here follows fro
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from rmtkern.evaluation import logits_of
@@ -37,7 +37,7 @@ class Batch:
     labels: Tensor | None
     size: int
 
-    def logits(self, model: nn.Module) -> Tensor:
+    def logits(self, model: Callable[..., Any]) -> Tensor:
         """Logits [B, classes] of a model, checked against the labels.
 
         Raises:

@@ -12,7 +12,7 @@ __all__ = ["AUTOCAST", "OPTIMIZERS", "FinetuneConfig"]
 OPTIMIZERS = ("adamw", "sgd")
 AUTOCAST = ("bfloat16",)
 
-_WHOLE = {"epochs": 1, "batch_size": 1, "accumulate": 1, "patience": 1, "seed": 0}
+_WHOLE = {"epochs": 1, "batch_size": 1, "accumulate": 1, "patience": 1, "seed": 0, "cut_every": 1, "cut_until": 1}
 """Field -> smallest int."""
 
 _NUMBERS: dict[str, tuple[float, float, str]] = {
@@ -28,11 +28,12 @@ _NUMBERS: dict[str, tuple[float, float, str]] = {
     "strength": (0.0, math.inf, "a finite number >= 0"),
     "ema": (0.0, 1.0, "a decay in [0, 1); 0 means no average"),
     "holdout": (0.0, 1.0, "a fraction in [0, 1)"),
+    "cut_gate": (0.0, 1.0, "a number in [0, 1]"),
 }
 """Field -> low, high and the words for the range; the words say whether an end belongs to it."""
 
 _NAMES = {"optimizer": OPTIMIZERS, "regulariser": tuple(REGULARISERS), "autocast": AUTOCAST}
-_MAY_BE_NONE = ("patience", "clip", "regulariser", "autocast")
+_MAY_BE_NONE = ("patience", "clip", "regulariser", "autocast", "cut_every")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class FinetuneConfig:
         holdout: fraction of the training data held out to choose the best state, [0, 1); 0: the last state is kept.
         patience: stop after so many epochs without a better held-out loss; None: run them all.
         seed: of the split, the order of the data, and dropout.
+        cut_every: epochs between cuts of the weights' spectra: singular values below the Marchenko-Pastur edge go, as
+            in MP-based training of fully connected networks (pruning.bulk.cut_bulk); None: never.
+        cut_until: epoch by which all of them would go; a cut after epoch e keeps the share 1 - e / cut_until.
+        cut_gate: largest fit error of a weight that is cut, [0, 1].
 
     Raises:
         TypeError: a field of the wrong type.
@@ -88,6 +93,9 @@ class FinetuneConfig:
     holdout: float = 0.05
     patience: int | None = None
     seed: int = 0
+    cut_every: int | None = None
+    cut_until: int = 200
+    cut_gate: float = 0.1
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):

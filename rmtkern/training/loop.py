@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rmtkern.loading import load_state_
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.progress import progress
+from rmtkern.pruning.bulk import cut_bulk, share_kept
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.training.batches import Batch, read_batch, rng_kept, seed_epoch, split
 from rmtkern.training.checkpoint import optimizer_tensors, read_run, restore_, restore_optimizer_, save_run
@@ -177,6 +178,8 @@ class _Run:
         self.regularised = [weight for weight in weights if weight.parameter.requires_grad]
         self.optimizer = _optimizer(config, self.parameters, {id(weight.parameter) for weight in weights})
         self.optimizer.zero_grad()  # gradients from before do not count
+        if config.cut_every is not None and any(is_sharded(weight.parameter) for weight in self.regularised):
+            raise ValueError("cut_every: the weights are sharded, and a spectrum needs whole ones; take cut_every=None")
         self.ema = Ema(self.parameters, config.ema) if config.ema else None
         self.state = {**self.parameters, **dict(bare.named_buffers())}
         self.steps_per_epoch = -(-len(self.train) // config.accumulate)
@@ -270,10 +273,29 @@ class _Run:
             summed, seen = summed + loss * size, seen + size
         self.masks.check_state(self.optimizer, f"after epoch {epoch}")
         total, count = self.ranks.total([summed, seen], self.device)
+        cut = self._cut(epoch)
         held = self._score()
         if held[0] is not None and not math.isfinite(held[0]):
             raise _NotFinite(f"held-out loss {held[0]} after epoch {epoch}")
-        return Epoch(epoch, total / count, self._penalty(), *held, lr, time.perf_counter() - start)
+        return Epoch(epoch, total / count, self._penalty(), *held, lr, time.perf_counter() - start, cut)
+
+    @torch.no_grad()
+    def _cut(self, epoch: int) -> int | None:
+        """Prune the spectra of the weights after this epoch; returns how many singular values went."""
+        every = self.config.cut_every
+        if every is None or epoch % every:
+            return None
+        keep, gone = share_kept(epoch, self.config.cut_until), 0
+        for weight in self.regularised:
+            found = [cut_bulk(weight.as_matrix()[rows], keep, gate=self.config.cut_gate)
+                     for rows in weight.blocks().values()]  # fmt: skip
+            gone += sum(count for _, count in found)
+            weight.parameter.copy_(weight.to_parameter(torch.cat([block for block, _ in found])))
+            _, mask = self.masks.held.get(weight.name, (None, None))
+            if mask is not None:
+                weight.parameter.masked_fill_(mask, 0)
+            self.ranks.share_(weight.parameter)
+        return gone
 
     def _rate(self) -> float:
         config = self.config

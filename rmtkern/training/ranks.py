@@ -79,6 +79,11 @@ class Ranks:
         dist.all_reduce(sums)
         return sums.tolist()
 
+    def share_(self, tensor: Tensor) -> None:
+        """Give every rank the values that rank 0 has."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+
     def differ(self, value: int, device: torch.device) -> bool:
         """Whether the ranks hold different values."""
         total, square = self.total([value, value * value], device)

@@ -24,6 +24,7 @@ class Epoch:
         held_out_accuracy: top-1 on held-out data, [0, 1]; None without held-out labels.
         lr: learning rate of the last step; None for epoch 0.
         seconds: wall time with evaluation, >= 0.
+        cut: singular values that were set to 0 after the epoch; None where none were to be.
     """
 
     epoch: int
@@ -33,6 +34,7 @@ class Epoch:
     held_out_accuracy: float | None
     lr: float | None
     seconds: float
+    cut: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class FinetuneReport:
         notes = [
             f"kept: epoch {self.best_epoch}" + (" (the model as it was)" if self.best_epoch == 0 else ""),
             f"held at 0: {100 * self.held.sparsity:.2f} % ({self.held.zeros:,} of {self.held.total:,} weights)",
+            *(f"after epoch {row.epoch}: cut {row.cut} singular values" for row in self.epochs if row.cut is not None),
             *([f"stopped: {self.stopped}"] if self.stopped else []),
         ]
         return Table(("epoch", "loss", "penalty", "held-out loss", "held-out top-1 %", "lr", "seconds"), rows, notes)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmtkern.pruning.budget import BUDGETS, SPECTRAL, Layer, cycle_targets, edge_weights, take_smallest
+from rmtkern.pruning.budget import BUDGETS, SPECTRAL, Layer, alpha_ratios, cycle_targets, edge_weights, take_smallest
 
 
 def layer(score, type="mlp", zeros=0, **signals):
@@ -149,3 +149,31 @@ def test_cycle_shares_by_target():
 
 def test_spectral_budgets_are_budgets():
     assert set(SPECTRAL) <= set(BUDGETS)
+
+
+@pytest.mark.parametrize(("sparsity", "tau"), [(0.2, 0.3), (0.5, 0.3), (0.75, 0.25)])
+def test_alphapruning_against_its_definition(sparsity, tau):
+    alphas, sizes = [2.0, 2.6, 5.0, None], [40, 100, 60, 30]
+    layers = [layer(torch.rand(1, size), alpha=alpha) for alpha, size in zip(alphas, sizes, strict=True)]
+    shape = np.array([(alpha - 2.0) / 3.0 if alpha else 0.5 for alpha in alphas])
+    wanted = 1 - tau + 2 * tau * shape
+    wanted *= sparsity * sum(sizes) / (wanted * sizes).sum()
+    assert alpha_ratios(layers, sparsity) == pytest.approx(wanted.tolist(), rel=1e-12)
+    masks = zeros_of("alphapruning", layers, sparsity)
+    for one, mask, ratio in zip(layers, masks, wanted, strict=True):
+        assert abs(int(mask.sum()) - ratio * mask.numel()) <= 1
+        assert one.score[mask].max() <= one.score[~mask].min()
+
+
+@pytest.mark.parametrize("alphas", [[3.0, 3.0, 3.0], [None, None, None], [None, 2.0, None]])
+def test_alphapruning_is_uniform_where_exponents_do_not_vary(alphas):
+    layers = [layer(torch.rand(4, 9), alpha=alpha) for alpha in alphas]
+    assert alpha_ratios(layers, 0.4) == pytest.approx([0.4] * 3)
+    assert [int(mask.sum()) for mask in zeros_of("alphapruning", layers, 0.25)] == [9, 9, 9]
+
+
+def test_alphapruning_meets_the_count_where_a_share_exceeds_one():
+    layers = [layer(torch.rand(1, 10), alpha=9.0), layer(torch.rand(1, 990), alpha=1.5)]
+    assert alpha_ratios(layers, 0.7)[0] > 1
+    masks = zeros_of("alphapruning", layers, 0.7)
+    assert sum(int(mask.sum()) for mask in masks) == 700 and masks[0].all()

@@ -19,7 +19,7 @@ from rmtkern.spectrum.fit import SpectralFits, fit_spectra
     ({"sparsity": float("nan")}, ValueError, r"sparsity: expected a fraction in \[0, 1\), got nan"),
     ({"sparsity": "0.5"}, TypeError, "sparsity: expected a number, got str"),
     ({"sparsity": True}, TypeError, "sparsity: expected a number, got bool"),
-    ({"method": "magic"}, ValueError, "unknown method 'magic'; expected one of auto, magnitude, uniform, row"),
+    ({"method": "magic"}, ValueError, "unknown method 'magic'; expected one of auto, hybrid, magnitude, uniform, row"),
     ({"method": None}, TypeError, "method: expected a string, got NoneType"),
     ({"budget": "all"}, ValueError, "unknown budget 'all'; expected one of global, uniform, row, edge, cycle"),
     ({"score": "size"}, ValueError, "unknown score 'size'; expected one of magnitude, activation, obs, admm"),

@@ -203,3 +203,10 @@ def test_spike_vectors_of_a_whole_model(rng):
         assert np.all(np.abs(np.sum(vh * right[:rank], axis=1)) > 0.999)
     with pytest.raises(ValueError, match="a: expected the fit of a matrix"):
         spike_vectors(weights, {"b": fits["b"]})
+
+
+def test_hill_exponent_over_half_of_the_values():
+    matrix = np.random.default_rng(3).standard_normal((40, 25))
+    squares = np.linalg.svd(matrix, compute_uv=False) ** 2
+    wanted = 1 + 1 / np.mean(np.log(squares[:12] / squares[12]))
+    assert fit_spectrum(matrix, k_hill=None).hill_alpha == pytest.approx(wanted, rel=1e-10)
