@@ -16,6 +16,7 @@ from rmtkern.pruning.cycles import Pruned, make_masks, matrices
 from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
+from rmtkern.pruning.sensitivity import sensitivities
 from rmtkern.pruning.target import Target, search
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 
@@ -111,8 +112,8 @@ def prune_(
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
             None: 0.5, or with `max_drop` whatever that allows.
-        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda", "obs", "admm" or "random"; see PruneConfig
-            and PRESETS. "auto" with calibration images is "admm".
+        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda", "obs", "admm", "sensitivity" or "random";
+            see PruneConfig and PRESETS. "auto" with calibration images is "admm".
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
             outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
@@ -180,11 +181,18 @@ def _prune_(
         return fit_spectra(found, show_progress=show_progress)
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
-    pruned = make_masks(weights, config, fits, moments.features, fit, show_progress=show_progress)
+    costs = None
+    if config.needs_losses and calibration is not None:
+        costs = sensitivities(model, weights, calibration, show_progress=show_progress)
+    pruned = make_masks(
+        weights, config, fits, moments.features, fit, sensitivities=costs, show_progress=show_progress
+    )  # fmt: skip
     images = moments.images
     if config.layerwise and calibration is not None:
         masks = [mask for mask, _ in pruned]
-        found, images = prune_layerwise(model, weights, config, masks, calibration, show_progress=show_progress)
+        found, images = prune_layerwise(
+            model, weights, config, masks, calibration, sensitivities=costs, show_progress=show_progress
+        )
         pruned = list(found)
     plan = _plan(model, config, weights, pruned, fits, images)
     _write_(weights, pruned)

@@ -3,6 +3,7 @@
 It knows scores and spectra, and neither models nor patterns.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
@@ -11,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BUDGETS", "SPECTRAL", "Layer", "cycle_targets", "edge_weights", "take_smallest"]
+__all__ = ["BUDGETS", "MEASURED", "SPECTRAL", "Layer", "cycle_targets", "edge_weights", "take_smallest"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Layer:
         edge: sigma_plus, or None where no law could be fitted (excluded from statistics, neutral itself).
         alpha: Hill exponent, or None.
         randomness: (1 - mu) gamma in [0, 1]; 1 where no law could be fitted.
+        loss: [N, K] float32, >= 0: what each entry costs the model's outputs; None if it was not measured.
     """
 
     type: str
@@ -34,6 +36,7 @@ class Layer:
     edge: float | None = None
     alpha: float | None = None
     randomness: float = 1.0
+    loss: Tensor | None = None
 
     @property
     def open(self) -> Tensor:
@@ -90,8 +93,41 @@ def cycle(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = Fals
             for layer, target in zip(layers, cycle_targets(layers, cycle), strict=True)]  # fmt: skip
 
 
-BUDGETS: dict[str, Budget] = {"global": global_, "uniform": uniform, "row": row, "edge": edge, "cycle": cycle}
+def sensitivity(
+    layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
+) -> list[Tensor]:
+    """Equal marginal loss of the model's outputs: a layer's i-th smallest score gets its i-th smallest measured loss.
+
+    How much goes from each layer follows from the losses alone, which entries from the score. Of the share of the
+    entries that stay in the model, every layer keeps a quarter at least, whatever its losses say. Layers without losses
+    get the score itself.
+    """
+    most = 1 - _LEAST_KEPT * (1 - sparsity)
+    return [layer.score if layer.loss is None else _marginal(layer, layer.loss, most) for layer in layers]
+
+
+def _marginal(layer: Layer, loss: Tensor, most: float) -> Tensor:
+    ranks = _ranks(layer.score.flatten()).long()
+    size = ranks.numel()
+    rising = loss.flatten().masked_fill(layer.score.flatten() < 0, -1.0).sort().values.clamp_(min=0)
+    rising[max(layer.zeros, math.ceil(most * size)) :] = torch.inf
+    return _closed(layer, rising[ranks].reshape(layer.score.shape))
+
+
+BUDGETS: dict[str, Budget] = {
+    "global": global_,
+    "uniform": uniform,
+    "row": row,
+    "edge": edge,
+    "cycle": cycle,
+    "sensitivity": sensitivity,
+}
 """Name -> budget."""
+
+MEASURED: tuple[str, ...] = ("sensitivity",)
+"""The budgets that need what each entry costs, measured on calibration images."""
+
+_LEAST_KEPT = 0.25
 
 SPECTRAL: tuple[str, ...] = ("edge", "cycle")
 """The budgets that need the layers' spectral fits."""

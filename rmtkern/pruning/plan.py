@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from rmtkern.models import PrunableWeight, prunable_weights
-from rmtkern.pruning.budget import BUDGETS, SPECTRAL
+from rmtkern.pruning.budget import BUDGETS, MEASURED, SPECTRAL
 from rmtkern.pruning.pattern import parse_pattern
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, PRESETS
 from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
@@ -123,7 +123,7 @@ class PruneConfig:
             calibrated: whether calibration images are at hand.
 
         Raises:
-            ValueError: the score or the repair needs calibration images and there are none.
+            ValueError: the score, the repair or the budget needs calibration images and there are none.
         """
         method = self.method
         if method == "auto":
@@ -137,7 +137,11 @@ class PruneConfig:
             repair=self.repair or preset.repair,
         )
         if resolved.needs_calibration and not calibrated:
-            what = f"score {resolved.score!r}" if resolved.score in CALIBRATED else f"repair {resolved.repair!r}"
+            what = f"repair {resolved.repair!r}"
+            if resolved.score in CALIBRATED:
+                what = f"score {resolved.score!r}"
+            elif resolved.budget in MEASURED:
+                what = f"budget {resolved.budget!r}"
             raise ValueError(
                 f"method {method!r} with {what} needs images; pass calibration=, or take a method "
                 f"without: {', '.join(name for name, p in PRESETS.items() if p.score not in CALIBRATED)}"
@@ -146,8 +150,13 @@ class PruneConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the score or the repair of a resolved config needs calibration images."""
-        return self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS
+        """Whether the score, the repair or the budget of a resolved config needs calibration images."""
+        return self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS or self.budget in MEASURED
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the budget of a resolved config needs what the weights cost the model; n:m leaves it no choice."""
+        return self.budget in MEASURED and ":" not in self.pattern
 
     @property
     def layerwise(self) -> bool:

@@ -24,6 +24,7 @@ PRESETS: dict[str, Preset] = {
     "wanda": Preset("row", "activation"),
     "obs": Preset("uniform", "obs", "obs"),
     "admm": Preset("uniform", "admm", "obs"),
+    "sensitivity": Preset("sensitivity", "admm", "obs"),
 }
 """Method -> preset."""
 
