@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from rmtkern import evaluation
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
+from rmtkern.pruning.budget import MEASURED
 from rmtkern.pruning.calibrate import Moments, calibrate
 from rmtkern.pruning.cycles import Pruned, make_masks, matrices
 from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.pattern import parse_pattern, unit_of
+from rmtkern.pruning.permute import permute_
 from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
-from rmtkern.pruning.sensitivity import sensitivities
+from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
 from rmtkern.pruning.target import Target, search
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 
@@ -93,6 +95,7 @@ def prune_(
     budget: str | None = None,
     score: str | None = None,
     repair: str | None = None,
+    permute: bool = False,
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
@@ -125,6 +128,8 @@ def prune_(
         score: overrides the method's score.
         repair: overrides the method's repair: "none", or "obs" (the survivors of any method's mask are refit to the
             layer's outputs on the calibration images).
+        permute: with mini-blocks and calibration images, first let hidden units, and channels within a head, change
+            places (weights and biases) so that mini-blocks hold what costs alike; the model computes the same.
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
@@ -150,7 +155,7 @@ def prune_(
     given = {
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
-        "repair": repair,
+        "repair": repair, "permute": permute,
     }  # fmt: skip
     config = _config(given, config)
     if max_drop is not None:
@@ -167,12 +172,36 @@ def _prune_(
 ) -> PrunePlan:
     config = config.resolve(calibration is not None)
     weights = _selected(model, config)
-    moments = Moments()
     if config.needs_calibration and isinstance(calibration, Iterator):
         calibration = list(calibration)  # which may be read twice
+    costs = None
+    if config.needs_losses and calibration is not None:
+        costs = sensitivities(model, weights, calibration, show_progress=show_progress)
+    if costs is None or not config.permute or calibration is None:
+        return _choose_(model, weights, config, calibration, costs, show_progress)
+    dense = _values(model)
+    try:
+        costs = permute_(model, weights, costs, unit_of(parse_pattern(config.pattern)[1]), calibration)
+        return _choose_(model, weights, config, calibration, costs, show_progress)
+    except BaseException:
+        _set_(model, dense)
+        raise
+
+
+def _choose_(
+    model: nn.Module,
+    weights: Sequence[PrunableWeight],
+    config: PruneConfig,
+    calibration: Tensor | Iterable[Any] | None,
+    costs: Mapping[str, Sensitivity] | None,
+    show_progress: bool | None,
+) -> PrunePlan:
+    if config.budget not in MEASURED:
+        costs = None
+    moments = Moments()
     if config.score == "activation" and calibration is not None:
         moments = calibrate(model, weights, calibration, show_progress=show_progress)
-    elif calibration is not None and not config.layerwise:
+    elif calibration is not None and not config.needs_calibration:
         _log.warning(
             "method %s with score %s uses no calibration images; they were ignored", config.method, config.score
         )
@@ -181,9 +210,6 @@ def _prune_(
         return fit_spectra(found, show_progress=show_progress)
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
-    costs = None
-    if config.needs_losses and calibration is not None:
-        costs = sensitivities(model, weights, calibration, show_progress=show_progress)
     pruned = make_masks(
         weights, config, fits, moments.features, fit, sensitivities=costs, show_progress=show_progress
     )  # fmt: skip

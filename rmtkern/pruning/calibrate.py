@@ -23,7 +23,8 @@ from rmtkern.progress import progress
 from rmtkern.pruning.stages import Call, Stage
 
 __all__ = [
-    "Moments", "calibrate", "evaluating", "forward_passes", "output_gradients", "second_moment", "weights_in_order"
+    "Moments", "calibrate", "evaluating", "forward_passes", "output_gradients", "second_moment", "tensors_of",
+    "weights_in_order",
 ]  # fmt: skip
 
 _BATCH = 32
@@ -173,19 +174,19 @@ def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images
             with torch.enable_grad():
                 with watch:
                     found = run()
-                watch.add(_differentiable(found), generator)
+                watch.add([one for one in tensors_of(found) if one.requires_grad], generator)
             seen += count
             if seen >= _GRADIENT_IMAGES:
                 break
     return Moments({weight.name: watch.energy(weight)[None] / seen for weight in weights}, seen)
 
 
-def _differentiable(found: Any) -> list[Tensor]:
-    """The tensors in a model's output that have a gradient."""
+def tensors_of(found: Any) -> list[Tensor]:
+    """The floating-point tensors in what a module returns: itself, or in mappings, tuples and lists."""
     if isinstance(found, Tensor):
-        return [found] if found.requires_grad else []
+        return [found] if found.is_floating_point() else []
     parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, tuple | list) else ()
-    return [tensor for part in parts for tensor in _differentiable(part)]
+    return [tensor for part in parts for tensor in tensors_of(part)]
 
 
 def _batches(images: Tensor | Iterable[Any], size: int) -> Iterator[Any]:

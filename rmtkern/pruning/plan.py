@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rmtkern.models import PrunableWeight, prunable_weights
 from rmtkern.pruning.budget import BUDGETS, MEASURED, SPECTRAL
-from rmtkern.pruning.pattern import parse_pattern
+from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, PRESETS
 from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
 from rmtkern.pruning.score import CALIBRATED, LAYERWISE, SCORES
@@ -50,6 +50,8 @@ class PruneConfig:
         budget: key of BUDGETS, how the sparsity is shared over layers; None: the method's.
         score: key of SCORES, which entries matter; None: the method's.
         repair: key of REPAIRS, what becomes of the entries that stay; None: the method's.
+        permute: first let channels change places where the model allows it, so that mini-blocks hold what costs alike
+            (see permute.permute_); for patterns of mini-blocks and calibration images.
         pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; n:mxr such as "2:4x4": the
             same for r outputs that share their inputs; or rxc such as "4x1": mini-blocks of 4 outputs x 1 input that go
             or stay whole (the sparsity is then met to one mini-block).
@@ -78,6 +80,7 @@ class PruneConfig:
     theta: str = "haar"
     seed: int = 0
     repair: str | None = None
+    permute: bool = False
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -112,6 +115,12 @@ class PruneConfig:
             raise ValueError(f"haar: expected a finite number >= 0, got {self.haar}")
         if not isinstance(self.alpha_regime, bool):
             raise TypeError(f"alpha_regime: expected a bool, got {type(self.alpha_regime).__name__}")
+        if not isinstance(self.permute, bool):
+            raise TypeError(f"permute: expected a bool, got {type(self.permute).__name__}")
+        if self.permute and unit_of(params) == (1, 1):
+            raise ValueError(
+                f"permute: pattern {self.pattern!r} has no mini-blocks to fill; take '4x1' or the like, or no permute"
+            )
         _one_of("theta", self.theta, THETAS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
@@ -137,7 +146,7 @@ class PruneConfig:
             repair=self.repair or preset.repair,
         )
         if resolved.needs_calibration and not calibrated:
-            what = f"repair {resolved.repair!r}"
+            what = "permute=True" if resolved.permute else f"repair {resolved.repair!r}"
             if resolved.score in CALIBRATED:
                 what = f"score {resolved.score!r}"
             elif resolved.budget in MEASURED:
@@ -150,13 +159,14 @@ class PruneConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the score, the repair or the budget of a resolved config needs calibration images."""
-        return self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS or self.budget in MEASURED
+        """Whether a resolved config needs calibration images."""
+        named = self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS or self.budget in MEASURED
+        return named or self.permute
 
     @property
     def needs_losses(self) -> bool:
-        """Whether the budget of a resolved config needs what the weights cost the model; n:m leaves it no choice."""
-        return self.budget in MEASURED and ":" not in self.pattern
+        """Whether a resolved config needs what the weights cost the model; n:m leaves a budget no choice."""
+        return self.permute or (self.budget in MEASURED and ":" not in self.pattern)
 
     @property
     def layerwise(self) -> bool:
