@@ -129,7 +129,7 @@ def find_sites(
 
 
 def _sites_of(stage: Stage, call: Call, order: Sequence[PrunableWeight], unit: tuple[int, int]) -> list[Site]:
-    """The sites of one block, tried on a copy with random parameters: none is 0 or 1 and hides what a shuffle breaks."""
+    """The sites of one block, tried on a copy with random parameters: none is 0 or 1 and hides a broken shuffle."""
     generator = torch.Generator().manual_seed(0)
     trial = copy.deepcopy(stage.module).double()
     for module in trial.modules():

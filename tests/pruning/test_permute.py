@@ -1,4 +1,4 @@
-"""Channels that change places: where that is found to be allowed, that the model computes the same, and that it pays."""
+"""Channels that change places: where it is found to be allowed, that the model computes the same, and that it pays."""
 
 import copy
 
@@ -146,7 +146,7 @@ def test_mini_blocks_lose_less_with_exact_counts(method):
         plan = prune_(model, 0.5, method, "4x1", targets="*.weight", calibration=x, permute=permute)
         assert plan.sparsity == 0.5 and PruneConfig(**{**vars(plan.config)}) == plan.config
         lost[permute] = float((outputs(model, x) - outputs(dense, x)).square().mean())
-    assert lost[True] < 0.9 * lost[False]
+    assert lost[True] < 0.95 * lost[False]
 
 
 def test_bad_input_and_failures_change_nothing(monkeypatch):
