@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from rmtkern import evaluation
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
-from rmtkern.pruning.budget import MEASURED
 from rmtkern.pruning.calibrate import Moments, calibrate
 from rmtkern.pruning.cycles import Pruned, make_masks, matrices
 from rmtkern.pruning.layerwise import prune_layerwise
@@ -175,7 +174,7 @@ def _prune_(
     if config.needs_calibration and isinstance(calibration, Iterator):
         calibration = list(calibration)  # which may be read twice
     costs = None
-    if config.needs_losses and calibration is not None:
+    if (config.measured or config.permute) and calibration is not None:
         costs = sensitivities(model, weights, calibration, show_progress=show_progress)
     if costs is None or not config.permute or calibration is None:
         return _choose_(model, weights, config, calibration, costs, show_progress)
@@ -196,7 +195,7 @@ def _choose_(
     costs: Mapping[str, Sensitivity] | None,
     show_progress: bool | None,
 ) -> PrunePlan:
-    if config.budget not in MEASURED:
+    if not config.measured:
         costs = None
     moments = Moments()
     if config.score == "activation" and calibration is not None:

@@ -164,9 +164,9 @@ class PruneConfig:
         return named or self.permute
 
     @property
-    def needs_losses(self) -> bool:
-        """Whether a resolved config needs what the weights cost the model; n:m leaves a budget no choice."""
-        return self.permute or (self.budget in MEASURED and ":" not in self.pattern)
+    def measured(self) -> bool:
+        """Whether the budget of a resolved config goes by what the weights cost the model; n:m leaves it no choice."""
+        return self.budget in MEASURED and ":" not in self.pattern
 
     @property
     def layerwise(self) -> bool:

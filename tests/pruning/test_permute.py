@@ -149,6 +149,16 @@ def test_mini_blocks_lose_less_with_exact_counts(method):
     assert lost[True] < 0.95 * lost[False]
 
 
+@pytest.mark.parametrize("method", ["admm", "sensitivity"])
+def test_outputs_that_share_an_n_of_m_pattern(method):
+    model = MODELS["timm vit"]()
+    plan = prune_(model, 0.5, method, "2:4x4", calibration=IMAGES, permute=True)
+    plan.verify(model)
+    for weight in prunable_weights(model):
+        zero = (weight.as_matrix() == 0).reshape(-1, 4, weight.shape[1])
+        assert (zero == zero[:, :1]).all() and zero.reshape(-1, 4).sum(1).eq(2).all()
+
+
 def test_bad_input_and_failures_change_nothing(monkeypatch):
     model = MODELS["timm vit"]()
     before = state(model)
