@@ -4,8 +4,9 @@
 
 DIR is put on the import path. The model function takes nothing and returns a classifier; the images function takes
 (split, limit) and returns (images [B, C, H, W], labels [B]). Methods are presets, or budget+score+repair such as
-uniform+activation+obs (without a repair: none), each with /permute behind it or not. Choose on --split train (held-out from calibration), report on --split
-val. Every row is written as soon as it is known; rows of the file for other methods, patterns or sparsities stay.
+uniform+activation+obs (without a repair: none), each with /permute behind it or not. Choose on --split train (held-out
+from calibration), report on --split val. Every row is written as soon as it is known; rows of the file for other
+methods, patterns or sparsities stay.
 """
 
 import argparse
