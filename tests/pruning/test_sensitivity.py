@@ -127,7 +127,7 @@ def test_exact_counts_for_every_pattern_on_real_models(name):
         )
         plan.verify(model)
         assert model.training and waiting_threads() == 0
-        assert max(layer.sparsity for layer in plan.layers) <= 1 - 0.25 * (1 - sparsity) + 0.01  # whole mini-blocks
+        assert max(layer.sparsity for layer in plan.layers) <= 1 - 0.5 * (1 - sparsity) + 0.01  # whole mini-blocks
 
 
 class Branches(nn.Module):
