@@ -4,10 +4,10 @@
 
 DIR is put on the import path. The model function takes nothing and returns a classifier; the images function takes
 (split, limit) and returns (images [B, C, H, W], labels [B]). Methods are presets, or budget+score+repair such as
-uniform+activation+obs (without a repair: none). With --shrink, rows are of smaller dense models instead: shares of
-hidden features and heads that go, such as 0.3 or 0.3+0.17, chosen by calibration ("lstsq") or by norms. Choose on
---split train (held-out from calibration), report on --split val. Every row is written as soon as it is known; rows of
-the file for other methods, patterns or sparsities stay.
+uniform+activation+obs (without a repair: none), each with /permute behind it or not. With --shrink, rows are of smaller
+dense models instead: shares of hidden features and heads that go, such as 0.3 or 0.3+0.17, chosen by calibration
+("lstsq") or by norms. Choose on --split train (held-out from calibration), report on --split val. Every row is written
+as soon as it is known; rows of the file for other methods, patterns or sparsities stay.
 """
 
 import argparse
@@ -38,11 +38,13 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def config(method: str, sparsity: float, pattern: str) -> PruneConfig:
-    """A preset by name, or budget+score, or budget+score+repair."""
-    if "+" in method:
-        budget, score, repair = [*method.split("+"), "none"][:3]
-        return PruneConfig(sparsity, "magnitude", budget, score, pattern, repair=repair)
-    return PruneConfig(sparsity, method, pattern=pattern)
+    """A preset by name, or budget+score, or budget+score+repair; with /permute behind it, channels change places."""
+    name = method.removesuffix("/permute")
+    permute = name != method
+    if "+" in name:
+        budget, score, repair = [*name.split("+"), "none"][:3]
+        return PruneConfig(sparsity, "magnitude", budget, score, pattern, repair=repair, permute=permute)
+    return PruneConfig(sparsity, name, pattern=pattern, permute=permute)
 
 
 @torch.inference_mode()

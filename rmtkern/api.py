@@ -16,7 +16,9 @@ from rmtkern.pruning.calibrate import Moments, calibrate
 from rmtkern.pruning.cycles import Pruned, layer_weights, make_masks, matrices
 from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
+from rmtkern.pruning.permute import permute_
 from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
+from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
 from rmtkern.pruning.target import Target, search
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 from rmtkern.training.reallocate import reallocate
@@ -98,6 +100,7 @@ def prune_(
     score: str | None = None,
     repair: str | None = None,
     restore: str | None = None,
+    permute: bool = False,
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
@@ -117,9 +120,9 @@ def prune_(
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
             None: 0.5, or with `max_drop` whatever that allows.
-        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "alphapruning", "wanda", "ser",
-            "ser-gradient", "hybrid", "obs", "admm" or "random"; see PruneConfig
-            and PRESETS. "auto" with calibration images is "admm".
+        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "alphapruning", "wanda", "ser", "ser-gradient",
+            "hybrid", "obs", "admm", "sensitivity" or "random"; see PruneConfig and PRESETS. "auto" with calibration
+            images is "admm".
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
             outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
@@ -134,6 +137,8 @@ def prune_(
             layer's outputs on the calibration images).
         restore: overrides the method's restore: "none", "movement" or "gradient" (3 % more than asked is removed, and
             what is missed most comes back).
+        permute: with mini-blocks and calibration images, first let hidden units, and channels within a head, change
+            places (weights and biases) so that mini-blocks hold what costs alike; the model computes the same.
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
@@ -159,7 +164,7 @@ def prune_(
     given = {
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
-        "repair": repair, "restore": restore,
+        "repair": repair, "restore": restore, "permute": permute,
     }  # fmt: skip
     config = _config(given, config)
     if max_drop is not None:
@@ -176,12 +181,36 @@ def _prune_(
 ) -> PrunePlan:
     config = config.resolve(calibration is not None)
     weights = _selected(model, config)
-    moments = Moments()
     if config.needs_calibration and isinstance(calibration, Iterator):
         calibration = list(calibration)  # which may be read twice
+    costs = None
+    if (config.measured or config.permute) and calibration is not None:
+        costs = sensitivities(model, weights, calibration, show_progress=show_progress)
+    if costs is None or not config.permute or calibration is None:
+        return _choose_(model, weights, config, calibration, costs, show_progress)
+    dense = _values(model)
+    try:
+        costs = permute_(model, weights, costs, unit_of(parse_pattern(config.pattern)[1]), calibration)
+        return _choose_(model, weights, config, calibration, costs, show_progress)
+    except BaseException:
+        _set_(model, dense)
+        raise
+
+
+def _choose_(
+    model: nn.Module,
+    weights: Sequence[PrunableWeight],
+    config: PruneConfig,
+    calibration: Tensor | Iterable[Any] | None,
+    costs: Mapping[str, Sensitivity] | None,
+    show_progress: bool | None,
+) -> PrunePlan:
+    if not config.measured:
+        costs = None
+    moments = Moments()
     if config.score == "activation" and calibration is not None:
         moments = calibrate(model, weights, calibration, show_progress=show_progress)
-    elif calibration is not None and not config.layerwise and not config.needs_labels:
+    elif calibration is not None and not config.needs_calibration:
         _log.warning(
             "method %s with score %s uses no calibration images; they were ignored", config.method, config.score
         )
@@ -190,7 +219,9 @@ def _prune_(
         return fit_spectra(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
-    masks_of = partial(make_masks, weights, config, fits, moments.features, fit, show_progress=show_progress)
+    masks_of = partial(
+        make_masks, weights, config, fits, moments.features, fit, sensitivities=costs, show_progress=show_progress
+    )
     pruned, images = masks_of(), moments.images
     if config.needs_labels:
         unit = unit_of(parse_pattern(config.pattern)[1])
@@ -207,7 +238,9 @@ def _prune_(
         )  # fmt: skip
     if config.layerwise and calibration is not None:
         masks = [mask for mask, _ in pruned]
-        found, images = prune_layerwise(model, weights, config, masks, calibration, show_progress=show_progress)
+        found, images = prune_layerwise(
+            model, weights, config, masks, calibration, sensitivities=costs, show_progress=show_progress
+        )
         pruned = list(found)
     plan = _plan(model, config, weights, pruned, fits, images)
     _write_(weights, pruned)

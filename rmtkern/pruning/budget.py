@@ -3,6 +3,7 @@
 It knows scores and spectra, and neither models nor patterns.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
@@ -11,7 +12,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BUDGETS", "HILL", "SPECTRAL", "Layer", "alpha_ratios", "cycle_targets", "edge_weights", "take_smallest"]
+__all__ = [
+    "BUDGETS",
+    "HILL",
+    "MEASURED",
+    "SPECTRAL",
+    "Layer",
+    "alpha_ratios",
+    "cycle_targets",
+    "edge_weights",
+    "take_smallest",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +37,7 @@ class Layer:
         edge: sigma_plus, or None where no law could be fitted (excluded from statistics, neutral itself).
         alpha: Hill exponent, or None.
         randomness: (1 - mu) gamma in [0, 1]; 1 where no law could be fitted.
+        loss: [N, K] float32, >= 0: what each entry costs the model's outputs; None if it was not measured.
     """
 
     type: str
@@ -34,6 +46,7 @@ class Layer:
     edge: float | None = None
     alpha: float | None = None
     randomness: float = 1.0
+    loss: Tensor | None = None
 
     @property
     def open(self) -> Tensor:
@@ -104,6 +117,27 @@ def alphapruning(
             for layer, ratio in zip(layers, alpha_ratios(layers, sparsity), strict=True)]  # fmt: skip
 
 
+def sensitivity(
+    layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
+) -> list[Tensor]:
+    """Equal marginal loss of the model's outputs: a layer's i-th smallest score gets its i-th smallest measured loss.
+
+    How much goes from each layer follows from the losses alone, which entries from the score. Of the share of entries
+    that stay in the model, every layer keeps a half at least, whatever its losses say: where nearly all goes, little is
+    left to make up for it, and the measured losses are too low. Layers without losses get the score itself.
+    """
+    most = 1 - _LEAST_KEPT * (1 - sparsity)
+    return [layer.score if layer.loss is None else _marginal(layer, layer.loss, most) for layer in layers]
+
+
+def _marginal(layer: Layer, loss: Tensor, most: float) -> Tensor:
+    ranks = _ranks(layer.score.flatten()).long()
+    size = ranks.numel()
+    rising = loss.flatten().masked_fill(layer.score.flatten() < 0, -1.0).sort().values.clamp_(min=0)
+    rising[max(layer.zeros, math.ceil(most * size)) :] = torch.inf
+    return _closed(layer, rising[ranks].reshape(layer.score.shape))
+
+
 BUDGETS: dict[str, Budget] = {
     "global": global_,
     "uniform": uniform,
@@ -111,8 +145,14 @@ BUDGETS: dict[str, Budget] = {
     "edge": edge,
     "cycle": cycle,
     "alphapruning": alphapruning,
+    "sensitivity": sensitivity,
 }
 """Name -> budget."""
+
+MEASURED: tuple[str, ...] = ("sensitivity",)
+"""The budgets that need what each entry costs, measured on calibration images."""
+
+_LEAST_KEPT = 0.5
 
 SPECTRAL: tuple[str, ...] = ("edge", "cycle", "alphapruning")
 """The budgets that need the layers' spectral fits."""

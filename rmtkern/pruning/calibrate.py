@@ -22,9 +22,13 @@ from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.stages import Call, Stage
 
-__all__ = ["Moments", "calibrate", "evaluating", "forward_passes", "second_moment", "weights_in_order"]
+__all__ = [
+    "Moments", "calibrate", "evaluating", "forward_passes", "output_gradients", "second_moment", "tensors_of",
+    "weights_in_order",
+]  # fmt: skip
 
 _BATCH = 32
+_GRADIENT_BATCH, _GRADIENT_IMAGES = 8, 128  # a backward pass holds all activations
 
 
 @dataclass
@@ -76,12 +80,15 @@ def calibrate(
     return Moments({weight.name: watch.moment(weight) for weight in weights}, seen)
 
 
-def forward_passes(model: nn.Module, images: Tensor | Iterable[Any]) -> Iterator[tuple[Callable[[], Any], int]]:
+def forward_passes(
+    model: nn.Module, images: Tensor | Iterable[Any], size: int = _BATCH
+) -> Iterator[tuple[Callable[[], Any], int]]:
     """For each batch of calibration images: the model applied to it, as a function to call, and the number of images.
 
     Args:
         model: takes one batch of images as its first argument.
         images: as for `calibrate`; a loader is read batch by batch.
+        size: images in a batch, if they are one tensor.
 
     Raises:
         TypeError: a batch of another type.
@@ -90,7 +97,7 @@ def forward_passes(model: nn.Module, images: Tensor | Iterable[Any]) -> Iterator
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     seen = 0
-    for batch in _batches(images):
+    for batch in _batches(images, size):
         call, count = _inputs(batch, device, dtype)
         if count:
             yield partial(model, **call) if isinstance(call, dict) else partial(model, call), count
@@ -143,13 +150,55 @@ def second_moment(
     return watch.moment(weight)
 
 
-def _batches(images: Tensor | Iterable[Any]) -> Iterator[Any]:
+def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images: Tensor | Iterable[Any]) -> Moments:
+    """How strongly the model's outputs depend on each output of each weight, over at most about 128 images.
+
+    For output n of a weight: the sum over its places (tokens) of the squared gradient of u . y, where y are all outputs
+    of the model and u independent random signs, so that in the mean over u it is |dy / dz|^2. No .grad is touched.
+
+    Args:
+        model: differentiable from the weights' outputs to its own; frozen parameters do not matter.
+        weights: of the model.
+        images: as for `calibrate`.
+
+    Returns:
+        [1, N] for every weight, a mean over the images.
+
+    Raises:
+        TypeError: a batch of another type.
+        ValueError: no image, no gradient, a gradient that is NaN or Inf, or a weight that no image reached.
+
+    Source: Hutchinson 1990, the squared Frobenius norm of a Jacobian from random signs.
+    """
+    watch, seen = _Outputs(weights), 0
+    generator = torch.Generator().manual_seed(0)
+    with evaluating(model):
+        for run, count in forward_passes(model, images, _GRADIENT_BATCH):
+            with torch.enable_grad():
+                with watch:
+                    found = run()
+                watch.add([one for one in tensors_of(found) if one.requires_grad], generator)
+            seen += count
+            if seen >= _GRADIENT_IMAGES:
+                break
+    return Moments({weight.name: watch.energy(weight)[None] / seen for weight in weights}, seen)
+
+
+def tensors_of(found: Any) -> list[Tensor]:
+    """The floating-point tensors in what a module returns: itself, or in mappings, tuples and lists."""
+    if isinstance(found, Tensor):
+        return [found] if found.is_floating_point() else []
+    parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, tuple | list) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+def _batches(images: Tensor | Iterable[Any], size: int) -> Iterator[Any]:
     if isinstance(images, tuple) and len(images) == 2 and isinstance(images[0], Tensor) and images[0].ndim > 1:
         labels = images[1]
         if not isinstance(labels, Tensor) or labels.ndim <= 1:
             images = images[0]
     if isinstance(images, Tensor):
-        return iter(images.split(_BATCH))
+        return iter(images.split(size))
     if isinstance(images, str | bytes) or not isinstance(images, Iterable):
         raise TypeError(f"calibration: expected a tensor or an iterable of batches, got {type(images).__name__}")
     return iter(images)
@@ -329,6 +378,86 @@ class _Watch(TorchFunctionMode):
                 f"calibration: the inputs of {weight.name} have NaN or Inf; check the images and the model"
             )
         return moment
+
+
+class _Outputs(_Watch):
+    """Keeps the output of every use of a weight, and adds up what a backward pass brings there."""
+
+    def __init__(self, weights: Sequence[PrunableWeight]) -> None:
+        super().__init__(weights)
+        self.outputs: list[tuple[PrunableWeight, _Rows, int, Tensor]] = []
+        self.energies: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear or func is F.conv2d:
+            matrix = _named(("input", "weight"), args, kwargs)[1]
+            return self._keep(matrix, 1 if func is F.conv2d else -1, func(*args, **kwargs))
+        if func is torch.addmm:
+            return self._keep(_named(("input", "mat1", "mat2"), args, kwargs)[2], -1, func(*args, **kwargs))
+        if func is F.multi_head_attention_forward:
+            return self._attend(_ATTENTION.bind(*args, **kwargs).arguments)
+        return func(*args, **kwargs)
+
+    def _keep(self, matrix: Any, axis: int, y: Tensor) -> Tensor:
+        found = self._find(matrix) if isinstance(matrix, Tensor) else None
+        if found is None:
+            return y
+        if not y.requires_grad:  # nothing before it has a gradient
+            y.requires_grad_()
+        axis = axis if axis < 0 else y.ndim - 3  # channels of [B, C, H, W], or of [C, H, W]
+        self.outputs.append((*found, axis, y))
+        return y.clone()  # which may be overwritten
+
+    def _attend(self, call: dict[str, Any]) -> Any:
+        """The same attention, with its projections done before it where their outputs can be seen."""
+        if call.get("use_separate_proj_weight"):
+            matrices = [call[f"{name}_proj_weight"] for name in "qkv"]
+        else:
+            matrices = list(call["in_proj_weight"].chunk(3))
+        bias = call["in_proj_bias"]
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        inputs = [call[name] for name in ("query", "key", "value")]
+        q, k, v = (self._keep(matrix, -1, F.linear(x, matrix, one))
+                   for x, matrix, one in zip(inputs, matrices, biases, strict=True))  # fmt: skip
+        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).repeat(3, 1)
+        y, attention = F.multi_head_attention_forward(
+            **{**call, "query": q, "key": k, "value": v, "in_proj_weight": identity, "in_proj_bias": None,
+               "use_separate_proj_weight": False}
+        )  # fmt: skip
+        return self._keep(call["out_proj_weight"], -1, y), attention
+
+    def add(self, found: list[Tensor], generator: torch.Generator) -> None:
+        """Run the backward pass from the model's outputs and let go of what was kept."""
+        outputs, self.outputs = self.outputs, []
+        if not outputs:
+            return
+        if not found:
+            raise ValueError(
+                "calibration: expected a model whose outputs have gradients, got none (does it run under no_grad?); "
+                "take budget='uniform'"
+            )
+        signs = [torch.randint(0, 2, one.shape, generator=generator).to(one) * 2 - 1 for one in found]
+        gradients = torch.autograd.grad(found, [y for *_, y in outputs], signs, allow_unused=True)
+        for (weight, rows, axis, y), gradient in zip(outputs, gradients, strict=True):
+            total = self.energies.setdefault(weight.name, torch.zeros(weight.shape[0], dtype=torch.float64))
+            self.uses[weight.name] += 1
+            if gradient is not None:
+                places = [i for i in range(y.ndim) if i != axis % y.ndim]
+                total[slice(*rows)] += gradient.double().square().sum(places).cpu()
+
+    def energy(self, weight: PrunableWeight) -> Tensor:
+        """[N] float64."""
+        if not self.uses[weight.name]:
+            raise ValueError(
+                f"calibration: no image reached {weight.name}; add it to ignore=, or use a method without calibration"
+            )
+        energy = self.energies[weight.name]
+        if not bool(torch.isfinite(energy).all()):
+            raise ValueError(f"calibration: the gradients at {weight.name} have NaN or Inf; take budget='uniform'")
+        return energy
 
 
 def _named(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -16,6 +16,7 @@ from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, edge_weights, 
 from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_of, unit_scores, whole_units
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.score import SCORES
+from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.spectrum.denoise import legacy_theta, sparsify_haar, sparsify_singular_vectors
 from rmtkern.spectrum.fit import SpectralFit
 
@@ -52,6 +53,7 @@ def make_masks(
     fit: Callable[[Mapping[str, Tensor]], Fits],
     *,
     goal: int | None = None,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
     show_progress: bool | None = None,
 ) -> list[Pruned]:
     """Decide which entries go, to the single weight, or to the single mini-block of an rxc pattern.
@@ -67,6 +69,7 @@ def make_masks(
         fit: fits matrices again, for the later cycles of budget "cycle".
         goal: units that are zero afterwards; None: as many as the sparsity asks. The budget sees the
             sparsity of `config` all the same.
+        sensitivities: weight name -> what its entries cost; None if the budget needs none.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
@@ -98,7 +101,7 @@ def make_masks(
         if config.budget == "cycle" and cycle % 2 == 0:
             values = [_keep_zeros(value, mask, _sparsify(weight, value, fits, config.theta, cycle))
                       for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
-        layers = _layers(weights, values, masks, fits, moments, config, kind, params)
+        layers = _layers(weights, values, masks, fits, moments, sensitivities or {}, config, kind, params)
         left = goal - sum(layer.zeros for layer in layers)
         if kind == "n:m":
             left = sum(int(layer.open.sum()) for layer in layers)
@@ -122,6 +125,7 @@ def _layers(
     masks: Sequence[Tensor],
     fits: Fits,
     moments: Mapping[str, Tensor],
+    sensitivities: Mapping[str, Sensitivity],
     config: PruneConfig,
     kind: str,
     params: dict[str, int],
@@ -141,6 +145,7 @@ def _layers(
                 int(gone.sum()),
                 *_signals(found),
                 randomness=_randomness(found),
+                loss=unit_scores(cost.of(value), unit) if (cost := sensitivities.get(weight.name)) else None,
             )
         )
     return layers

@@ -3,7 +3,7 @@
 It joins stages, second moments, obs and repair; what goes from each layer is decided before (cycles).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from rmtkern.pruning.obs import obs_mask
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.repair import REPAIRS, damped
+from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 
 __all__ = ["MASKS", "prune_layerwise"]
@@ -33,6 +34,7 @@ def prune_layerwise(
     chosen: Sequence[Tensor],
     images: Tensor | Iterable[Any],
     *,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
     show_progress: bool | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], int]:
     """Choose (scores "obs" and "admm") and repair every weight for the inputs that the layers pruned before it give.
@@ -47,6 +49,7 @@ def prune_layerwise(
         chosen: bool [N, K] for each weight: the mask, or with a score of MASKS how many units go from each weight (with
             budget "row", from each row).
         images: as for calibrate.calibrate.
+        sensitivities: weight name -> what its outputs are worth against each other; None: all the same.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
@@ -70,8 +73,9 @@ def prune_layerwise(
 
     def visit(stage: Stage, calls: list[Call]) -> None:
         for weight, uses in weights_in_order(stage, calls[0]):
+            cost = (sensitivities or {}).get(weight.name)
             masks[weight.name], matrix = _prune(
-                weight, masks[weight.name], second_moment(stage, weight, uses, calls), config
+                weight, masks[weight.name], second_moment(stage, weight, uses, calls), config, cost
             )
             weight.parameter.copy_(weight.to_parameter(matrix))
             next(steps, None)
@@ -101,14 +105,17 @@ def _restored(weights: Sequence[PrunableWeight]) -> Iterator[Any]:
             weight.parameter.copy_(value)
 
 
-def _prune(weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: PruneConfig) -> tuple[Tensor, Tensor]:
+def _prune(
+    weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: PruneConfig, cost: Sensitivity | None
+) -> tuple[Tensor, Tensor]:
     """One weight's mask and repaired matrix, block by block of the rows that see inputs of their own."""
     matrix, kind_params = weight.as_matrix(), parse_pattern(config.pattern)
     mask, moments = chosen, damped(moments)
     if config.score in MASKS:
         r, _ = unit_of(kind_params[1])
         aligned = moments if len(matrix) // len(moments) % r == 0 else moments.mean(0, keepdim=True)
-        parts = zip(matrix.chunk(len(aligned)), chosen.chunk(len(aligned)), aligned, strict=True)
+        valued = matrix if cost is None else cost.weighted(matrix)
+        parts = zip(valued.chunk(len(aligned)), chosen.chunk(len(aligned)), aligned, strict=True)
         mask = torch.cat([_choose(part, gone, moment, config, *kind_params) for part, gone, moment in parts])
     repaired = [
         REPAIRS[config.repair or ""](part, gone, moment)

@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from rmtkern.models import PrunableWeight, prunable_weights
-from rmtkern.pruning.budget import BUDGETS, SPECTRAL
-from rmtkern.pruning.pattern import parse_pattern
+from rmtkern.pruning.budget import BUDGETS, MEASURED, SPECTRAL
+from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, HYBRID_UNTIL, PRESETS, RESTORES
 from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
 from rmtkern.pruning.score import CALIBRATED, LAYERWISE, SCORES
@@ -51,6 +51,8 @@ class PruneConfig:
         budget: key of BUDGETS, how the sparsity is shared over layers; None: the method's.
         score: key of SCORES, which entries matter; None: the method's.
         repair: key of REPAIRS, what becomes of the entries that stay; None: the method's.
+        permute: first let channels change places where the model allows it, so that mini-blocks hold what costs alike
+            (see permute.permute_); for patterns of mini-blocks and calibration images.
         pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; n:mxr such as "2:4x4": the
             same for r outputs that share their inputs; or rxc such as "4x1": mini-blocks of 4 outputs x 1 input that go
             or stay whole (the sparsity is then met to one mini-block).
@@ -82,6 +84,7 @@ class PruneConfig:
     seed: int = 0
     repair: str | None = None
     restore: str | None = None
+    permute: bool = False
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -118,6 +121,12 @@ class PruneConfig:
             raise ValueError(f"haar: expected a finite number >= 0, got {self.haar}")
         if not isinstance(self.alpha_regime, bool):
             raise TypeError(f"alpha_regime: expected a bool, got {type(self.alpha_regime).__name__}")
+        if not isinstance(self.permute, bool):
+            raise TypeError(f"permute: expected a bool, got {type(self.permute).__name__}")
+        if self.permute and unit_of(params) == (1, 1):
+            raise ValueError(
+                f"permute: pattern {self.pattern!r} has no mini-blocks to fill; take '4x1' or the like, or no permute"
+            )
         _one_of("theta", self.theta, THETAS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
@@ -129,8 +138,9 @@ class PruneConfig:
             calibrated: whether calibration images are at hand.
 
         Raises:
-            ValueError: something needs calibration images and there are none; or entries shall come back where a score
-                is known only layer by layer, or an n:m pattern says itself how many go.
+            ValueError: the score, the repair, the restore or the budget needs calibration images and there are none; or
+                entries shall come back where a score is known only layer by layer, or an n:m pattern says itself how
+                many go.
         """
         method = self.method
         if method == "auto":
@@ -152,9 +162,11 @@ class PruneConfig:
                 f"layer is pruned, got pattern {self.pattern!r} and score {resolved.score!r}; take restore='none'"
             )
         if resolved.needs_calibration and not calibrated:
-            what = f"restore {resolved.restore!r}"
+            what = "permute=True" if resolved.permute else f"restore {resolved.restore!r}"
             if resolved.score in CALIBRATED:
                 what = f"score {resolved.score!r}"
+            elif resolved.budget in MEASURED:
+                what = f"budget {resolved.budget!r}"
             elif resolved.repair in CALIBRATED_REPAIRS:
                 what = f"repair {resolved.repair!r}"
             without = [name for name in PRESETS if not PruneConfig(method=name).resolve(True).needs_calibration]
@@ -166,13 +178,19 @@ class PruneConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the score, the repair or the restore of a resolved config needs calibration images."""
-        return self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS or self.needs_labels
+        """Whether a resolved config needs calibration images."""
+        named = self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS or self.budget in MEASURED
+        return named or self.permute or self.needs_labels
 
     @property
     def needs_labels(self) -> bool:
         """Whether a resolved config needs calibration images with labels."""
         return self.restore not in (None, "none")
+
+    @property
+    def measured(self) -> bool:
+        """Whether the budget of a resolved config goes by what the weights cost the model; n:m leaves it no choice."""
+        return self.budget in MEASURED and ":" not in self.pattern
 
     @property
     def layerwise(self) -> bool:

@@ -177,3 +177,14 @@ def test_alphapruning_meets_the_count_where_a_share_exceeds_one():
     assert alpha_ratios(layers, 0.7)[0] > 1
     masks = zeros_of("alphapruning", layers, 0.7)
     assert sum(int(mask.sum()) for mask in masks) == 700 and masks[0].all()
+
+
+def test_sensitivity_gives_the_ith_smallest_score_the_ith_smallest_loss():
+    first = layer([[3.0, 1.0, -1.0, 2.0]], zeros=1, loss=torch.tensor([[5.0, 7.0, 100.0, 6.0]]))
+    (keys,) = BUDGETS["sensitivity"]([first], 0.75)  # half of the quarter that stays is less than an entry
+    assert keys.tolist() == [[7.0, 5.0, math.inf, 6.0]]
+    many = layer(torch.arange(16.0)[None], loss=torch.zeros(1, 16))
+    (keys,) = BUDGETS["sensitivity"]([many], 0.5)
+    assert keys.isinf().sum() == 4 and keys[0, -4:].isinf().all()
+    plain = layer([[3.0, 1.0]])
+    assert torch.equal(BUDGETS["sensitivity"]([plain], 0.5)[0], plain.score)

@@ -1,0 +1,99 @@
+"""What every entry of every weight costs the model's outputs: its own layer's loss times what that layer is worth.
+
+It measures on the dense model; a budget says what follows from it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmtkern.models import PrunableWeight
+from rmtkern.progress import progress
+from rmtkern.pruning.calibrate import evaluating, forward_passes, output_gradients, second_moment, weights_in_order
+from rmtkern.pruning.repair import damped
+from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
+
+__all__ = ["Sensitivity", "sensitivities"]
+
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Of one weight [N, K].
+
+    Args:
+        rows: [N] float32, > 0: how much the model's outputs change, in squares, with each output of the weight.
+        columns: [G, K] float32, > 0: how much an output changes, in squares, with each entry if the others make up for
+            it as well as they can; G > 1 where blocks of rows see different inputs.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """rows_n w_nk^2 columns_k, [N, K] float32, >= 0: what the model loses if one entry goes and no other."""
+        columns = self.columns.repeat_interleave(len(matrix) // len(self.columns), 0)
+        return matrix.float().square() * columns * self.rows[:, None]
+
+    def weighted(self, matrix: Tensor) -> Tensor:
+        """The matrix [N, K] with its rows times the root of what they are worth, 1 in the mean of squares."""
+        return matrix * (self.rows / self.rows.mean()).sqrt().to(matrix.dtype)[:, None]
+
+
+def sensitivities(
+    model: nn.Module,
+    weights: Sequence[PrunableWeight],
+    images: Tensor | Iterable[Any],
+    *,
+    show_progress: bool | None = None,
+) -> dict[str, Sensitivity]:
+    """Measure on calibration images what the entries of some weights cost the outputs of the model.
+
+    One pass backward over a part of the images, and one forward over all, block by block. The model is not changed.
+
+    Args:
+        model: runs its layers in one order, whatever the batch; differentiable.
+        weights: of the model.
+        images: as for calibrate.calibrate; can be read twice.
+        show_progress: progress bar; None: only on a terminal.
+
+    Returns:
+        One for each weight, by name. An output on which the model's outputs do not depend counts as 1e-3 of the mean of
+        its weight; a weight without any, as the least of all weights.
+
+    Raises:
+        TypeError: a batch of another type.
+        ValueError: no image, inputs or gradients with NaN or Inf, no gradient, a weight that no image reaches, batches
+            that the model treats differently.
+
+    Source: docs/calibrated.md; one entry's loss w^2 / [H^-1]_kk is Hassibi and Stork 1993.
+    """
+    rows = {name: found[0] for name, found in output_gradients(model, weights, images).features.items()}
+    least = min((float(one.mean()) for one in rows.values() if bool(one.any())), default=1.0)
+    columns: dict[str, Tensor] = {}
+    steps = iter(progress(range(len(weights)), "measure layer by layer", show=show_progress))
+
+    def visit(stage: Stage, calls: list[Call]) -> None:
+        for weight, uses in weights_in_order(stage, calls[0]):
+            columns[weight.name] = _columns(damped(second_moment(stage, weight, uses, calls)))
+            next(steps, None)
+
+    with torch.no_grad(), evaluating(model):
+        visit_stages(find_stages(model, weights), (run for run, _ in forward_passes(model, images)), visit)
+    next(steps, None)
+    return {name: Sensitivity(_floored(one, least).to(columns[name]), columns[name]) for name, one in rows.items()}
+
+
+def _floored(rows: Tensor, least: float) -> Tensor:
+    mean = float(rows.mean())
+    return rows.clamp(min=_FLOOR * mean) if mean > 0 else torch.full_like(rows, least)
+
+
+def _columns(moments: Tensor) -> Tensor:
+    """1 / [H^-1]_kk of each [K, K], float32."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    return 1 / inverse.diagonal(dim1=-2, dim2=-1).float()
