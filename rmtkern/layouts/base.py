@@ -7,9 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["INTEGERS", "PackedWeight", "as_integers", "check_dense"]
+__all__ = ["CPU_DTYPES", "INTEGERS", "PackedWeight", "as_integers", "check_dense"]
 
-INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+"""What the CPU kernels compute; layouts may store more."""
+
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 """The integers as which entries travel through NumPy, which lacks bfloat16."""
 
 
