@@ -100,7 +100,7 @@ def main(arch: int, layout: str) -> None:
     __import__(f"rmtkern.layouts.{layout}.triton")
     for dtype in (torch.bfloat16, torch.float32):
         w = LAYOUTS[layout].pack(random_sparse(80, 64, 0.5).to(dtype))
-        parts = list(w.by_row() if layout == "bitmask" else w.tensors())
+        parts = [w.values, *w.gpu_tensors()] if layout == "bitmask" else list(w.tensors())
         row = torch.ones(80, dtype=dtype)
         x, residual = torch.ones(300, 64, dtype=dtype), torch.ones(300, 80, dtype=dtype)
         torch.ops.rmtkern.triton_linear(layout, x, 80, parts, row, "gelu", residual, row)

@@ -13,7 +13,7 @@ from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-KERNELS = ["dense", "bitmask"]
+KERNELS = ["dense", "bitmask", "lowrank"]
 # one token; prime and ragged; a tile exactly; one more than a tile in every direction; less than a tile; several
 # column blocks and steps of K with T over a tile; the class "batch" with whole and with ragged tiles
 SHAPES = [
@@ -32,6 +32,21 @@ every_kernel = pytest.mark.parametrize("layout", KERNELS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+def pack(layout, w):
+    """(packed, the weight that it holds): for lowrank, a product of factors that are cut from `w`."""
+    if layout != "lowrank":
+        return LAYOUTS[layout].pack(w), w
+    rank = min(5, *w.shape)
+    packed = LAYOUTS[layout].from_factors(w[:, :rank].contiguous(), w[:rank] / rank**0.5)
+    return packed, packed.unpack()
+
+
+def parts_of(layout, packed):
+    if layout == "dense":
+        return list(packed.tensors())
+    return [*([packed.values] if layout == "bitmask" else []), *packed.gpu_tensors()]
+
+
 def problem(t, n, k, dtype, device, sparsity=0.5):
     w = random_sparse(n, k, sparsity).to(device, dtype)
     generator = torch.Generator().manual_seed(t)
@@ -45,7 +60,7 @@ def problem(t, n, k, dtype, device, sparsity=0.5):
 @pytest.mark.parametrize(("t", "n", "k"), SHAPES)
 def test_ragged_shapes(layout, dtype, device, t, n, k):
     w, x, bias, scale, residual = problem(t, n, k, dtype, device)
-    packed = LAYOUTS[layout].pack(w)
+    packed, w = pack(layout, w)
     y = ops.linear(x, packed, bias, activation="gelu", scale=scale, residual=residual, backend="triton")
     assert_as_accurate_as_dense(y, x, w, bias, "gelu", residual, scale)
 
@@ -55,7 +70,7 @@ def test_ragged_shapes(layout, dtype, device, t, n, k):
 @every_dtype
 def test_every_epilogue(layout, dtype, device):
     w, x, b, s, r = problem(21, 40, 72, dtype, device)
-    packed = LAYOUTS[layout].pack(w)
+    packed, w = pack(layout, w)
     for activation, bias, scale, residual in itertools.product(ops.ACTIVATIONS, (None, b), (None, s), (None, r)):
         y = ops.linear(x, packed, bias, activation=activation, scale=scale, residual=residual, backend="triton")
         assert_as_accurate_as_dense(y, x, w, bias, activation, residual, scale)
@@ -67,12 +82,13 @@ def test_every_epilogue(layout, dtype, device):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
 def test_sparsity(layout, sparsity, dtype, device):
     w, x, bias, *_ = problem(33, 131, 208, dtype, device, sparsity)
-    y = ops.linear(x, LAYOUTS[layout].pack(w), bias, activation="silu", backend="triton")
+    packed, w = pack(layout, w)
+    y = ops.linear(x, packed, bias, activation="silu", backend="triton")
     assert_as_accurate_as_dense(y, x, w, bias, "silu")
 
 
 @everywhere
-@every_kernel
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
 def test_nan_and_infinity_pass_through(layout, device):
     w, x, *_ = problem(4, 16, 32, torch.float32, device, 0.0)
     x[1, 3], x[2, 5] = float("nan"), float("inf")
@@ -85,7 +101,7 @@ def test_nan_and_infinity_pass_through(layout, device):
 @every_kernel
 def test_shapes_and_strides(layout, device):
     w = random_sparse(24, 64, 0.5).to(device)
-    packed = LAYOUTS[layout].pack(w)
+    packed, w = pack(layout, w)
     inputs = [torch.randn(64), torch.randn(2, 3, 64), torch.randn(64, 7).t(), torch.randn(2, 5, 65)[..., 1:]]
     for x in (x.to(device) for x in inputs):
         y = ops.linear(x, packed, backend="triton")
@@ -98,7 +114,7 @@ def test_shapes_and_strides(layout, device):
 @pytest.mark.parametrize("which", ["x", "w", "y"])
 def test_offsets_of_more_than_32_bits(which):
     # 17 rows, 2^27 + 16 elements apart: the last is beyond 2^31 elements; untouched memory is never allocated
-    from rmtkern.layouts.dense.triton import dense_kernel
+    from rmtkern.layouts.triton_product import product_kernel
 
     stride = 2**27 + 16
     x, w, y = torch.randn(17, 32).half(), torch.randn(17, 32).half(), torch.zeros(17, 17).half()
@@ -109,7 +125,7 @@ def test_offsets_of_more_than_32_bits(which):
     tensors[which] = far
     strides = [t.stride(0) for t in tensors.values()]
     # tiles of 16: the second one holds the far row
-    dense_kernel[(4,)](
+    product_kernel[(4,)](
         tensors["x"], tensors["w"], None, None, None, tensors["y"], 17, 17, 32, *strides,
         BM=16, BN=16, BK=32, GROUP=8, EVEN_K=True, ACTIVATION=None, PRECISION="ieee",
     )  # fmt: skip
@@ -121,8 +137,7 @@ def test_offsets_of_more_than_32_bits(which):
 @every_kernel
 def test_the_op_keeps_pytorchs_contract(layout, device):
     w, x, bias, scale, residual = problem(5, 24, 64, torch.bfloat16, device)
-    packed = LAYOUTS[layout].pack(w)
-    parts = list(packed.by_row() if layout == "bitmask" else packed.tensors())
+    parts = parts_of(layout, pack(layout, w)[0])
     op = torch.ops.rmtkern.triton_linear.default
     torch.library.opcheck(op, (layout, x, 24, parts, bias, "gelu", residual, scale))
     torch.library.opcheck(op, (layout, x, 24, parts, None, None, None))
@@ -133,9 +148,10 @@ def test_the_op_keeps_pytorchs_contract(layout, device):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(layout, device, dynamic):
     w, x, bias, *_ = problem(5, 24, 64, torch.bfloat16, device)
-    packed = LAYOUTS[layout].pack(w)
-    if layout == "bitmask":
-        packed.row_masks, packed.row_starts = packed.by_row()[1:]  # as on a device
+    packed, w = pack(layout, w)
+    for name, tensor in zip(packed.gpu_parts, packed.gpu_form(), strict=True):
+        setattr(packed, name, tensor)  # as on a device
+    ops.load_kernels(layout)  # as PackedLinear does: an import cannot be traced
     torch.compiler.reset()
 
     def call(x):
@@ -149,7 +165,7 @@ def test_compiles_without_a_graph_break(layout, device, dynamic):
 @everywhere
 @every_kernel
 def test_reasons_against_a_call(layout, device):
-    packed = LAYOUTS[layout].pack(random_sparse(16, 64, 0.5).to(device))
+    packed, _ = pack(layout, random_sparse(16, 64, 0.5).to(device))
     with pytest.raises(
         ops.KernelUnavailable, match=r"triton: x is torch.float64; cast to torch.float32 or torch.float16"
     ):

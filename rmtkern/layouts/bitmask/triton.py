@@ -92,7 +92,7 @@ def launch(
     residual: Tensor | None,
     scale: Tensor | None,
 ) -> None:
-    """Write y [T, N]; parts: what `BitmaskWeight.by_row` returns. All else as in `linear`."""
+    """Write y [T, N]; parts: the values and what `BitmaskWeight.gpu_form` returns. All else as in `linear`."""
     values, masks, starts = parts
     (tokens, n), k = y.shape, x.shape[1]
 
@@ -129,4 +129,4 @@ def linear(
     scale: Tensor | None = None,
 ) -> Tensor:
     """Apply a bitmask weight; see `rmtkern.layouts.triton.linear`."""
-    return shared.linear(x, w, w.by_row(), bias, activation, residual, scale)
+    return shared.linear(x, w, (w.values, *w.gpu_tensors()), bias, activation, residual, scale)

@@ -1,7 +1,6 @@
 """BitmaskWeight: how a weight with any zero pattern is stored. It knows no kernel; csrc/linear/bitmask.inl reads it."""
 
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,25 +25,17 @@ class BitmaskWeight(PackedWeight):
         rows: [segments] uint8, the segment's row in its row block.
         starts: [groups + 1] int64, where a group's values begin.
 
-    On a GPU the masks are also held in the order of the rows (`by_row`), made once when the weight arrives there and
-    not part of state_dict: 12 bytes for 64 entries. The values are not moved.
+    On a GPU the masks are also held in the order of the rows (`gpu_form`). The values are not moved.
     """
 
     layout = "bitmask"
     parts = ("values", "masks", "rows", "starts")
+    gpu_parts = ("row_masks", "row_starts")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     values: Tensor
     masks: Tensor
     rows: Tensor
     starts: Tensor
-    row_masks: Tensor | None
-    row_starts: Tensor | None
-
-    def __init__(self, shape: tuple[int, int], params: Mapping[str, int], parts: tuple[Tensor, ...]) -> None:
-        super().__init__(shape, params, parts)
-        self.register_buffer("row_masks", None, persistent=False)
-        self.register_buffer("row_starts", None, persistent=False)
-        self._order()
 
     @classmethod
     def pack(cls, dense: Tensor, **params: int) -> Self:
@@ -72,33 +63,11 @@ class BitmaskWeight(PackedWeight):
         parts = (self.values[:, None], self.masks, self.rows, self.starts)
         return unpack_strips(self.shape, 1, parts, words=len(self.masks) // len(self.rows))
 
-    def by_row(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the GPU kernels read.
+    def gpu_form(self) -> tuple[Tensor, ...]:
+        """The masks in the order of the rows, 12 bytes for 64 entries.
 
         Returns:
-            values [nnz] as stored; masks [C, N] int64, bit j of [c, n] set where W[n, 64 c + j] is not zero; starts
-            [C, N] int32, where in values the first entry of that mask lies. C >= ceil(K / 64).
+            row_masks [C, N] int64, bit j of [c, n] set where W[n, 64 c + j] is not zero, and row_starts [C, N] int32,
+            where in `values` the first entry of that mask lies. C >= ceil(K / 64).
         """
-        if self.row_masks is None or self.row_starts is None:
-            return self.values, *masks_by_row(self.shape, self.masks, self.rows)
-        return self.values, self.row_masks, self.row_starts
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parts, and of the masks in the order of the rows where these are held."""
-        held = [part for part in (self.row_masks, self.row_starts) if part is not None]
-        return super().nbytes + sum(part.numel() * part.element_size() for part in held)
-
-    def _order(self) -> None:
-        ordered = masks_by_row(self.shape, self.masks, self.rows) if self.masks.device.type == "cuda" else (None, None)
-        self.row_masks, self.row_starts = ordered
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self.row_masks = self.row_starts = None
-        super()._apply(*args, **kwargs)
-        self._order()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._order()
+        return masks_by_row(self.shape, self.masks, self.rows)

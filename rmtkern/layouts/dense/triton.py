@@ -1,63 +1,15 @@
-"""dense in Triton: a tiled product with the whole epilogue in the same kernel. It decides no tile (gpu_configs.py)."""
+"""dense in Triton: the shared product. It decides nothing."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from rmtkern.layouts import triton as shared
 from rmtkern.layouts.dense.weight import DenseWeight
-from rmtkern.layouts.gpu_configs import precision
-from rmtkern.layouts.triton import GROUP, finish, rows_at, supports, tile_of
+from rmtkern.layouts.triton import supports
+from rmtkern.layouts.triton_product import product
 
-__all__ = ["dense_kernel", "launch", "linear", "supports"]
-
-
-@triton.jit
-def dense_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    scale_ptr,
-    residual_ptr,
-    y_ptr,
-    T,
-    N,
-    K,
-    x_stride,
-    w_stride,
-    y_stride,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile [BM, BN] of activation(x Wᵀ + bias) * scale + residual; x [T, K], W [N, K], rows contiguous.
-
-    EVEN_K: K is a multiple of BK, so that no step needs a mask.
-    """
-    tile_m, tile_n = tile_of(tl.program_id(0), T, N, BM, BN, GROUP)
-    rk = tl.arange(0, BK)
-    x_ptrs = rows_at(x_ptr, tile_m * BM, T, x_stride, BM) + rk[None, :]
-    w_ptrs = rows_at(w_ptr, tile_n * BN, N, w_stride, BN) + rk[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in range(0, tl.cdiv(K, BK)):
-        if EVEN_K:
-            x = tl.load(x_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            inside = (rk < K - k * BK)[None, :]
-            x = tl.load(x_ptrs, mask=inside, other=0.0)
-            w = tl.load(w_ptrs, mask=inside, other=0.0)
-        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-        x_ptrs += BK
-        w_ptrs += BK
-    finish(acc, bias_ptr, scale_ptr, residual_ptr, y_ptr, tile_m * BM, tile_n * BN, T, N, y_stride, BM, BN, ACTIVATION)
+__all__ = ["launch", "linear", "supports"]
 
 
 def launch(
@@ -69,31 +21,8 @@ def launch(
     residual: Tensor | None,
     scale: Tensor | None,
 ) -> None:
-    """Write y [T, N]; parts: (W [N, K],). All as in `linear`."""
-    (w,) = parts
-    (tokens, k), n = x.shape, w.shape[0]
-
-    def arguments(step: int, arch: str) -> dict[str, Any]:
-        return {
-            "x_ptr": x,
-            "w_ptr": w,
-            "bias_ptr": bias,
-            "scale_ptr": scale,
-            "residual_ptr": residual,
-            "y_ptr": y,
-            "T": tokens,
-            "N": n,
-            "K": k,
-            "x_stride": x.stride(0),
-            "w_stride": w.stride(0),
-            "y_stride": n,
-            "GROUP": GROUP,
-            "EVEN_K": k % step == 0,
-            "ACTIVATION": activation,
-            "PRECISION": precision(x.element_size(), arch),
-        }
-
-    shared.run(dense_kernel, "dense", y, k, arguments)
+    """Write y [T, N]; parts: (W [N, K],). All else as in `linear`."""
+    product(y, x, parts[0], bias, activation, residual, scale)
 
 
 def linear(
