@@ -40,7 +40,7 @@ sanitize: $(VENV)/.installed-dev  ## the kernels' tests under AddressSanitizer a
 	cd build/sanitize && CFLAGS="$(SANITIZE) -O1" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest tests/layouts tests/test_extension.py \
-		tests/test_attention.py \
+		tests/test_attention.py tests/test_layer_norm.py \
 		-k "not extension_is_missing"
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy

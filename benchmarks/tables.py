@@ -1,7 +1,7 @@
-"""Regenerate the tables of README.md from benchmarks/results/*.csv, so that no number there is typed by hand.
+"""Regenerate the tables of README.md and docs/benchmarks.md from benchmarks/results/*.csv: no number is typed by hand.
 
-    python -m benchmarks.tables           # rewrite README.md
-    python -m benchmarks.tables --check   # exit 1 if README.md differs
+    python -m benchmarks.tables           # rewrite both
+    python -m benchmarks.tables --check   # exit 1 if one of them differs
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a key of TABLES.
 """
@@ -10,7 +10,7 @@ import argparse
 import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.record import RESULTS, ROOT, read_rows
 from rmtkern.tables import Table
@@ -46,34 +46,62 @@ def spectra() -> Table:
     return Table(["baseline", "our eigensolver", "baseline ms", "rmtkern ms", "ratio"], cells, notes)
 
 
-def kernels() -> Table:
-    """The sparse layouts against the strongest dense linear of the same precision, one thread, the layers of a ViT-B.
+def kernels(layers: Sequence[str] = (), tokens: Sequence[str] = (), threads: str = "1") -> Table:
+    """The sparse layouts against the strongest dense linear of the same precision.
 
-    Other layers, thread counts and forms without one of the three sparsities (lowrank, spectral, own dense) are in the
-    CSV only.
+    Forms without one of the three sparsities (lowrank, spectral, own dense) are in `other_kernels`.
+
+    Args:
+        layers: names; empty for all.
+        tokens: counts; empty for all.
+        threads: of torch.
     """
     found = [
         row
         for row in rows(f"kernel-{CPU}.csv")
-        if row["threads"] == "1" and not row["activation"] and row["layer"] in SHOWN_LAYERS
+        if row["threads"] == threads
+        and not row["activation"]
+        and (not layers or row["layer"] in layers)
+        and (not tokens or row["T"] in tokens)
     ]
     by_case = {(row["layer"], row["T"], row["dtype"], row["form"]): row for row in found}
     order = list(dict.fromkeys((row["layer"], row["T"], row["dtype"], row["N"], row["K"]) for row in found))
-    forms = list(dict.fromkeys(_form(row) for row in found if row["layout"] != "dense"))
+    forms = list(dict.fromkeys(_form(row) for row in found if row["layout"] not in ("dense", "lowrank", "spectral")))
     cells = []
-    for (layer, tokens, dtype, n, k), form in itertools.product(order, forms):
+    for (layer, count, dtype, n, k), form in itertools.product(order, forms):
         pruned = [f"{form} {s}" for s in ("0.5", "0.7", "0.9")]
-        chosen = [by_case.get((layer, tokens, dtype, name)) for name in pruned]
+        chosen = [by_case.get((layer, count, dtype, name)) for name in pruned]
         if form in FIXED:
-            chosen[0] = by_case.get((layer, tokens, dtype, form))
+            chosen[0] = by_case.get((layer, count, dtype, form))
         pairs = [f"{_ratio(r['vs_onednn'])} / {_ratio(r['vs_strongest'])}" if r else None for r in chosen]
         if any(pairs):
-            cells.append([layer, f"{k} -> {n}", tokens, dtype, form, *pairs])
-    notes = [f"Ratio to oneDNN / to the strongest dense form (prepacked oneDNN included). 1 thread. {_where(found[0])}"]
+            cells.append([layer, f"{k} -> {n}", count, dtype, form, *pairs])
+    notes = [
+        f"Ratio to oneDNN / to the strongest dense form (prepacked oneDNN included). {threads} thread(s)."
+        f" {_where(found[0])}"
+    ]
     return Table(["layer", "shape", "tokens", "dtype", "layout", "50 %", "70 %", "90 %"], cells, notes)
 
 
-SHOWN_LAYERS = ("vit_b.fc1", "vit_b.fc2", "vit_b.qkv", "vit_b.proj")
+def other_kernels() -> Table:
+    """Our own dense kernel, and the layouts with factors, one thread."""
+    found = [
+        row
+        for row in rows(f"kernel-{CPU}.csv")
+        if row["threads"] == "1"
+        and not row["activation"]
+        and (row["layout"] in ("lowrank", "spectral") or row["form"] == "dense own")
+    ]
+    cells = [
+        [row["layer"], row["T"], row["dtype"], row["form"], _ratio(row["vs_onednn"]), _ratio(row["vs_strongest"])]
+        for row in found
+    ]
+    note = (
+        "Ratios to oneDNN and to the strongest dense form of PyTorch. lowrank R: two factors of rank R; spectral R+s:"
+        f" the same and a remainder of sparsity s. {_where(found[0])}"
+    )
+    return Table(["layer", "tokens", "dtype", "form", "x oneDNN", "x strongest dense"], cells, [note])
+
 
 FIXED = ("nofm 2:4", "nofm 2:4x4")
 """Forms whose pattern says the sparsity, 50 %."""
@@ -98,9 +126,22 @@ MODEL_PEERS = {
 """Ratio column -> its heading; a column without a value is left out."""
 
 
-def models() -> Table:
-    """Whole models, packed against dense peers: how many times faster than each."""
-    found = [row for row in rows(f"model-{CPU}.csv") if row["pattern"]]
+def models(model: str = "", batch: str = "", threads: str = "") -> Table:
+    """Whole models, packed against dense peers: how many times faster than each.
+
+    Args:
+        model: a timm name; empty for all.
+        batch: images; empty for all.
+        threads: of every contestant; empty for all.
+    """
+    found = [
+        row
+        for row in rows(f"model-{CPU}.csv")
+        if row["pattern"]
+        and (not model or row["model"] == model)
+        and (not batch or row["batch"] == batch)
+        and (not threads or row["threads"] == threads)
+    ]
     found.sort(
         key=lambda r: (
             r["model"], int(r["threads"]), -int(r["batch"]), r["dtype"] != "float32", r["pattern"] != "dense",
@@ -167,13 +208,67 @@ def accuracy() -> Table:
     return Table(["method", *(f"{level:.0%}" for level in levels)], cells, [note])
 
 
+def calibrated() -> Table:
+    """Points of top-1 that the calibrated methods lose on a real ViT-S/14 without fine-tuning, by pattern."""
+    found = [row for row in rows("accuracy-vits14-imagenette-calibrated.csv") if row["split"] == "val"]
+    cases = sorted({(row["pattern"] != "unstructured", row["pattern"], row["asked"]) for row in found})
+    lost = {
+        (row["method"], row["calibration_images"], row["pattern"], row["asked"]): (
+            f"{100 * float(row['loss']):.1f} ± {100 * float(row['loss_error']):.1f}"
+        )
+        for row in found
+    }
+    methods = list(dict.fromkeys((row["method"], row["calibration_images"]) for row in found))
+    cells = [[*method, *(lost.get((*method, pattern, asked)) for _, pattern, asked in cases)] for method in methods]
+    dense = sorted({f"{100 * float(row['dense_top1']):.1f}" for row in found})
+    images = ", ".join(sorted({row["images"] for row in found}))
+    note = (
+        f"Points of top-1 lost against dense ({', '.join(dense)}), paired standard error, {images} validation "
+        "photographs of Imagenette, ViT-S/14 (DINOv2). One-shot, no fine-tuning."
+    )
+    heads = [f"{pattern} {float(asked):.0%}" for _, pattern, asked in cases]
+    return Table(["method", "calibration images", *heads], cells, [note])
+
+
+def finetuned() -> Table:
+    """Top-1 of a pruned ViT-S/14 before and after fine-tuning."""
+    found = rows("finetune-vits14-imagenette.csv")
+    cells = [
+        [
+            row["method"],
+            row["calibration_images"],
+            row["pattern"],
+            f"{float(row['sparsity']):.0%}",
+            f"{row['epochs']} x {row['train_images']}",
+            row["val_images"],
+            *(f"{100 * float(row[column]):.1f}" for column in ("dense_top1", "pruned_top1", "top1")),
+        ]
+        for row in found
+    ]
+    columns = ["method", "calibration images", "pattern", "sparsity", "epochs x images", "val images"]
+    note = (
+        "Top-1 in %, ViT-S/14 (DINOv2) on Imagenette: AdamW, distillation from the dense model, bfloat16 autocast, 1"
+        f" thread; at most {max(float(row['train_cpu_s']) for row in found):.0f} s of CPU time."
+    )
+    return Table([*columns, "dense", "pruned", "fine-tuned"], cells, [note])
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "spectra": spectra,
-    "kernels": kernels,
-    "models": models,
+    "kernels": lambda: kernels(["vit_b.fc1"], ["197", "1576"]),
+    "kernels-all": kernels,
+    "kernels-2-threads": lambda: kernels(threads="2"),
+    "kernels-other": other_kernels,
+    "models": lambda: models("vit_base_patch16_224", "8", "1"),
+    "models-all": models,
     "growth": growth,
     "accuracy": accuracy,
+    "calibrated": calibrated,
+    "finetuned": finetuned,
 }
+
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 
 def render(text: str) -> str:
@@ -182,24 +277,25 @@ def render(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in TABLES:
-            raise ValueError(f"README asks for table {name!r}; known: {', '.join(sorted(TABLES))}")
+            raise ValueError(f"a document asks for table {name!r}; known: {', '.join(sorted(TABLES))}")
         return f"<!-- table: {name} -->\n{TABLES[name]().to_markdown()}\n<!-- end table -->"
 
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end table -->", fill, text, flags=re.DOTALL)
 
 
 def main() -> int:
-    """Rewrite or check README.md."""
+    """Rewrite or check the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = render(old)
-    if args.check:
-        return int(new != old)
-    readme.write_text(new)
-    return 0
+    differ = False
+    for path in DOCUMENTS:
+        old = path.read_text()
+        new = render(old)
+        differ |= new != old
+        if not args.check:
+            path.write_text(new)
+    return int(args.check and differ)
 
 
 if __name__ == "__main__":

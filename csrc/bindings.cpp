@@ -115,10 +115,32 @@ void attention(const py::array& q, const py::array& k, const py::array& v, const
     if (a.B && a.H && a.Tq) table.attention(a);
 }
 
+void layernorm(const py::array& x, const std::optional<py::array>& weight, const std::optional<py::array>& bias,
+               py::array& y, double eps, int threads, const std::optional<std::string>& isa) {
+    const rk::Table& table = rk::table_of(isa_or_environment(isa));
+    rk::LayerNormArgs a;
+    const rk::Array xa = as_array(x, "x");
+    if (xa.ndim != 2) throw std::invalid_argument("x must have shape (T, K), got " + shape_text(x));
+    a.T = xa.shape[0];
+    a.K = xa.shape[1];
+    if (a.K < 1) throw std::invalid_argument("layernorm needs K >= 1, got " + shape_text(x));
+    a.dtype = activations_dtype(x.dtype(), "x");
+    a.x = xa.data;
+    if (weight) a.weight = as_values(*weight, "weight", a.dtype, a.K, -1).data;
+    if (bias) a.bias = as_values(*bias, "bias", a.dtype, a.K, -1).data;
+    as_values(y, "y", a.dtype, a.T, a.K);
+    a.y = y.mutable_data();  // refuses a read-only array
+    a.eps = float(eps);
+    if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
+    a.threads = threads;
+    py::gil_scoped_release release;
+    if (a.T) table.layernorm(a);
+}
+
 void linear(const std::string& layout, const py::array& x, const std::vector<py::array>& parts,
             const std::vector<int64_t>& params, const std::optional<py::array>& bias,
             const std::optional<py::array>& scale, const std::optional<py::array>& residual, py::array& y,
-            const std::optional<std::string>& activation, int threads, const std::optional<std::string>& isa) {
+            const std::optional<std::string>& activation, int threads, const std::optional<std::string>& isa, bool gated) {
     const rk::Kernel kernel = rk::find(layout, isa_or_environment(isa));
     rk::LinearArgs a;
     const rk::Array xa = as_array(x, "x"), ya = as_array(y, "y");
@@ -127,14 +149,18 @@ void linear(const std::string& layout, const py::array& x, const std::vector<py:
     a.T = xa.shape[0];
     a.K = xa.shape[1];
     a.N = ya.shape[1];
+    if (gated) {
+        a.F = a.N;
+        a.N = (a.F + rk::gate_chunk - 1) / rk::gate_chunk * 2 * rk::gate_chunk;
+    }
     if (a.N < 1 || a.K < 1) throw std::invalid_argument("a weight needs N, K >= 1");
     a.dtype = activations_dtype(x.dtype(), "x");
     a.x = xa.data;
-    as_values(y, "y", a.dtype, a.T, a.N);
+    as_values(y, "y", a.dtype, a.T, a.outputs());
     a.y = y.mutable_data();  // refuses a read-only array
     if (bias) a.bias = as_values(*bias, "bias", a.dtype, a.N, -1).data;
-    if (scale) a.scale = as_values(*scale, "scale", a.dtype, a.N, -1).data;
-    if (residual) a.residual = as_values(*residual, "residual", a.dtype, a.T, a.N).data;
+    if (scale) a.scale = as_values(*scale, "scale", a.dtype, a.outputs(), -1).data;
+    if (residual) a.residual = as_values(*residual, "residual", a.dtype, a.T, a.outputs()).data;
     if (parts.size() > size_t(rk::max_parts) || params.size() > size_t(rk::max_params))
         throw std::invalid_argument("too many parts or params: got " + std::to_string(parts.size()) + " and " +
                                     std::to_string(params.size()));
@@ -171,7 +197,11 @@ PYBIND11_MODULE(_C, m) {
     m.def("attention", &attention, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
           py::arg("mask").noconvert().none(true), py::arg("y").noconvert(), py::arg("scale"), py::arg("threads"),
           py::arg("isa") = py::none());
+    m.def("layernorm", &layernorm, py::arg("x").noconvert(), py::arg("weight").noconvert().none(true),
+          py::arg("bias").noconvert().none(true), py::arg("y").noconvert(), py::arg("eps"), py::arg("threads"),
+          py::arg("isa") = py::none());
     m.def("linear", &linear, py::arg("layout"), py::arg("x").noconvert(), py::arg("parts").noconvert(), py::arg("params"),
           py::arg("bias").noconvert().none(true), py::arg("scale").noconvert().none(true), py::arg("residual").noconvert().none(true),
-          py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"), py::arg("isa") = py::none());
+          py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"), py::arg("isa") = py::none(),
+          py::arg("gated") = false);
 }

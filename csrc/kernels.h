@@ -47,10 +47,13 @@ struct Array {
 enum class Activation { none, gelu, gelu_tanh, silu, relu };
 
 constexpr int max_parts = 6, max_params = 4;
+constexpr int64_t gate_chunk = 8;  // half of the fewest outputs that any kernel finishes at a time
 
 // y [T, N] = activation(x [T, K] W^T + bias [N]) * scale [N] + residual [T, N], where W [N, K] is parts and params.
+// Gated (F > 0): y [T, F] = activation(x Wg^T + bg) * (x Wu^T + bu) * scale [F] + residual [T, F], where the rows of W and
+// of bias are pairs in chunks: gate_chunk rows of Wg, then the same ones of Wu; the last chunks are filled up.
 struct LinearArgs {
-    int64_t T = 0, N = 0, K = 0;
+    int64_t T = 0, N = 0, K = 0, F = 0;
     DType dtype = DType::float32;    // of x, bias, scale, residual and y: float32 or bfloat16
     const void* x = nullptr;
     const void* bias = nullptr;      // may be null
@@ -63,6 +66,8 @@ struct LinearArgs {
     int n_params = 0;
     Activation activation = Activation::none;
     int threads = 1;
+
+    int64_t outputs() const { return F ? F : N; }  // of a token
 };
 
 // A kernel; null when done, or what is wrong with the contents of the parts (then nothing was read past their end).
@@ -82,10 +87,24 @@ struct AttentionArgs {
 };
 using AttentionFn = void (*)(const AttentionArgs&);
 
+// y [T, K] = (x [T, K] - mean) / sqrt(variance + eps) * weight [K] + bias [K], mean and variance of each row.
+struct LayerNormArgs {
+    int64_t T = 0, K = 0;
+    DType dtype = DType::float32;  // of all arrays: float32 or bfloat16
+    const void* x = nullptr;
+    const void* weight = nullptr;  // may be null: ones
+    const void* bias = nullptr;    // may be null: zeros
+    void* y = nullptr;
+    float eps = 0;
+    int threads = 1;
+};
+using LayerNormFn = void (*)(const LayerNormArgs&);
+
 #define RK_FIELD(name) LinearFn name;
 struct Table {
     const char* isa;
     AttentionFn attention;
+    LayerNormFn layernorm;
     RK_LAYOUTS(RK_FIELD)
 };
 #undef RK_FIELD

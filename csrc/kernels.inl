@@ -15,6 +15,7 @@
 #include "linear/lowrank.inl"
 #include "linear/spectral.inl"
 #include "attention.inl"
+#include "layernorm.inl"
 #define RK_FIELD(name) name##_linear,
-#define RK_TABLE(isa) {isa, attention, RK_LAYOUTS(RK_FIELD)}
+#define RK_TABLE(isa) {isa, attention, layernorm, RK_LAYOUTS(RK_FIELD)}
 #endif

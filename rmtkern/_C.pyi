@@ -34,6 +34,31 @@ def attention(
         TypeError: a wrong dtype, or strides that are not allowed.
     """
 
+def layernorm(
+    x: NDArray[np.float32 | np.uint16],
+    weight: NDArray[np.float32 | np.uint16] | None,
+    bias: NDArray[np.float32 | np.uint16] | None,
+    y: NDArray[np.float32 | np.uint16],
+    eps: float,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """Write y = (x - mean) / sqrt(variance + eps) * weight + bias for each row, without the GIL.
+
+    Args:
+        x: [T, K] float32, or bfloat16 as uint16, C-contiguous (as every array here). All arrays have its dtype.
+        weight: [K] or None for ones.
+        bias: [K] or None for zeros.
+        y: [T, K], written; may be `x` itself.
+        eps: added to the variance.
+        threads: OpenMP threads, >= 1.
+        isa: one of isas(); None takes the environment's RMTKERN_ISA, or else the best.
+
+    Raises:
+        ValueError: a wrong shape or name.
+        TypeError: a wrong dtype, or an array that is not C-contiguous.
+    """
+
 def linear(
     layout: str,
     x: NDArray[np.float32 | np.uint16],
@@ -46,8 +71,12 @@ def linear(
     activation: str | None,
     threads: int,
     isa: str | None = None,
+    gated: bool = False,
 ) -> None:
     """Write y = activation(x Wᵀ + bias) * scale + residual, without the GIL.
+
+    Gated: y [T, F] = activation(x Wgᵀ + bg) * (x Wuᵀ + bu) * scale [F] + residual [T, F], where the N = 2 ceil(F / 8) 8
+    rows of W and bias are pairs as rmtkern/layouts/pairs.py defines them.
 
     Args:
         layout: such as "bitmask".
@@ -62,6 +91,7 @@ def linear(
         activation: None, "gelu", "gelu_tanh", "relu" or "silu".
         threads: OpenMP threads, >= 1.
         isa: one of isas(); None takes the environment's RMTKERN_ISA, or else the best.
+        gated: whether W is a gate-up pair.
 
     Raises:
         ValueError: a wrong shape or name, or parts that contradict each other.

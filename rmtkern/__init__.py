@@ -4,21 +4,30 @@ plan = rmtkern.prune_(model, sparsity=0.7)      # in place; still an ordinary, t
 report = rmtkern.pack_(model, example)          # in place; each linear in the form measured fastest here
 """
 
+from rmtkern.advice import Advice, advise
 from rmtkern.api import analyze, prune_
+from rmtkern.certificates import Certificate, certify
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
+from rmtkern.files import load, save
+from rmtkern.loading import load_plan
 from rmtkern.ops import available
 from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
+from rmtkern.training.config import FinetuneConfig
+from rmtkern.training.loop import finetune_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
+    "Certificate",
     "Decisions",
     "Evaluation",
+    "FinetuneConfig",
     "KernelUnavailable",
     "PackReport",
     "PackedModelError",
@@ -26,12 +35,18 @@ __all__ = [
     "PrunePlan",
     "SpectralFit",
     "SpectralFits",
+    "advise",
     "analyze",
     "available",
+    "certify",
     "evaluate",
+    "finetune_",
     "fit_spectra",
     "fit_spectrum",
+    "load",
+    "load_plan",
     "pack_",
     "prune_",
+    "save",
     "unpack_",
 ]

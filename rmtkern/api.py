@@ -1,18 +1,21 @@
 """The verbs on whole models: analyze and prune_. It joins models, spectra and pruning; it knows no layout or kernel."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rmtkern import evaluation
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.pruning.calibrate import Moments, calibrate
 from rmtkern.pruning.cycles import Pruned, make_masks, matrices
+from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
+from rmtkern.pruning.target import Target, search
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 
 __all__ = ["analyze", "prune_"]
@@ -77,7 +80,7 @@ def analyze(
 
 def prune_(
     model: nn.Module,
-    sparsity: float | PruneConfig = 0.5,
+    sparsity: float | PruneConfig | None = None,
     method: str = "auto",
     pattern: str = "unstructured",
     targets: str | Iterable[str] | None = None,
@@ -87,59 +90,87 @@ def prune_(
     config: PruneConfig | None = None,
     budget: str | None = None,
     score: str | None = None,
+    repair: str | None = None,
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
     seed: int = 0,
+    max_drop: float | None = None,
+    evaluate: Any = None,
+    tolerance: float = 0.01,
     show_progress: bool | None = None,
 ) -> PrunePlan:
     """Set weights of a model to zero, in place and nothing else: it stays an ordinary, trainable module.
 
     A pruned weight is exactly 0.0, so the zero pattern is the mask; weights that are zero already stay zero and count
-    towards the sparsity. With method "rmt" or haar > 0 the surviving weights change too, as those methods say. If
-    anything fails, the model is bit for bit as it was.
+    towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those
+    methods say. If anything fails, the model is bit for bit as it was.
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
-        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda" or "random"; see PruneConfig and PRESETS.
+            None: 0.5, or with `max_drop` whatever that allows.
+        method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "wanda", "obs", "admm" or "random"; see PruneConfig
+            and PRESETS. "auto" with calibration images is "admm".
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
             outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
-        calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader.
+        calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader of
+            tensors, of tuples whose first item is the images, or of mappings (keyword arguments, as text models take).
         config: a PruneConfig with all the fields; then none of the others may be given.
         budget: overrides the method's budget.
         score: overrides the method's score.
+        repair: overrides the method's repair: "none", or "obs" (the survivors of any method's mask are refit to the
+            layer's outputs on the calibration images).
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
         seed: of score "random".
+        max_drop: find the highest sparsity whose top-1 on `evaluate` falls by at most this much, [0, 1); 0.01 is one
+            point. By bisection, each trial pruned anew from the dense weights; one copy of the weights to return to and
+            one of the best trial are held. Every trial is in the plan.
+        evaluate: held-out images for `max_drop`, as evaluation.evaluate takes them: a loader of (x, y), a pair of
+            tensors, or an image folder; seen once for each trial, and never the images that you report on.
+        tolerance: width in sparsity at which that search stops, (0, 1).
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
         The plan: config, spectra, and what was decided for each layer, with a hash of its zeros.
 
     Raises:
-        TypeError: an argument of the wrong type.
+        TypeError: an argument of the wrong type, or `max_drop` with a sparsity or without `evaluate`.
         ValueError: a value out of range or an unknown name; nothing to prune; NaN or Inf weights; weights on the meta
-            device; K not divisible by m; calibration images missing.
+            device; K not divisible by m; calibration images missing; `max_drop` with an n:m pattern, no images to
+            evaluate, a model that has no more accuracy than `max_drop`, or a drop that no sparsity keeps.
         PackedModelError: the model is packed.
     """
     given = {
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
+        "repair": repair,
     }  # fmt: skip
-    config = _config(given, config).resolve(calibration is not None)
-    weights = prunable_weights(model, config.targets, config.ignore)
-    _refuse_nothing(weights, "prune")
-    check_values(weights)
-    if config.pattern != "unstructured":
-        _check_divisible(weights, config.pattern)
+    config = _config(given, config)
+    if max_drop is not None:
+        target = Target(max_drop, tolerance, accuracy=0.0, images=0)
+        _check_search(sparsity, config, calibration, evaluate)
+        return _search_(model, config, calibration, target, evaluate, show_progress)
+    if evaluate is not None or tolerance != 0.01:
+        raise TypeError("prune_: evaluate= and tolerance= are for the search with max_drop=; pass max_drop too")
+    return _prune_(model, config, calibration, show_progress)
+
+
+def _prune_(
+    model: nn.Module, config: PruneConfig, calibration: Tensor | Iterable[Any] | None, show_progress: bool | None
+) -> PrunePlan:
+    config = config.resolve(calibration is not None)
+    weights = _selected(model, config)
     moments = Moments()
-    if config.needs_calibration and calibration is not None:
+    if config.needs_calibration and isinstance(calibration, Iterator):
+        calibration = list(calibration)  # which may be read twice
+    if config.score == "activation" and calibration is not None:
         moments = calibrate(model, weights, calibration, show_progress=show_progress)
-    elif calibration is not None:
+    elif calibration is not None and not config.layerwise:
         _log.warning(
             "method %s with score %s uses no calibration images; they were ignored", config.method, config.score
         )
@@ -149,12 +180,98 @@ def prune_(
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
     pruned = make_masks(weights, config, fits, moments.features, fit, show_progress=show_progress)
-    plan = _plan(model, config, weights, pruned, fits, moments.images)
+    images = moments.images
+    if config.layerwise and calibration is not None:
+        masks = [mask for mask, _ in pruned]
+        pruned, images = prune_layerwise(model, weights, config, masks, calibration, show_progress=show_progress)
+    plan = _plan(model, config, weights, pruned, fits, images)
     _write_(weights, [matrix for _, matrix in pruned])
     return plan
 
 
+def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:
+    """The weights that a config asks for, checked."""
+    weights = prunable_weights(model, config.targets, config.ignore)
+    _refuse_nothing(weights, "prune")
+    check_values(weights)
+    if config.pattern != "unstructured":
+        _check_divisible(weights, config.pattern)
+    return weights
+
+
+def _check_search(sparsity: Any, config: PruneConfig, calibration: Any, images: Any) -> None:
+    """Refuse what a search for a sparsity cannot do, before anything is computed."""
+    if isinstance(sparsity, int | float) or config.sparsity != _DEFAULTS["sparsity"]:
+        raise TypeError("prune_: got a sparsity and max_drop, which finds the sparsity; pass one of them")
+    if images is None:
+        raise TypeError("prune_: max_drop needs evaluate=, held-out images with labels")
+    if ":" in config.pattern:
+        raise ValueError(
+            f"pattern {config.pattern!r} has one sparsity only, so max_drop has nothing to find; take 'unstructured' "
+            "or mini-blocks such as '4x1'"
+        )
+    for name, given in (("evaluate", images), ("calibration", calibration)):
+        if isinstance(given, Iterator):
+            raise TypeError(
+                f"{name}: got {type(given).__name__}, which can be read once only, and max_drop reads it for every "
+                "trial; pass a list, a DataLoader or tensors"
+            )
+
+
+def _search_(
+    model: nn.Module,
+    config: PruneConfig,
+    calibration: Tensor | Iterable[Any] | None,
+    target: Target,
+    images: Any,
+    show_progress: bool | None,
+) -> PrunePlan:
+    weights = _selected(model, config.resolve(calibration is not None))
+    before = evaluation.evaluate(model, images, show_progress=show_progress)
+    target = replace(target, accuracy=before.top1, images=before.count)
+    if before.top1 <= target.max_drop:
+        raise ValueError(
+            f"the model scores {before.top1:.2%} before pruning, no more than max_drop={target.max_drop:g} may lose; "
+            "check that the labels of evaluate= are numbered as the model's classes are"
+        )
+    zeros = sum(int((weight.parameter == 0).sum()) for weight in weights)
+    least = zeros / sum(weight.parameter.numel() for weight in weights)
+    dense = _values(model)
+    plans: list[PrunePlan] = []
+
+    def attempt(sparsity: float) -> float:
+        _set_(model, dense)
+        plans.append(_prune_(model, replace(config, sparsity=sparsity), calibration, show_progress))
+        found = evaluation.evaluate(model, images, show_progress=show_progress)
+        if found.count != before.count:
+            raise ValueError(
+                f"evaluate: gave {before.count} images at first and {found.count} for a trial; pass the same every time"
+            )
+        return found.top1
+
+    try:
+        (plan, pruned), target = search(target, least, attempt, lambda: (plans[-1], _values(model)))
+    except BaseException:
+        _set_(model, dense)
+        raise
+    _set_(model, pruned)
+    return replace(plan, target=target)
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers: a method may repair more than it prunes."""
+    return {name: value.detach().clone() for name, value in (*model.named_parameters(), *model.named_buffers())}
+
+
+@torch.no_grad()
+def _set_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        value.copy_(values[name])
+
+
 def _config(given: Mapping[str, Any], config: PruneConfig | None) -> PruneConfig:
+    if given["sparsity"] is None:
+        given = {**given, "sparsity": _DEFAULTS["sparsity"]}
     changed = [name for name, value in given.items() if name != "sparsity" and value != _DEFAULTS[name]]
     if isinstance(given["sparsity"], PruneConfig):
         if config is not None:

@@ -1,4 +1,4 @@
-"""The command line: rmtkern {demo, analyze, prune, bench, info}. It parses, calls the public functions and prints."""
+"""The command line: rmtkern VERB; `rmtkern --help` lists the verbs. It parses, calls public functions and prints."""
 
 import argparse
 import copy
@@ -7,21 +7,28 @@ import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from rmtkern.advice import PATTERNS, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import evaluate, folder_batches, preprocessing_of
-from rmtkern.loading import input_size_of, load_model, save_dense
+from rmtkern.files import save
+from rmtkern.loading import input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
 from rmtkern.pruning.presets import PRESETS
+from rmtkern.storage import read_metadata
+from rmtkern.sweep import sweep
 from rmtkern.tables import Table
+from rmtkern.training.config import FinetuneConfig
+from rmtkern.training.loop import finetune_
 
 __all__ = ["main"]
 
@@ -45,13 +52,25 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of the selected weights removed, [0, 1)")
+    parser.add_argument("--sparsity", type=float, help="fraction of the selected weights removed, [0, 1); default 0.5")
     parser.add_argument("--method", default="auto", help=f"auto, {', '.join(PRESETS)}")
     parser.add_argument(
         "--pattern", default="unstructured", help="unstructured, n:m such as 2:4 or 2:4x4, or mini-blocks such as 4x1"
     )
     parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
+
+
+SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
+"""Field -> what the dataclass says of it; each is an option of `rmtkern finetune`."""
+
+
+def _settings_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = {"int": int, "float": float, "str": str}
+    for name, field in SETTINGS.items():
+        kind = kinds[str(getattr(field.type, "__name__", field.type)).partition(" ")[0]]
+        default = "none" if field.default is None else field.default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"default: {default}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{demo,analyze,prune,bench,info}")
+    names = "{demo,analyze,advise,prune,sweep,finetune,bench,info}"
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         return verbs.add_parser(
@@ -92,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--format", choices=("text", "csv", "markdown"), default="text")
     fit.add_argument("-o", "--output", type=Path, help="write there instead of to stdout")
 
+    advice = verb("advise", "measure which dtype and pattern would make a model how much faster on this machine")
+    _model_arguments(advice)
+    advice.add_argument("--batch", type=int, default=8, help="batch size")
+    advice.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.9], help="fractions of zeros")
+    advice.add_argument("--pattern", nargs="+", default=list(PATTERNS), help="as prune takes them")
+
     prune = verb("prune", "prune a model and write it as dense safetensors under its original keys")
     _model_arguments(prune)
     _prune_arguments(prune)
@@ -99,8 +125,38 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", type=Path, help="folder of images (a sub-folder per class) for calibrated methods"
     )
     prune.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    prune.add_argument(
+        "--max-drop", type=float, help="find the highest sparsity that loses at most so much top-1; 0.01 is one point"
+    )
+    prune.add_argument("--images", type=Path, help="folder of held-out images (a sub-folder per class) for --max-drop")
     prune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
     prune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
+
+    many = verb("sweep", "prune copies of a model by several methods and score them, as CSV and as a picture")
+    _model_arguments(many)
+    many.add_argument("--images", type=Path, required=True, help="folder of images (a sub-folder per class) to score")
+    many.add_argument("--limit", type=int, help="score only so many of them")
+    many.add_argument("--sparsities", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7], help="each [0, 1)")
+    many.add_argument("--methods", nargs="+", default=["magnitude", "row", "seb"], help=f"of {', '.join(PRESETS)}")
+    many.add_argument("--patterns", nargs="+", default=["unstructured"], help="as --pattern of prune")
+    many.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
+    many.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
+    many.add_argument("--calibration", type=Path, help="folder of images for the methods that use them")
+    many.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    many.add_argument("--picture", type=Path, help="draw accuracy against sparsity there (png, pdf or svg)")
+    many.add_argument("-o", "--output", type=Path, required=True, help="the CSV; its rows are not computed again")
+
+    tune = verb("finetune", "train the surviving weights of a pruned model; the zeros of its checkpoint stay zero")
+    _model_arguments(tune)
+    tune.add_argument(
+        "--train", type=Path, required=True, help="folder of images, a sub-folder per class; held in memory"
+    )
+    tune.add_argument("--train-images", type=int, help="at most so many of them, evenly over the classes")
+    tune.add_argument("--teacher", type=Path, help="safetensors of the dense model to distil from")
+    tune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
+    tune.add_argument("--run", type=Path, help="safetensors file with the whole run after every epoch; gone on from")
+    _settings_arguments(tune)
+    tune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
 
     bench = verb("bench", "pack a pruned model and time it against the strongest dense form")
     _model_arguments(bench)
@@ -109,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, nargs="+", default=[8], help="batch sizes")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="both sides run in it")
     bench.add_argument("--decisions", type=Path, help="JSON file of measured times to use again and to complete")
+    bench.add_argument("-o", "--output", type=Path, help="also write the packed model, for rmtkern.load")
 
     verb("info", "versions, this CPU, and which layouts run here and why not the others")
     return parser
@@ -143,14 +200,32 @@ def _analyze(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prune(args: argparse.Namespace) -> int:
-    if not args.output.parent.is_dir():
-        raise ValueError(f"{args.output.parent}: no such folder to write {args.output.name} into; create it first")
+def _advise(args: argparse.Namespace) -> int:
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
-    calibration = None
-    if args.calibration is not None:
-        how = preprocessing_of(model)
-        calibration = [x for x, _ in folder_batches(args.calibration, how, limit=args.calibration_images)]
+    example = torch.randn(input_size_of(model, args.batch), generator=torch.Generator().manual_seed(0))
+    advice = advise(model, example, patterns=args.pattern, sparsities=args.sparsity)
+    if args.json:
+        _print_json({"environment": environment(), **json.loads(advice.to_json())})
+    else:
+        print(f"{environment_line()}\n\n{advice}")
+    return 0
+
+
+def _check_folder(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"{output.parent}: no such folder to write {output.name} into; create it first")
+
+
+def _prune(args: argparse.Namespace) -> int:
+    _check_folder(args.output)
+    if args.max_drop is not None and (args.sparsity is not None or args.images is None):
+        raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
+    if args.images is not None and args.max_drop is None:
+        raise ValueError("--images are for --max-drop; to score a model before and after, use --evaluate FOLDER")
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    calibration = _calibration(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     plan = prune_(
         model,
@@ -160,6 +235,8 @@ def _prune(args: argparse.Namespace) -> int:
         tuple(args.targets) if args.targets else None,
         tuple(args.ignore),
         calibration,
+        max_drop=args.max_drop,
+        evaluate=args.images,
     )
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, plan.to_json())
@@ -180,18 +257,100 @@ def _prune(args: argparse.Namespace) -> int:
     return 0
 
 
+def _calibration(args: argparse.Namespace, model: nn.Module) -> list[Tensor] | None:
+    """Batches of the folder that --calibration names, if any."""
+    if args.calibration is None:
+        return None
+    return [x for x, _ in folder_batches(args.calibration, preprocessing_of(model), limit=args.calibration_images)]
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    _check_folder(args.output)
+    _check_folder(args.picture)
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    chosen = " ".join([*(args.targets or []), *(f"not {word}" for word in args.ignore)])
+    scored = f"{args.images.name}{'' if args.limit is None else f'[{args.limit}]'}"
+    found = sweep(
+        model,
+        args.images,
+        args.output,
+        sparsities=args.sparsities,
+        methods=args.methods,
+        patterns=args.patterns,
+        targets=tuple(args.targets) if args.targets else None,
+        ignore=tuple(args.ignore),
+        calibration=_calibration(args, model),
+        data=f"{scored} ({chosen})" if chosen else scored,
+        calibration_data="" if args.calibration is None else f"{args.calibration.name}[{args.calibration_images}]",
+        limit=args.limit,
+    )
+    if args.picture is not None:
+        from rmtkern.plots import accuracy_figure
+
+        accuracy_figure(found.curves, found.rows[0].images).savefig(args.picture)
+    if args.json:
+        _print_json({"rows": [asdict(row) for row in found.rows], "computed": found.computed})
+    else:
+        print(f"{found}\nwrote {args.output}{'' if args.picture is None else f' and {args.picture}'}")
+    return 0
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    _check_folder(args.output)
+    config = FinetuneConfig(**{name: getattr(args, name) for name in SETTINGS})
+    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    stored = None
+    if args.checkpoint is not None and args.checkpoint.suffix == ".safetensors":
+        stored = read_metadata(args.checkpoint).get("rmtkern")
+    plan = None if stored is None else load_plan(args.checkpoint)
+    batches = folder_batches(args.train, preprocessing_of(model), limit=args.train_images)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    before = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    report = finetune_(
+        model,
+        plan,
+        (images, labels),
+        teacher=args.teacher,
+        config=config,
+        checkpoint=args.run,
+        resume=args.run is not None,
+        show_progress=False if args.json else None,
+    )
+    after = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    save_dense(model, args.output, stored)
+    if args.json:
+        _print_json(
+            {
+                "output": str(args.output),
+                "before": before.to_dict() if before else None,
+                "after": after.to_dict() if after else None,
+                "report": report.to_dict(),
+            }
+        )
+        return 0
+    print(report)
+    if before and after:
+        print(f"before: {before}\nafter:  {after}")
+    print(f"wrote {args.output}")
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    _check_folder(args.output)
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    plan = None
     if not args.keep_zeros:
         targets = tuple(args.targets) if args.targets else None
-        prune_(model, args.sparsity, args.method, args.pattern, targets, tuple(args.ignore))
+        plan = prune_(model, args.sparsity, args.method, args.pattern, targets, tuple(args.ignore))
     packed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     report = pack_(packed, examples, dtype=dtype, decisions=args.decisions)
+    if args.output is not None:
+        save(packed, args.output, plan)
     if args.json:
         _print_json({"environment": environment(), **json.loads(report.to_json())})
     else:
@@ -235,7 +394,10 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-VERBS = {"demo": _demo, "analyze": _analyze, "prune": _prune, "bench": _bench, "info": _info}
+VERBS = {
+    "demo": _demo, "analyze": _analyze, "advise": _advise, "prune": _prune, "sweep": _sweep,
+    "finetune": _finetune, "bench": _bench, "info": _info,
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""The exceptions of rmtkern that are not plain ValueError or TypeError."""
+"""The exceptions of rmtkern that are not plain ValueError or TypeError, and how a message shows what came."""
 
-__all__ = ["KernelUnavailable", "PackedModelError"]
+__all__ = ["KernelUnavailable", "PackedModelError", "short"]
 
 
 class KernelUnavailable(RuntimeError):
@@ -9,3 +9,9 @@ class KernelUnavailable(RuntimeError):
 
 class PackedModelError(RuntimeError):
     """A packed model was asked for something only the unpacked model can do, such as training."""
+
+
+def short(value: object) -> str:
+    """A value as a message shows it: its repr, of which at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rmtkern.progress import progress
 
-__all__ = ["Evaluation", "Preprocessing", "evaluate", "folder_batches", "preprocessing_of"]
+__all__ = ["Evaluation", "Preprocessing", "evaluate", "folder_batches", "logits_of", "preprocessing_of"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
@@ -166,8 +166,12 @@ def _batches(model: nn.Module, images: Any, batch_size: int, classes: Sequence[s
     )
 
 
-def _logits_of(output: Any) -> Tensor:
-    """The logits in what a timm, torchvision or transformers model returns."""
+def logits_of(output: Any) -> Tensor:
+    """The logits [B, classes] in what a timm, torchvision or transformers model returns.
+
+    Raises:
+        ValueError: there are none.
+    """
     logits = getattr(output, "logits", output)
     if isinstance(logits, tuple | list) and logits:
         logits = logits[0]
@@ -242,7 +246,7 @@ def evaluate(
                 x, y = (part[: None if limit is None else limit - count].to(device) for part in _check_batch(batch))
                 if len(y) == 0:
                     continue
-                logits, y = _logits_of(model(x)).float(), y.long()
+                logits, y = logits_of(model(x)).float(), y.long()
                 _check_logits(logits, y)
                 best = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
                 hits += int(best[:, 0].sum())

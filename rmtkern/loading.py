@@ -1,26 +1,24 @@
 """A model from what a user types: a timm name, `module:function`, and a checkpoint in safetensors.
 
-Only the command line needs it. Pickled checkpoints are read with torch's safe loader; no code in a file is ever run.
+Only the command line and fine-tuning need it. Pickled checkpoints are read with torch's safe loader; no code in a file
+is ever run.
 """
 
 import importlib
 import json
 import os
-import struct
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
+from rmtkern.pruning.plan import PrunePlan
+from rmtkern.storage import read_metadata, read_tensors, write_tensors
 
-__all__ = ["input_size_of", "load_model", "read_metadata", "save_dense"]
+__all__ = ["input_size_of", "load_model", "load_plan", "load_state_", "save_dense"]
 
 
 def _from_function(spec: str) -> nn.Module:
@@ -64,10 +62,7 @@ def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error}); copy it again") from error
+        return read_tensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -123,10 +118,24 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weight
     else:
         model = _from_timm(spec, pretrained=not random_weights and checkpoint is None)
     if checkpoint is not None:
-        state = _read_checkpoint(Path(checkpoint))
-        _check_fit(f"{checkpoint}: does not fit {spec}", state, model.state_dict())
-        model.load_state_dict(dict(state))
+        load_state_(model, checkpoint, spec)
     return model.eval()
+
+
+def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
+    """Load a checkpoint strictly into a model.
+
+    Args:
+        model: not changed if the checkpoint does not fit.
+        checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: a checkpoint that is damaged or does not fit.
+    """
+    state = _read_checkpoint(Path(checkpoint))
+    _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
+    model.load_state_dict(dict(state))
 
 
 def input_size_of(model: nn.Module, batch: int) -> tuple[int, int, int, int]:
@@ -146,30 +155,29 @@ def save_dense(model: nn.Module, path: str | Path, plan_json: str | None = None)
         path: of the new file; written beside it first, then renamed.
         plan_json: the plan, as PrunePlan.to_json gives it.
     """
-    target = Path(path)
-    metadata = {"format": "pt", **({"rmtkern": plan_json} if plan_json is not None else {})}
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    os.close(handle)
+    write_tensors(model.state_dict(), path, {} if plan_json is None else {"rmtkern": plan_json})
+
+
+def load_plan(path: str | Path) -> PrunePlan:
+    """The plan that travels with a checkpoint, packed (`rmtkern.save`) or dense (`rmtkern prune`).
+
+    Args:
+        path: of the safetensors file.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one without a plan.
+    """
+    text = read_metadata(path).get("rmtkern")
+    remedy = "give the file that rmtkern.save(model, path, plan) or rmtkern prune wrote"
     try:
-        save_file(state, temporary, metadata=metadata)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # as if written directly: mkstemp makes private files
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The safetensors metadata of a file, without its tensors; {} if there is none."""
-    with Path(path).open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8 or (length := struct.unpack("<Q", head)[0]) > 100_000_000:
-            raise ValueError(f"{path}: not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
-    return header.get("__metadata__", {})
+        record = None if text is None else json.loads(text)
+        if isinstance(record, dict) and "linears" in record:  # a packed model, with the plan as one of its fields
+            record = record.get("plan")
+        if record is None:
+            raise ValueError("it holds no plan")
+        return PrunePlan.from_json(json.dumps(record))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; {remedy}") from error

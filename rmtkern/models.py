@@ -204,7 +204,7 @@ def _list(model: nn.Module) -> list[PrunableWeight]:
     found: dict[int, PrunableWeight] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        if type(module).__name__ == "PackedLinear":
+        if type(module).__name__ in ("PackedLinear", "PackedGatedLinear"):
             raise PackedModelError(
                 f"{path or 'the model'} is packed, and a packed weight cannot be analysed or pruned; "
                 "call rmtkern.unpack_(model) first"
@@ -234,7 +234,8 @@ def _parameters(path: str, module: nn.Module) -> Iterator[_Found]:
             if isinstance(parameter, nn.Parameter):
                 yield dot + name, parameter, "linear", 1
         return
-    transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # of transformers: y = x W + b
+    names = {kind.__name__ for kind in type(module).__mro__}  # fully_shard makes subclasses
+    transposed = "Conv1D" in names and hasattr(module, "nf")  # of transformers: y = x W + b
     if not (isinstance(module, nn.Linear | nn.Conv2d) or transposed) or isinstance(module, nn.LazyLinear):
         return
     parameter = module._parameters.get("weight")

@@ -1,6 +1,6 @@
-"""PackedLinear: the inference-only module that holds a packed weight and calls its kernel.
+"""PackedLinear and PackedGatedLinear: the inference-only modules that hold a packed weight and call its kernel.
 
-It decides nothing about speed; packing.py chooses what goes in.
+They decide nothing about speed; packing.py chooses what goes in.
 """
 
 from collections.abc import Mapping
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from rmtkern.errors import PackedModelError
 from rmtkern.layouts.base import PackedWeight
-from rmtkern.ops import ACTIVATIONS, linear, load_kernels
+from rmtkern.layouts.pairs import rows_of, separate
+from rmtkern.ops import ACTIVATIONS, gated_linear, linear, load_kernels
 
-__all__ = ["AbsorbedActivation", "PackedLinear"]
+__all__ = ["AbsorbedActivation", "PackedGatedLinear", "PackedLinear", "PackedModule"]
 
 _ADVICE = "call rmtkern.unpack_(model) first, train, then pack_ again"
 
@@ -43,8 +44,8 @@ class _Inference(torch.autograd.Function):
 _anchor = torch.zeros((), requires_grad=True)  # makes an output require grad, as the nn.Linear's would
 
 
-class PackedLinear(nn.Module):
-    """y = activation(x Wᵀ + b) with a packed W, for inference.
+class PackedModule(nn.Module):
+    """What modules with a packed weight share: forms of it by token count, and no training.
 
     state_dict keys: `weight.<part>` for each part of the layout, `bias`, and `others.<i>.<part>` if the module holds
     more than one form of the weight.
@@ -56,7 +57,7 @@ class PackedLinear(nn.Module):
         others: token count -> another form of the same weight, used where that count is the nearest to a call's;
             `tokens` must then say for which count `weight` was chosen.
         tokens: token count of `weight`.
-        requires_grad: whether the (weight, bias) that `unpack_` gives back require grad.
+        requires_grad: whether the weights and biases that `unpack_` gives back require grad.
 
     Raises:
         TypeError: `weight` is not a PackedWeight.
@@ -74,7 +75,7 @@ class PackedLinear(nn.Module):
         *,
         others: Mapping[int, PackedWeight] | None = None,
         tokens: int = 1,
-        requires_grad: tuple[bool, bool] = (True, True),
+        requires_grad: tuple[bool, ...] = (True, True),
     ) -> None:
         super().__init__()
         forms = (weight, *(others or {}).values())
@@ -108,6 +109,9 @@ class PackedLinear(nn.Module):
                 best = i
         return (self.weight, *self.others)[best]
 
+    def _compute(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        raise NotImplementedError
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the packed weight.
 
@@ -115,7 +119,7 @@ class PackedLinear(nn.Module):
             x: [..., K], dtype and device of the weight.
 
         Returns:
-            [..., N].
+            [..., out_features].
 
         Raises:
             PackedModelError: the module is in train mode; a backward through the result raises it as well.
@@ -124,14 +128,15 @@ class PackedLinear(nn.Module):
         if self.training:
             raise PackedModelError(f"a packed model cannot train; call eval(), or {_ADVICE}")
         weight = self.weight if len(self.tokens) == 1 else self.form(x.numel() // self.in_features)
-        y = linear(x, weight, self.bias, activation=self.activation)
+        y = self._compute(x, weight)
         if torch.is_grad_enabled() and (x.requires_grad or any(self.requires_grad)):
             return _Inference.apply(y, _anchor)
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        load_kernels(self.weight.layout)
+        for form in (self.weight, *self.others):
+            load_kernels(form.layout)
 
     def extra_repr(self) -> str:
         """Shape, bias, activation and the layouts held."""
@@ -141,14 +146,87 @@ class PackedLinear(nn.Module):
             f" activation={self.activation}, layout={layouts}"
         )
 
+
+def _plain(weight: Tensor, bias: Tensor | None, requires_grad: tuple[bool, ...], training: bool) -> nn.Linear:
+    features, k = weight.shape
+    plain = nn.Linear(k, features, bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=requires_grad[0])
+    if bias is not None:
+        plain.bias = nn.Parameter(bias, requires_grad=requires_grad[1])
+    return plain.train(training)
+
+
+class PackedLinear(PackedModule):
+    """y = activation(x Wᵀ + b) with a packed W, for inference; arguments and state_dict as PackedModule has them."""
+
+    def _compute(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        return linear(x, weight, self.bias, activation=self.activation)
+
     def unpack(self) -> nn.Linear:
         """The plain nn.Linear: weight bit-exact at the packed dtype (-0.0 becomes 0.0), requires_grad as it was."""
-        dense: Tensor = self.weight.unpack()
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        plain.weight = nn.Parameter(dense, requires_grad=self.requires_grad[0])
-        if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.clone(), requires_grad=self.requires_grad[1])
-        return plain.train(self.training)
+        bias = None if self.bias is None else self.bias.clone()
+        return _plain(self.weight.unpack(), bias, self.requires_grad, self.training)
+
+
+class PackedGatedLinear(PackedModule):
+    """y = activation(x Wgᵀ + bg) * (x Wuᵀ + bu) with a packed gate-up pair, for inference.
+
+    state_dict keys as PackedModule has them.
+
+    Args:
+        weight: packed [N, K], rows as `layouts.pairs.interleave` puts them.
+        bias: [N] likewise, or None.
+        activation: of the gate: None or a name in `ops.ACTIVATIONS`.
+        features: F, the outputs.
+        stacked: the pair was one linear [2 F, K], whose first half was "gate" or "up"; None: it was two.
+        others: token count -> another form of the same weight, as in PackedModule.
+        tokens: token count of `weight`.
+        requires_grad: of what `unpack` gives back: (weight, bias) of one linear, or of the gate's and then of the up's.
+
+    Raises:
+        TypeError: `weight` is not a PackedWeight.
+        ValueError: a shape does not match, or the activation or `stacked` is unknown.
+    """
+
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None = None,
+        activation: str | None = "silu",
+        *,
+        features: int,
+        stacked: str | None = None,
+        others: Mapping[int, PackedWeight] | None = None,
+        tokens: int = 1,
+        requires_grad: tuple[bool, ...] = (True, True, True, True),
+    ) -> None:
+        super().__init__(weight, bias, activation, others=others, tokens=tokens, requires_grad=requires_grad)
+        if features < 1 or rows_of(features) != weight.shape[0]:
+            raise ValueError(f"features: {features} outputs need {rows_of(features)} rows, got {weight.shape[0]}")
+        if stacked not in (None, "gate", "up"):
+            raise ValueError(f"stacked: expected None, 'gate' or 'up', got {stacked!r}")
+        if len(requires_grad) != (4 if stacked is None else 2):
+            raise ValueError(f"requires_grad: expected (weight, bias) of each linear, got {requires_grad}")
+        self.out_features = features
+        self.stacked = stacked
+
+    def _compute(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        return gated_linear(x, weight, self.bias, activation=self.activation, features=self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shape, bias, activation, the layouts held and what it was."""
+        return f"{super().extra_repr()}, stacked={self.stacked}"
+
+    def unpack(self) -> tuple[nn.Linear, ...]:
+        """What was there: (gate, up), or the one linear; exact as `PackedLinear.unpack` is."""
+        weights = separate(self.weight.unpack(), self.out_features)
+        biases = (None, None) if self.bias is None else separate(self.bias, self.out_features)
+        if self.stacked is None:
+            grads = self.requires_grad[:2], self.requires_grad[2:]
+            return tuple(_plain(*part, self.training) for part in zip(weights, biases, grads, strict=True))
+        step = 1 if self.stacked == "gate" else -1
+        bias = None if self.bias is None else torch.cat(biases[::step])  # type: ignore[arg-type]
+        return (_plain(torch.cat(weights[::step]), bias, self.requires_grad, self.training),)
 
 
 class AbsorbedActivation(nn.Identity):

@@ -1,4 +1,4 @@
-"""linear(): checks a call once, selects a kernel and calls it; available() says which kernels run here.
+"""linear() and gated_linear(): check a call once, select a kernel and call it; available() says which run here.
 
 The path is the registry: a kernel is `rmtkern/layouts/<layout>/<backend>.py`. This file knows no model.
 """
@@ -18,9 +18,10 @@ from rmtkern.activations import FUNCTIONS
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
+from rmtkern.layouts.pairs import rows_of
 from rmtkern.tables import Table
 
-__all__ = ["ACTIVATIONS", "Availability", "available", "linear", "load_kernels"]
+__all__ = ["ACTIVATIONS", "Availability", "available", "gated_linear", "linear", "load_kernels"]
 
 ACTIVATIONS = (None, *FUNCTIONS)
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> fastest first
@@ -133,26 +134,82 @@ def linear(
         ValueError: a shape, dtype or name does not match.
         KernelUnavailable: no kernel supports this call; the message gives each one's reason.
     """
+    return _call(x, w, bias, activation, scale, residual, backend, 0)
+
+
+def gated_linear(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    features: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Apply a packed gate-up pair in one kernel: y = activation(x Wgᵀ + bg) * (x Wuᵀ + bu) * scale + residual.
+
+    Args:
+        x: [..., K]; any strides, any leading dims, also none or an empty one.
+        w: packed [N, K], the rows of Wg and Wu [F, K] as `layouts.pairs.interleave` puts them, N = 2 ceil(F / 8) 8.
+        bias: [N], bg and bu likewise, dtype of `x`.
+        activation: of the gate: None, "gelu" (exact erf form), "gelu_tanh", "relu" or "silu" (SwiGLU).
+        scale: [F], dtype of `x`, multiplied after the product of the two.
+        residual: [..., F], dtype of `x`, added last.
+        features: F; default N / 2. Needed where F is not divisible by 8.
+        backend: as in `linear`.
+
+    Returns:
+        [..., F], dtype of `x`. No gradient flows through it.
+
+    Raises:
+        TypeError: `x` or `w` has the wrong type.
+        ValueError: a shape, dtype or name does not match.
+        KernelUnavailable: no kernel supports this call; the message gives each one's reason.
+
+    Source: Shazeer (2020), "GLU variants improve transformer".
+    """
+    n = w.shape[0] if isinstance(w, PackedWeight) else 0
+    features = n // 2 if features is None else features
+    if n and (features < 1 or rows_of(features) != n):
+        raise ValueError(
+            f"features: {features} outputs do not fit the {n} rows of the packed pair; expected N = 2 ceil(F / 8) 8"
+        )
+    return _call(x, w, bias, activation, scale, residual, backend, features)
+
+
+def _call(
+    x: Tensor,
+    w: PackedWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    backend: str | None,
+    gated: int,
+) -> Tensor:
+    """Either verb: `gated` is F of a gate-up pair, or 0."""
     if not isinstance(x, Tensor) or not isinstance(w, PackedWeight):
         raise TypeError(f"expected a Tensor and a PackedWeight, got {type(x).__name__} and {type(w).__name__}")
-    n, k = w.shape
+    (rows, k), n = w.shape, gated or w.shape[0]
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {tuple(x.shape)} but the packed weight expects [..., {k}]")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; valid: {', '.join(map(str, ACTIVATIONS))}")
-    for name, row in (("bias", bias), ("scale", scale)):
-        if row is not None and (row.shape != (n,) or row.dtype != x.dtype):
-            raise ValueError(f"{name}: expected [{n}] {x.dtype}, got {list(row.shape)} {row.dtype}")
+    for name, row, size in (("bias", bias, rows), ("scale", scale, n)):
+        if row is not None and (row.shape != (size,) or row.dtype != x.dtype):
+            raise ValueError(f"{name}: expected [{size}] {x.dtype}, got {list(row.shape)} {row.dtype}")
     lead = x.shape[:-1]
     if residual is not None and (residual.shape != (*lead, n) or residual.dtype != x.dtype):
         raise ValueError(f"residual: expected {[*lead, n]} {x.dtype}, got {list(residual.shape)} {residual.dtype}")
     kernel = _select(x, w, backend)
     if 0 in lead:
         return x.new_empty((*lead, n))
-    rows = x.detach().reshape(-1, k).contiguous()
+    tokens = x.detach().reshape(-1, k).contiguous()
     added = None if residual is None else residual.detach().reshape(-1, n).contiguous()
     bias, scale = (None if row is None else row.detach().contiguous() for row in (bias, scale))
-    y = kernel.linear(rows, w, bias, activation, added, scale)
+    y = kernel.linear(tokens, w, bias, activation, added, scale, gated)
     return y.reshape(*lead, n)
 
 

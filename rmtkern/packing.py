@@ -5,7 +5,6 @@ a forward pass in packing_watch.py.
 """
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -18,19 +17,23 @@ from rmtkern.activations import apply_activation
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
-from rmtkern.nn import AbsorbedActivation, PackedLinear
-from rmtkern.ops import linear
-from rmtkern.packing_attention import AttentionCall, disable, enable, enabled, watch_attention
+from rmtkern.layouts.pairs import interleave
+from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
+from rmtkern.ops import gated_linear, linear
+from rmtkern.packing_attention import AttentionForward, watch_attention
 from rmtkern.packing_decisions import DecisionLog, Decisions
 from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
-from rmtkern.packing_report import AttentionReport, EndToEnd, LayerReport, PackReport
+from rmtkern.packing_gated import GatedPair, find_pairs, fuse, fused, unfuse
+from rmtkern.packing_norm import NormForward, watch_norms
+from rmtkern.packing_report import EndToEnd, GatedReport, LayerReport, PackReport, SiteReport
+from rmtkern.packing_sites import KernelForward, disable, enable, measure_sites
+from rmtkern.packing_timing import Timer, interleaved_ms
 from rmtkern.packing_watch import Seen, reason_to_leave, watch
 from rmtkern.progress import progress
 from rmtkern.testing import accuracy_excess
 
-__all__ = ["interleaved_ms", "pack_", "unpack_"]
+__all__ = ["is_packed", "pack_", "place_", "unpack_"]
 
-Timer = Callable[[Mapping[str, Callable[[], object]], float], Mapping[str, float]]
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 Slots = dict[str, nn.Module]  # module name -> what stands there
 
@@ -44,40 +47,6 @@ GUARD_NOISE = 0.01
 """How much slower than the faster dense model the packed model may time before the guard calls it slower."""
 SPARSITY_STEP = 0.05
 """Layers of one shape whose sparsities fall into one step share a measurement, taken on the least sparse of them."""
-
-
-def interleaved_ms(calls: Mapping[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
-    """Median time of each call in interleaved rounds.
-
-    Args:
-        calls: name -> function; each round runs all of them in turn, short ones several times.
-        budget_ms: stop after about this long, but not before 5 rounds (3 if a round takes over a second).
-
-    Returns:
-        name -> ms: CPU time of this thread if torch uses one thread (steady on a busy machine), else wall time.
-    """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    repeats = {}
-    for name, call in calls.items():
-        for _ in range(2):  # the first call of a kernel also sets it up
-            start = clock()
-            call()
-            taken = clock() - start
-            if taken > 0.1:
-                break
-        repeats[name] = max(1, min(100, int(5e-4 / max(taken, 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    spent, rounds, names = 0.0, 0, list(calls)
-    while rounds < (3 if spent > 1000 * max(rounds, 1) else 5) or (spent < budget_ms and rounds < 200):
-        for name in names if rounds % 2 == 0 else reversed(names):
-            start = clock()
-            for _ in range(repeats[name]):
-                calls[name]()
-            taken_ms = 1e3 * (clock() - start)
-            spent += taken_ms
-            samples[name].append(taken_ms / repeats[name])
-        rounds += 1
-    return {name: median(times) for name, times in samples.items()}
 
 
 @dataclass
@@ -177,7 +146,19 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
         return _tensors(model(*args, **kwargs))
 
 
-def _place(model: nn.Module, slots: Slots) -> None:
+def is_packed(model: nn.Module) -> bool:
+    """Whether `pack_` or `load` changed this model (or the one it is a copy of)."""
+    kernels = bool(KernelForward.of(model))
+    return is_cast(model) or kernels or any(isinstance(module, PackedModule) for module in model.modules())
+
+
+def place_(model: nn.Module, slots: Slots) -> None:
+    """Put modules where their names say.
+
+    Args:
+        model: changed in place.
+        slots: module name -> what stands there from now on.
+    """
     for name, module in slots.items():
         parent, _, key = name.rpartition(".")
         model.get_submodule(parent)._modules[key] = module
@@ -197,7 +178,7 @@ def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float, dtype
     for name in names:
         if name not in LAYOUTS:
             raise ValueError(f"unknown layout {name!r}; valid: {', '.join(LAYOUTS)}")
-    if is_cast(model) or enabled(model) or any(isinstance(module, PackedLinear) for module in model.modules()):
+    if is_packed(model):
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first")
     if isinstance(model, nn.Linear):
         raise ValueError("model: a lone nn.Linear cannot be swapped in place; wrap it in nn.Sequential")
@@ -344,7 +325,8 @@ class _Swaps:
                 self.original[layer.seen.follower] = model.get_submodule(layer.seen.follower)
         self.dense: Slots = dict(self.original)
         self.packed: Slots = dict(self.original)
-        self.attention: list[nn.Module] = []  # modules that use the attention kernel in the packed state
+        self.sites: dict[str, list[KernelForward]] = {}  # kernel -> what stands in modules in the packed state
+        self.pairs: dict[str, tuple[GatedPair, Slots]] = {}  # by module; what they replace in the packed state
         self.now: Slots | None = self.original
 
     def put(self, slots: Slots, layer: _Layer, module: PackedLinear | None) -> None:
@@ -362,17 +344,49 @@ class _Swaps:
                 slots[name] = source[name]
         self.now = None  # the state that stands may be the one that changed
 
-    def drop_attention(self) -> None:
-        """PyTorch's attention in every state."""
-        disable(self.attention)
-        self.attention = []
+    def put_pair(self, pair: GatedPair, module: PackedGatedLinear) -> None:
+        """Run a pair in one kernel in the packed state."""
+        slots = pair.slots(module)
+        self.pairs[pair.name] = (pair, {name: self.packed[name] for name in slots})
+        self.packed |= slots
+        self.now = None
+
+    def drop_pairs(self) -> None:
+        """Each linear of the pairs in the form that was chosen for it alone."""
+        for _, replaced in self.pairs.values():
+            self.packed |= replaced
+        self.unfuse()
+        self.pairs = {}
+        self.now = None
+
+    def unfuse(self) -> None:
+        """Their own forward for all modules that run a pair."""
+        for name in fused(self.model):
+            del vars(self.model.get_submodule(name))["forward"]
+
+    @property
+    def paired(self) -> set[str]:
+        """Names of the linears in pairs."""
+        return {path for pair, _ in self.pairs.values() for path in pair.paths}
+
+    @property
+    def forwards(self) -> list[KernelForward]:
+        """All that stand in modules in the packed state."""
+        return [forward for forwards in self.sites.values() for forward in forwards]
+
+    def drop_site(self, kernel: str) -> None:
+        """PyTorch's function instead of this kernel in every state."""
+        disable(self.sites.pop(kernel))
         self.now = None
 
     def run(self, slots: Slots, example: Example) -> list[Tensor]:
         """The model's output in one of the states."""
         if self.now is not slots:
-            _place(self.model, slots)
-            (enable if slots is self.packed else disable)(self.attention)
+            place_(self.model, slots)
+            (enable if slots is self.packed else disable)(self.forwards)
+            self.unfuse()
+            if slots is self.packed:
+                fuse(self.model, [pair for pair, _ in self.pairs.values()])
             self.now = slots
         return _run(self.model, example)
 
@@ -410,7 +424,7 @@ def _guard(
             states = {"original": swaps.original}
             if swaps.dense != swaps.original:
                 states["dense"] = swaps.dense
-            if swaps.attention or swaps.packed not in (swaps.original, swaps.dense):
+            if swaps.sites or swaps.packed not in (swaps.original, swaps.dense):
                 states["packed"] = swaps.packed
             calls = {name: lambda s=slots, e=example: swaps.run(s, e) for name, slots in states.items()}
             ms = timer(calls, budget_ms)
@@ -427,20 +441,28 @@ def _guard(
     if slower(times):
         times = measure()  # a second look, before a choice is undone for noise
     while slower(times):
-        packed = [layer for layer in layers if swaps.packed[layer.name] is not swaps.dense[layer.name]]
+        alone = [layer for layer in layers if layer.name not in swaps.paired]
+        packed = [layer for layer in alone if swaps.packed[layer.name] is not swaps.dense[layer.name]]
         groups = list({id(layer.group): layer.group for layer in packed if layer.group is not None}.values())
-        if not groups and not swaps.attention:
+        if not groups and swaps.pairs:
+            swaps.drop_pairs()
+            notes.append("end to end gate and up in one kernel made the model slower: the linears are separate again")
+            times = measure()
+            continue
+        if not groups and not swaps.sites:
             break
         if not groups:
-            swaps.drop_attention()
-            notes.append("end to end the attention kernel made the model slower: PyTorch's was put back")
+            kernel = list(swaps.sites)[-1]
+            swaps.drop_site(kernel)
+            notes.append(f"end to end the {kernel} kernel made the model slower: PyTorch's was put back")
             times = measure()
             continue
         worst = min(groups, key=lambda group: group.speedup(group.first.choice))
-        for layer in worst.layers:
+        back = [layer for layer in worst.layers if layer.name not in swaps.paired]
+        for layer in back:
             layer.choice = dict(layer.dense)
             swaps.copy(swaps.packed, layer, swaps.dense)
-        names = ", ".join(layer.name for layer in worst.layers)
+        names = ", ".join(layer.name for layer in back)
         notes.append(f"end to end the packed model was slower than dense: {names} went back to the dense form")
         worst.notes.append("put back to dense: the packed model was slower end to end")
         times = measure()
@@ -449,49 +471,120 @@ def _guard(
     if slower(times) and original_behind < dense_behind:
         for layer in layers:
             layer.choice = dict.fromkeys(layer.tokens, PLAIN)
-        swaps.drop_attention()
+        for kernel in tuple(swaps.sites):
+            swaps.drop_site(kernel)
+        swaps.drop_pairs()
         swaps.packed = dict(swaps.original)  # a new state, so it is placed before it runs
         notes.append("end to end the swapped linears were slower than the original model: all were put back")
         times = [replace(t, packed_ms=t.original_ms) for t in times]
     return times, notes
 
 
-def _measure_attention(
-    calls: Mapping[str, Sequence[AttentionCall]], margin: float, budget_ms: float, timer: Timer
-) -> list[AttentionReport]:
-    """Check and time our kernel against PyTorch's on the calls that each module made."""
-    ms: dict[int, Mapping[str, float]] = {}
-    why: dict[int, str] = {}
-    for call in {id(call): call for found in calls.values() for call in found}.values():
-        if call.reason is not None:
-            why[id(call)] = call.reason
-            continue
-        with torch.no_grad():
-            if (excess := call.excess()) > 1:
-                why[id(call)] = f"the kernel misses the accuracy rule by a factor {excess:.2g}"
-                continue
-            times = timer({"attention/torch": call.torch, "attention/kernel": call.kernel}, budget_ms)
-        ms[id(call)] = times
-        gain = times["attention/torch"] / times["attention/kernel"]
-        if times["attention/kernel"] > (1 - margin) * times["attention/torch"]:
-            why[id(call)] = f"{gain:.2f}x PyTorch's, short of the margin ({100 * margin:g} % less time)"
-    reports = []
-    for name, found in calls.items():
-        measured = [ms[id(call)] for call in found if id(call) in ms]
-        slowest = max(measured, key=lambda times: times["attention/torch"], default=None)
-        against = [why[id(call)] for call in found if id(call) in why]
-        gains = sorted({f"{times['attention/torch'] / times['attention/kernel']:.2f}x" for times in measured})
-        reports.append(
-            AttentionReport(
-                name,
-                tuple(dict.fromkeys((tuple(call.q.shape), tuple(call.k.shape)) for call in found)),
-                None if slowest is None else slowest["attention/torch"],
-                None if slowest is None else slowest["attention/kernel"],
-                not against,
-                "; ".join(dict.fromkeys(against)) or f"{' and '.join(gains)} PyTorch's",
+@dataclass
+class _PairGroup:
+    """Pairs that share a measurement: what _Group says of layers, and equal forms of the separate linears."""
+
+    pairs: list[GatedPair]
+    linears: list[list[_Layer]]  # of each pair
+    ms: dict[int, dict[str, float]] = field(default_factory=dict)
+    recipes: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def best(self) -> tuple[str, float]:
+        """The form of the pair whose worst token count is best, and its time there over the separate linears'."""
+        worst = {label: max(ms[label] / ms["separate"] for ms in self.ms.values()) for label in self.recipes}
+        label = min(worst, key=lambda name: worst[name]) if worst else ""
+        return label, worst.get(label, float("inf"))
+
+
+def _pair_excess(pair: GatedPair, form: PackedWeight, layers: Sequence[_Layer]) -> float:
+    """By what factor a form of the pair misses the accuracy rule."""
+    gate, up, bg, bu = pair.weight([layer.module for layer in layers])
+    x = torch.randn(32, gate.shape[1], generator=torch.Generator().manual_seed(1)).to(gate.dtype)
+    y = pair.module(form, [layer.module for layer in layers])(x).detach()
+    return accuracy_excess(y, x, gate, bg, pair.activation, up=(up, bu))
+
+
+def _measure_pairs(
+    pairs: Sequence[GatedPair],
+    layers: Mapping[str, _Layer],
+    swaps: _Swaps,
+    layouts: Sequence[str],
+    margin: float,
+    budget_ms: float,
+    timer: Timer,
+) -> list[GatedReport]:
+    """Time each pair in one kernel against its linears in the forms chosen for them, and swap it where it is faster."""
+    groups: dict[tuple[object, ...], _PairGroup] = {}
+    for pair in pairs:
+        mine = [layers[path] for path in pair.paths]
+        key = (pair.activation, pair.stacked, *((id(layer.group), *layer.choice.items()) for layer in mine))
+        group = groups.setdefault(key, _PairGroup([], []))
+        group.pairs.append(pair)
+        group.linears.append(mine)
+    reports = {}
+    for group in groups.values():
+        _measure_pair(group, swaps, layouts, budget_ms, timer)
+        label, worst = group.best()
+        for pair, mine in zip(group.pairs, group.linears, strict=True):
+            reason = f"{label} is {1 / worst:.2f}x the separate linears" if label else "no form of the pair fits"
+            used = bool(label) and worst <= 1 - margin
+            if label and not used:
+                reason += f", short of the margin ({100 * margin:g} % less time)"
+            if used:
+                gate, up, *_ = pair.weight([layer.module for layer in mine])
+                layout, params = group.recipes[label]
+                form = LAYOUTS[layout].pack(interleave(gate, up), **params)
+                excess = 0.0 if label in LIBRARY else _pair_excess(pair, form, mine)
+                if excess > 1:
+                    used, reason = False, f"{label} misses the accuracy rule by a factor {excess:.2g}"
+                else:
+                    swaps.put_pair(pair, pair.module(form, [layer.module for layer in mine]))
+            reason = "; ".join([reason, *group.notes])
+            reports[pair.name] = GatedReport(
+                pair.name, pair.paths, pair.activation, group.ms, label if used else None, reason
             )
-        )
-    return reports
+    return [reports[pair.name] for pair in pairs]
+
+
+def _measure_pair(group: _PairGroup, swaps: _Swaps, layouts: Sequence[str], budget_ms: float, timer: Timer) -> None:
+    """Fill a group's times from its first pair."""
+    pair, layers = group.pairs[0], group.linears[0]
+    gate, up, bg, bu = pair.weight([layer.module for layer in layers])
+    both, bias = interleave(gate, up), None if bg is None or bu is None else interleave(bg, bu)
+    separate = [swaps.packed[path] for path in pair.paths]
+    absorbed = isinstance(separate[0], PackedLinear) and separate[0].activation is not None
+    activation = None if absorbed else pair.activation
+    forms: dict[str, PackedWeight] = {}
+    for layout in ("dense", *layouts):
+        for params in LAYOUTS[layout].variants(both):
+            if layout == "dense":
+                params = {**params, "tokens": int(median(layers[0].tokens))}
+            form = LAYOUTS[layout].pack(both, **params)
+            if layout != "dense" and form.nbytes >= both.nbytes:
+                continue
+            try:
+                excess = 0.0 if form.label in LIBRARY else _pair_excess(pair, form, layers)
+            except KernelUnavailable as error:
+                group.notes.append(str(error))
+                continue
+            if excess > 1:
+                group.notes.append(f"{form.label} misses the accuracy rule by a factor {excess:.2g}")
+                continue
+            forms[form.label] = form
+            group.recipes[form.label] = (layout, params)
+    generator = torch.Generator().manual_seed(0)
+    for tokens in layers[0].tokens:
+        x = torch.randn(tokens, gate.shape[1], generator=generator).to(gate.dtype)
+        calls: dict[str, Callable[[], object]] = {
+            "separate": lambda x=x: pair.combine([module(x) for module in separate], activation)  # type: ignore[misc]
+        }
+        for label, form in forms.items():
+            calls[label] = lambda x=x, form=form: gated_linear(  # type: ignore[misc]
+                x, form, bias, activation=pair.activation, features=gate.shape[0]
+            )
+        with torch.no_grad():
+            group.ms[tokens] = dict(timer(calls, budget_ms))
 
 
 def _why(layer: _Layer, margin: float) -> str:
@@ -508,13 +601,47 @@ def _why(layer: _Layer, margin: float) -> str:
     for tokens, times in group.ms.items():
         (dense, dense_ms), (sparse, sparse_ms) = _best(times, dense=True), _best(times, dense=False)
         at = f" at T={tokens}" if len(group.ms) > 1 else ""
-        if layer.choice[tokens] == sparse:
-            parts.append(f"{sparse} is {dense_ms / sparse_ms:.2f}x {dense}{at}")
-        else:
-            parts.append(f"{sparse} is {dense_ms / sparse_ms:.2f}x {dense}{at}")
-            if sparse_ms > (1 - margin) * dense_ms:
-                parts[-1] += f", short of the margin ({100 * margin:g} % less time)"
+        parts.append(f"{sparse} is {dense_ms / sparse_ms:.2f}x {dense}{at}")
+        if layer.choice[tokens] != sparse and sparse_ms > (1 - margin) * dense_ms:
+            parts[-1] += f", short of the margin ({100 * margin:g} % less time)"
     return "; ".join([*parts, *dict.fromkeys(group.notes)])
+
+
+def _paired_report(report: LayerReport, pair: GatedReport, module: PackedGatedLinear, dense_ms: float) -> LayerReport:
+    """The report of a linear that runs in a pair's kernel."""
+    return replace(
+        report,
+        form=f"gated: {pair.form}",
+        packed=not str(pair.form).startswith("dense/"),
+        activation=pair.activation,
+        speedup=dense_ms,
+        nbytes_after=module.weight.nbytes // len(pair.linears),
+        reason=f"gate-up pair {pair.name}: {pair.reason}; alone: {report.reason}",
+    )
+
+
+def _reports(
+    layers: Sequence[_Layer], swaps: _Swaps, gated: Sequence[GatedReport], margin: float
+) -> tuple[LayerReport, ...]:
+    by_name = {layer.name: layer for layer in layers}
+    reports = {layer.name: _layer_report(layer, swaps.packed.get(layer.name, layer.module), margin) for layer in layers}
+    for pair in gated:
+        module = swaps.packed.get(pair.linears[0])
+        if pair.form is None or not isinstance(module, PackedGatedLinear):
+            continue
+        groups = [group for path in pair.linears if (group := by_name[path].group) is not None]
+        speedup = min(
+            sum(_best(group.ms[tokens], dense=True)[1] for group in groups) / times[pair.form]
+            for tokens, times in pair.ms.items()
+        )
+        for path in pair.linears:
+            reports[path] = _paired_report(reports[path], pair, module, speedup)
+    return tuple(reports[layer.name] for layer in layers)
+
+
+def _site_reports(sites: Sequence[SiteReport], swaps: _Swaps, kernel: str) -> tuple[SiteReport, ...]:
+    """What was measured of a kernel's sites, with what the guard left of them."""
+    return tuple(replace(site, used=site.used and kernel in swaps.sites) for site in sites)
 
 
 def _layer_report(layer: _Layer, now: nn.Module, margin: float) -> LayerReport:
@@ -548,6 +675,7 @@ def pack_(
     dtype: torch.dtype | None = None,
     layouts: Sequence[str] | None = None,
     attention: bool = True,
+    norms: bool = True,
     margin: float = 0.03,
     budget_ms: float = 600.0,
     timer: Timer | None = None,
@@ -561,7 +689,9 @@ def pack_(
     give the layer, on `torch.get_num_threads()` threads; a sparse one must beat the strongest dense one by `margin`.
     Examples that disagree by more than the margin make the layer hold one form for each count (a call then takes the
     nearest), so that no measured shape is slower. A GELU, ReLU or SiLU module that provably sees nothing but a linear's
-    output is absorbed into its kernel. At the end the whole model is timed against the original and against every
+    output is absorbed into its kernel. Modules that compute act(gate(x)) * up(x) with two linears, or with one whose
+    output they split, run both in one kernel where that is faster than the linears in their chosen forms, by `margin`
+    at every token count. At the end the whole model is timed against the original and against every
     linear in its strongest dense form; choices that made it slower are put back.
 
     Args:
@@ -574,13 +704,14 @@ def pack_(
         layouts: names in LAYOUTS that may be chosen; default, all. Dense forms are always tried.
         attention: whether modules that call PyTorch's scaled_dot_product_attention may use our kernel, where it is
             measured faster by the margin.
+        norms: whether LayerNorm modules may use our kernel, where it is measured faster by the margin.
         margin: by what fraction sparse must be faster than the strongest dense form, [0, 1).
         budget_ms: time spent on each distinct measurement [ms]; the whole model gets five times as much per example.
         timer: (name -> call, budget_ms) -> (name -> ms); default `interleaved_ms`.
         decisions: times of earlier calls (`PackReport.decisions`), used again for linears of equal shape, dtype, bias,
             activation, token counts, candidates and similar sparsity, if measured with this CPU, instruction set,
             thread count and versions; or a JSON file of them, which is made or completed. Candidates are still checked
-            for accuracy, and attention and the whole model are still timed.
+            for accuracy, and attention, gate-up pairs and the whole model are still timed.
         show_progress: show a bar; default, only on a terminal.
 
     Returns:
@@ -597,7 +728,7 @@ def pack_(
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
     try:
         return _pack(
-            model, examples, layouts, attention, margin, budget_ms, timer or interleaved_ms, show_progress, log
+            model, examples, layouts, attention, norms, margin, budget_ms, timer or interleaved_ms, show_progress, log
         )
     except BaseException:
         if restore is not None:
@@ -610,6 +741,7 @@ def _pack(
     examples: list[Example],
     layouts: Sequence[str],
     attention: bool,
+    norms: bool,
     margin: float,
     budget_ms: float,
     time_calls: Timer,
@@ -619,7 +751,8 @@ def _pack(
     layers = _find(model)
     movable = [layer for layer in layers if layer.reason is None]
     expected = []
-    with watch(model, {layer.name: layer.module for layer in movable}) as watched, watch_attention(model) as calls:
+    linears = {layer.name: layer.module for layer in movable}
+    with watch(model, linears) as watched, watch_attention(model) as calls, watch_norms(model) as norm_calls:
         for index, one in enumerate(examples):
             try:
                 output = _run(model, one)
@@ -635,6 +768,9 @@ def _pack(
         layer.reason = layer.seen.reason
     movable = [layer for layer in movable if layer.reason is None]
 
+    by_name = {layer.name: layer for layer in movable}
+    pairs = find_pairs(model, {layer.name: layer.module for layer in movable})
+    pairs = [pair for pair in pairs if len({tuple(by_name[path].seen.tokens) for path in pair.paths}) == 1]
     groups = _grouped(movable, layouts)
     for group in progress(groups, "timing", show=show_progress):
         _measure(group, budget_ms, time_calls, log)
@@ -642,11 +778,15 @@ def _pack(
             layer.choice = _choose(group.ms, margin)
             layer.dense = _choose(group.ms, margin, dense_only=True)
 
-    sites = _measure_attention(calls, margin, budget_ms, time_calls) if attention else []
+    sites = measure_sites("attention", calls, margin, budget_ms, time_calls) if attention else []
+    norm_sites = measure_sites("layer_norm", norm_calls, margin, budget_ms, time_calls) if norms else []
     swaps = _Swaps(model, movable)
-    swaps.attention = [model.get_submodule(site.name) for site in sites if site.used]
+    for kernel, kind, found in (("attention", AttentionForward, sites), ("LayerNorm", NormForward, norm_sites)):
+        if any(site.used for site in found):
+            swaps.sites[kernel] = [kind(model.get_submodule(site.name)) for site in found if site.used]
     end_to_end: list[EndToEnd] = []
     notes: list[str] = []
+    gated: list[GatedReport] = []
     try:
         for layer in progress(movable, "packing", show=show_progress):
             swaps.put(swaps.dense, layer, _pack_layer(layer, layer.dense))
@@ -654,34 +794,51 @@ def _pack(
                 swaps.copy(swaps.packed, layer, swaps.dense)
             else:
                 swaps.put(swaps.packed, layer, _pack_layer(layer, layer.choice))
-        if movable or swaps.attention:
+        if movable or swaps.sites:
             _verify(swaps, examples, expected, swaps.dense)
             _verify(swaps, examples, expected, swaps.packed)
+            gated = _measure_pairs(pairs, by_name, swaps, layouts, margin, budget_ms, time_calls)
+            if swaps.pairs:
+                try:
+                    _verify(swaps, examples, expected, swaps.packed)
+                except PackedModelError as error:  # a forward that does not always compute what was tried
+                    swaps.drop_pairs()
+                    gated = [replace(pair, form=None, reason=str(error)) for pair in gated]
             end_to_end, notes = _guard(swaps, movable, examples, 5 * budget_ms, time_calls)
+            gated = [
+                replace(pair, form=None, reason=f"{pair.reason}; put back: the model was slower end to end")
+                if pair.form is not None and pair.name not in swaps.pairs
+                else pair
+                for pair in gated
+            ]
         report = PackReport(
-            tuple(_layer_report(layer, swaps.packed.get(layer.name, layer.module), margin) for layer in layers),
+            _reports(layers, swaps, gated, margin),
             tuple(end_to_end),
             torch.get_num_threads(),
             tuple(notes),
-            tuple(site if site.used and swaps.attention else replace(site, used=False) for site in sites),
+            _site_reports(sites, swaps, "attention"),
             log.new,
             log.measured,
             log.reused if log.given else None,
+            tuple(gated),
+            _site_reports(norm_sites, swaps, "LayerNorm"),
         )
         log.save()
     except BaseException:
-        _place(model, swaps.original)
-        disable(swaps.attention)
+        place_(model, swaps.original)
+        disable(swaps.forwards)
+        swaps.unfuse()
         raise
-    _place(model, swaps.packed)
-    enable(swaps.attention)
+    place_(model, swaps.packed)
+    enable(swaps.forwards)
+    fuse(model, [pair for pair, _ in swaps.pairs.values()])
     return report
 
 
 def unpack_(model: nn.Module) -> int:
-    """Turn every PackedLinear back into a plain nn.Linear.
+    """Turn every PackedLinear, and every packed gate-up pair, back into plain nn.Linears.
 
-    Absorbed activations, PyTorch's attention and a dtype that pack_ changed come back too.
+    Absorbed activations, PyTorch's attention and LayerNorm, and a dtype that pack_ changed come back too.
 
     Args:
         model: a model that pack_ changed, or a copy of one; changed in place.
@@ -693,21 +850,23 @@ def unpack_(model: nn.Module) -> int:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `model` itself is a PackedLinear; call its `unpack()`.
+        ValueError: `model` itself is a packed module; call its `unpack()`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, PackedLinear):
-        raise ValueError("model: a lone PackedLinear cannot be swapped in place; use linear = packed.unpack()")
-    slots: Slots = {}
-    count = 0
+    if isinstance(model, PackedModule):
+        raise ValueError(
+            f"model: a lone {type(model).__name__} cannot be swapped in place; use linear = packed.unpack()"
+        )
+    slots: Slots = unfuse(model)
+    count = len(slots)
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             slots[name] = module.unpack()
             count += 1
         elif isinstance(module, AbsorbedActivation):
             slots[name] = module.original.train(module.training)
-    _place(model, slots)
-    disable(enabled(model))
+    place_(model, slots)
+    disable(KernelForward.of(model))
     uncast_(model)
     return count

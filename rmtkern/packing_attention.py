@@ -1,10 +1,10 @@
 """Makes modules that call PyTorch's scaled_dot_product_attention use our kernel instead, and takes that back.
 
 It finds who calls it by watching a forward pass, so it needs to know no model; of PyTorch's modules it knows
-nn.MultiheadAttention, whose fast path calls nothing. packing.py decides who gets the kernel.
+nn.MultiheadAttention, whose fast path calls nothing. packing.py puts it in.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rmtkern.attention import attention, reason_against
+from rmtkern.packing_sites import KernelForward
 
-__all__ = ["AttentionCall", "MultiheadCall", "disable", "enable", "enabled", "watch_attention"]
+__all__ = ["AttentionCall", "AttentionForward", "MultiheadCall", "watch_attention"]
 
 _GRADIENT = "a gradient is wanted"
 _AUTOCAST = "autocast chooses the dtype"
@@ -47,6 +48,11 @@ class AttentionCall:
         """What a measurement depends on."""
         mask = None if self.mask is None else (tuple(self.mask.shape), self.mask.dtype)
         return tuple(self.q.shape), self.q.stride(), tuple(self.k.shape), self.q.dtype, mask
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of q and k."""
+        return tuple(self.q.shape), tuple(self.k.shape)
 
     def torch(self) -> Tensor:
         """PyTorch's own result."""
@@ -195,13 +201,11 @@ def _run_kernel(call: AttentionCall) -> Tensor | None:
     return call.kernel() if call.reason is None else None
 
 
-class _KernelForward:
+class AttentionForward(KernelForward):
     """Stands as a module's `forward`: its own one, with attention done by the kernel where it can."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's class says."""
         module = self.module
         if type(module) is nn.MultiheadAttention:
             call = _parse_multihead(module, *args, **kwargs)
@@ -255,20 +259,3 @@ def _named(base: type, name: str, watch: _Watch) -> type:
             watch.stack.pop()
 
     return type(base.__name__, (base,), {"forward": forward})
-
-
-def enabled(model: nn.Module) -> list[nn.Module]:
-    """The modules that use the kernel."""
-    return [module for module in model.modules() if isinstance(vars(module).get("forward"), _KernelForward)]
-
-
-def enable(modules: Iterable[nn.Module]) -> None:
-    """Make these modules use the kernel."""
-    for module in modules:
-        vars(module)["forward"] = _KernelForward(module)
-
-
-def disable(modules: Iterable[nn.Module]) -> None:
-    """Give modules their own forward back."""
-    for module in modules:
-        vars(module).pop("forward", None)

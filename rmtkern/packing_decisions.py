@@ -6,7 +6,6 @@ It checks and stores times, and knows no module, no kernel and not how a form is
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any, Self
 import torch
 
 from rmtkern.environment import cpu_model
+from rmtkern.errors import short
 from rmtkern.layouts import cpu
+from rmtkern.storage import replacing
 
 __all__ = ["DecisionKey", "DecisionLog", "Decisions", "Times"]
 
@@ -26,26 +27,21 @@ MAX_NBYTES = 64 * 2**20
 """Largest file that is read. An entry takes under 1 KiB, and a model a few dozen entries."""
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
-
-
 def _text(name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{name}: expected a non-empty string, got {_short(value)}")
+        raise TypeError(f"{name}: expected a non-empty string, got {short(value)}")
 
 
 def _count(name: str, value: object, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {_short(value)}")
+        raise TypeError(f"{name}: expected an int, got {short(value)}")
     if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {_short(value)}")
+        raise ValueError(f"{name}: expected at least {least}, got {short(value)}")
 
 
 def _tuple(name: str, value: object) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple) or not value:
-        raise TypeError(f"{name}: expected a non-empty list, got {_short(value)}")
+        raise TypeError(f"{name}: expected a non-empty list, got {short(value)}")
     return tuple(value)
 
 
@@ -94,16 +90,16 @@ class DecisionKey:
         _count("threads", self.threads)
         _count("sparsity_step", self.sparsity_step, 0)
         if not isinstance(self.bias, bool):
-            raise TypeError(f"bias: expected a bool, got {_short(self.bias)}")
+            raise TypeError(f"bias: expected a bool, got {short(self.bias)}")
         for name in ("shape", "tokens"):
             sizes = _tuple(name, getattr(self, name))
             for size in sizes:
                 _count(name, size)
             object.__setattr__(self, name, sizes)
         if len(self.shape) != 2:
-            raise ValueError(f"shape: expected [N, K], got {_short(self.shape)}")
+            raise ValueError(f"shape: expected [N, K], got {short(self.shape)}")
         if list(self.tokens) != sorted(set(self.tokens)):
-            raise ValueError(f"tokens: expected ascending counts, got {_short(self.tokens)}")
+            raise ValueError(f"tokens: expected ascending counts, got {short(self.tokens)}")
         labels = _tuple("candidates", self.candidates)
         for label in labels:
             _text("candidates", label)
@@ -112,26 +108,26 @@ class DecisionKey:
 
 def _milliseconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected a time in ms, got {_short(value)}")
+        raise TypeError(f"expected a time in ms, got {short(value)}")
     try:
         found = float(value)
     except OverflowError:
         found = math.inf
     if not 0 < found < math.inf:
-        raise ValueError(f"expected a finite time above 0 ms, got {_short(value)}")
+        raise ValueError(f"expected a finite time above 0 ms, got {short(value)}")
     return found
 
 
 def _checked(key: DecisionKey, ms: object) -> dict[int, dict[str, float]]:
     """A copy of the times that belong to a key."""
     if not isinstance(ms, Mapping) or set(ms) != set(key.tokens):
-        raise ValueError(f"ms: expected times for the token counts {list(key.tokens)}, got {_short(ms)}")
+        raise ValueError(f"ms: expected times for the token counts {list(key.tokens)}, got {short(ms)}")
     found = {}
     for tokens in key.tokens:
         times = ms[tokens]
         if not isinstance(times, Mapping) or not times or not set(times) <= set(key.candidates):
             raise ValueError(
-                f"ms at {tokens} tokens: expected times of {', '.join(key.candidates)}, got {_short(times)}"
+                f"ms at {tokens} tokens: expected times of {', '.join(key.candidates)}, got {short(times)}"
             )
         try:
             found[tokens] = {label: _milliseconds(value) for label, value in times.items()}
@@ -155,7 +151,7 @@ class Decisions(Mapping[DecisionKey, Times]):
         self._entries: dict[DecisionKey, Times] = {}
         for key, ms in (entries or {}).items():
             if not isinstance(key, DecisionKey):
-                raise TypeError(f"entries: expected keys of type DecisionKey, got {_short(key)}")
+                raise TypeError(f"entries: expected keys of type DecisionKey, got {short(key)}")
             self._entries[key] = _checked(key, ms)
 
     def __getitem__(self, key: DecisionKey) -> Times:
@@ -193,17 +189,10 @@ class Decisions(Mapping[DecisionKey, Times]):
         Raises:
             OSError: it cannot be written.
         """
-        target = Path(path)
         record = {"format": FORMAT, "version": FORMAT_VERSION, "entries": self.records()}
-        temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                json.dump(record, file, indent=1, allow_nan=False)
-                file.write("\n")
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path) as temporary, temporary.open("x", encoding="utf-8") as file:
+            json.dump(record, file, indent=1, allow_nan=False)
+            file.write("\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -238,13 +227,13 @@ def _entries(data: bytes) -> dict[DecisionKey, Times]:
     except UnicodeDecodeError as error:
         raise ValueError("expected UTF-8 text, got other bytes") from error
     except ValueError as error:
-        raise ValueError(f"expected complete JSON, got an error in it ({_short(str(error))})") from error
+        raise ValueError(f"expected complete JSON, got an error in it ({short(str(error))})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"expected a JSON object with format {FORMAT!r}, got {_short(record)}")
+        raise ValueError(f"expected a JSON object with format {FORMAT!r}, got {short(record)}")
     if type(record.get("version")) is not int or record["version"] != FORMAT_VERSION:
-        raise ValueError(f"expected format version {FORMAT_VERSION}, got {_short(record.get('version'))}")
+        raise ValueError(f"expected format version {FORMAT_VERSION}, got {short(record.get('version'))}")
     if not isinstance(record.get("entries"), list):
-        raise ValueError(f"entries: expected a list, got {_short(record.get('entries'))}")
+        raise ValueError(f"entries: expected a list, got {short(record.get('entries'))}")
     found: dict[DecisionKey, Times] = {}
     for index, entry in enumerate(record["entries"]):
         try:
@@ -259,14 +248,14 @@ def _entries(data: bytes) -> dict[DecisionKey, Times]:
 
 def _entry(entry: Any) -> tuple[DecisionKey, Times]:
     if not isinstance(entry, dict) or set(entry) != {"key", "ms"}:
-        raise ValueError(f"expected an object with key and ms, got {_short(entry)}")
+        raise ValueError(f"expected an object with key and ms, got {short(entry)}")
     names = [field.name for field in fields(DecisionKey)]
     if not isinstance(entry["key"], dict) or set(entry["key"]) != set(names):
-        raise ValueError(f"key: expected an object with {', '.join(names)}, got {_short(entry['key'])}")
+        raise ValueError(f"key: expected an object with {', '.join(names)}, got {short(entry['key'])}")
     key = DecisionKey(**entry["key"])
     names = [str(tokens) for tokens in key.tokens]  # JSON has only strings as names
     if not isinstance(entry["ms"], dict) or set(entry["ms"]) != set(names):
-        raise ValueError(f"ms: expected times for the token counts {', '.join(names)}, got {_short(entry['ms'])}")
+        raise ValueError(f"ms: expected times for the token counts {', '.join(names)}, got {short(entry['ms'])}")
     return key, _checked(key, {tokens: entry["ms"][str(tokens)] for tokens in key.tokens})
 
 

@@ -4,13 +4,15 @@ It knows no layout and no kernel; packing.py decides when.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["DTYPES", "cast_", "is_cast", "uncast_"]
+__all__ = ["DTYPES", "CastRecord", "cast_", "cast_record", "is_cast", "resume_cast_", "uncast_"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What a model can be packed in."""
@@ -20,29 +22,43 @@ def _cast(value: Any, source: tuple[torch.dtype, ...], target: torch.dtype) -> A
     return value.to(target) if isinstance(value, Tensor) and value.dtype in source else value
 
 
-class _Interface:
-    """The forward hooks of a cast model: floating inputs to `inside`, outputs of that dtype back to `outside`.
+@dataclass(frozen=True)
+class CastRecord:
+    """How a model was cast: floating inputs to `inside`, outputs of that dtype back to `outside`.
 
-    `names` are the parameters and buffers that were cast.
+    Args:
+        inside: dtype of the cast tensors.
+        outside: dtype of the interface, and of these tensors before.
+        names: of the parameters and buffers that were cast.
     """
 
-    def __init__(self, inside: torch.dtype, outside: torch.dtype, names: tuple[str, ...]) -> None:
-        self.inside, self.outside, self.names = inside, outside, names
+    inside: torch.dtype
+    outside: torch.dtype
+    names: tuple[str, ...]
+
+
+class _Interface:
+    """A forward hook of a cast model."""
+
+    def __init__(self, record: CastRecord) -> None:
+        self.record = record
 
 
 class _Enter(_Interface):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return pytree.tree_map(lambda value: _cast(value, (torch.float32, torch.float64), self.inside), (args, kwargs))
+        inside = self.record.inside
+        return pytree.tree_map(lambda value: _cast(value, (torch.float32, torch.float64), inside), (args, kwargs))
 
 
 class _Leave(_Interface):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return pytree.tree_map(lambda value: _cast(value, (self.inside,), self.outside), output)
+        record = self.record
+        return pytree.tree_map(lambda value: _cast(value, (record.inside,), record.outside), output)
 
 
 def is_cast(model: nn.Module) -> bool:
     """Whether `cast_` changed this model (or the one it is a copy of)."""
-    return any(isinstance(hook, _Interface) for hook in model._forward_hooks.values())
+    return cast_record(model) is not None
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -61,14 +77,7 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
         A function that puts every tensor back as it was, bit for bit, as long as nothing else replaced it.
     """
     saved = {name: tensor.data for name, tensor in _tensors(model).items() if tensor.dtype == torch.float32}
-    for name, tensor in _tensors(model).items():
-        if name in saved:
-            tensor.data = tensor.data.to(dtype)
-    names = tuple(saved)
-    handles = [
-        model.register_forward_pre_hook(_Enter(dtype, torch.float32, names), with_kwargs=True, prepend=True),
-        model.register_forward_hook(_Leave(dtype, torch.float32, names)),
-    ]
+    handles = resume_cast_(model, CastRecord(dtype, torch.float32, tuple(saved)))
 
     def restore() -> None:
         for handle in handles:
@@ -80,6 +89,30 @@ def cast_(model: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
     return restore
 
 
+def resume_cast_(model: nn.Module, record: CastRecord) -> tuple[RemovableHandle, RemovableHandle]:
+    """Give a model the inside and the interface that a record says.
+
+    Args:
+        model: gets two hooks; what the record names and is not of the inner dtype yet is cast.
+        record: how it was cast.
+
+    Returns:
+        The handles of the hooks.
+    """
+    for name, tensor in _tensors(model).items():
+        if name in record.names and tensor.dtype == record.outside:
+            tensor.data = tensor.data.to(record.inside)
+    return (
+        model.register_forward_pre_hook(_Enter(record), with_kwargs=True, prepend=True),
+        model.register_forward_hook(_Leave(record)),
+    )
+
+
+def cast_record(model: nn.Module) -> CastRecord | None:
+    """How `cast_` changed this model, or None."""
+    return next((hook.record for hook in model._forward_hooks.values() if isinstance(hook, _Leave)), None)
+
+
 def uncast_(model: nn.Module) -> bool:
     """Turn a cast model's tensors back into float32 (with the precision they have now) and drop the casts.
 
@@ -89,13 +122,14 @@ def uncast_(model: nn.Module) -> bool:
     Returns:
         Whether there was anything to do.
     """
-    found = [hook for hook in list(model._forward_hooks.values()) if isinstance(hook, _Leave)]
+    record = cast_record(model)
     for hooks in (model._forward_hooks, model._forward_pre_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Interface)]:
             del hooks[key]
             model._forward_pre_hooks_with_kwargs.pop(key, None)
-    for interface in found:
-        for name, tensor in _tensors(model).items():
-            if name in interface.names and tensor.dtype == interface.inside:
-                tensor.data = tensor.data.to(interface.outside)
-    return bool(found)
+    if record is None:
+        return False
+    for name, tensor in _tensors(model).items():
+        if name in record.names and tensor.dtype == record.inside:
+            tensor.data = tensor.data.to(record.outside)
+    return True

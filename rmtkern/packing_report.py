@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from rmtkern.packing_decisions import Decisions
 from rmtkern.tables import Table
 
-__all__ = ["AttentionReport", "EndToEnd", "LayerReport", "PackReport"]
+__all__ = ["EndToEnd", "GatedReport", "LayerReport", "PackReport", "SiteReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,12 @@ class LayerReport:
         tokens: the different token counts T that the examples gave it, ascending; empty if it was not measured.
         sparsity: fraction of zeros of the weight, [0, 1].
         form: what runs now: a layout's label, "dense/onednn", or "nn.Linear" (untouched); several, if they differ by
-            token count.
+            token count; "gated:" and a label in a gate-up pair that runs in one kernel.
         packed: whether a sparse layout runs for at least one token count.
         activation: the activation that was absorbed into the kernel, or None.
         ms: token count -> candidate -> ms; with the activation, if one follows the layer.
-        speedup: strongest dense form over the chosen form, the smallest of all token counts; None if not measured.
+        speedup: strongest dense form over the chosen form, the smallest of all token counts; None if not measured. In a
+            gate-up pair: the strongest dense forms of its linears over the pair's kernel.
         measured_on: the layer whose measurement decided (equal shapes and similar sparsity share one).
         nbytes_before: of the dense weight.
         nbytes_after: of all forms that are held.
@@ -47,12 +48,12 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionReport:
-    """One module that calls PyTorch's scaled_dot_product_attention.
+class SiteReport:
+    """One module that calls a function of PyTorch for which we have a kernel: attention or LayerNorm.
 
     Args:
         name: module name.
-        shapes: q and k [B, H, T, d] of its calls on the examples.
+        shapes: of the inputs of its calls on the examples: q and k [B, H, T, d] for attention, [..., K] for LayerNorm.
         torch_ms: PyTorch's time for one of its calls, the largest of all shapes, with its projections if it is an
             nn.MultiheadAttention; None if not measured.
         kernel_ms: the same of our kernel.
@@ -61,10 +62,32 @@ class AttentionReport:
     """
 
     name: str
-    shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
     torch_ms: float | None
     kernel_ms: float | None
     used: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GatedReport:
+    """One gate-up pair, activation(gate(x)) * up(x).
+
+    Args:
+        name: of the module that holds it.
+        linears: names of the gate and the up linear, or of the one linear that computes both.
+        activation: of the gate, or None.
+        ms: token count -> "separate" or the pair's form -> ms; "separate" is each linear in the form chosen for it,
+            with activation and product. Empty if it was not measured.
+        form: what runs now: the label of the pair's form, or None if the linears stay separate.
+        reason: why, in words.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    activation: str | None
+    ms: Mapping[int, Mapping[str, float]]
+    form: str | None
     reason: str
 
 
@@ -103,16 +126,20 @@ class PackReport:
         decisions: what was measured, for `pack_(..., decisions=)`; without what was reused.
         groups_measured: how many groups of alike layers were timed.
         groups_reused: how many took their times from earlier decisions; None if none were given.
+        gated: one entry per gate-up pair that was found.
+        norms: one entry per LayerNorm module that ran.
     """
 
     layers: tuple[LayerReport, ...]
     end_to_end: tuple[EndToEnd, ...]
     threads: int
     notes: tuple[str, ...] = ()
-    attention: tuple[AttentionReport, ...] = ()
+    attention: tuple[SiteReport, ...] = ()
     decisions: Decisions = field(default_factory=Decisions)
     groups_measured: int = 0
     groups_reused: int | None = None
+    gated: tuple[GatedReport, ...] = ()
+    norms: tuple[SiteReport, ...] = ()
 
     @property
     def packed_layers(self) -> int:
@@ -166,10 +193,15 @@ class PackReport:
                 f"times of {self.groups_reused} groups of alike layers reused from saved decisions,"
                 f" {self.groups_measured} measured"
             )
-        if self.attention:
-            used = sum(site.used for site in self.attention)
-            why = "; ".join(dict.fromkeys(site.reason for site in self.attention))
-            lines.append(f"attention kernel in {used} of {len(self.attention)} modules: {why}")
+        for kernel, sites in (("attention", self.attention), ("LayerNorm", self.norms)):
+            if sites:
+                used = sum(site.used for site in sites)
+                why = "; ".join(dict.fromkeys(site.reason for site in sites))
+                lines.append(f"{kernel} kernel in {used} of {len(sites)} modules: {why}")
+        if self.gated:
+            used = sum(pair.form is not None for pair in self.gated)
+            why = "; ".join(dict.fromkeys(pair.reason for pair in self.gated))
+            lines.append(f"gate and up in one kernel in {used} of {len(self.gated)} pairs: {why}")
         for times in self.end_to_end:
             lines.append(
                 f"example {times.example}: original {times.original_ms:.4g} ms, strongest dense (each linear in its"

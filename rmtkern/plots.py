@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["demo_figure", "draw_accuracy", "draw_spectrum"]
+__all__ = ["accuracy_figure", "demo_figure", "draw_accuracy", "draw_spectrum"]
 
 # Okabe & Ito's colours: told apart with any colour vision
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+PURPLE, SKY = "#CC79A7", "#56B4E9"
 
 
 def _figure_class() -> Any:
@@ -80,7 +81,7 @@ def draw_accuracy(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float
         curves: method -> points (sparsity in [0, 1), top-1 in [0, 1]).
         images: number of images behind each point, for the axis label.
     """
-    styles = [(BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (RED, "d:")]
+    styles = [(BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (RED, "d:"), (GREY, "v-"), (PURPLE, "x--"), (SKY, "*-.")]
     for index, (name, points) in enumerate(curves.items()):
         color, style = styles[index % len(styles)]
         x, y = zip(*points, strict=True)
@@ -90,6 +91,13 @@ def draw_accuracy(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float
     axes.set_ylabel(f"top-1 on {images:,} test images [%]")
     axes.grid(color=GREY, alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
+
+
+def accuracy_figure(curves: Mapping[str, Sequence[tuple[float, float]]], images: int) -> "Figure":
+    """`draw_accuracy` alone; arguments as its own."""
+    figure = _figure_class()(figsize=(6, 4.2), layout="constrained")
+    draw_accuracy(figure.subplots(), curves, images)
+    return figure
 
 
 def demo_figure(

@@ -9,10 +9,21 @@ from rmtkern.activations import apply_activation
 __all__ = ["accuracy_excess", "assert_as_accurate_as_dense", "random_sparse"]
 
 
+Up = tuple[Tensor, Tensor | None]
+
+
 def _dense(
-    x: Tensor, w: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, scale: Tensor | None
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    up: Up | None,
 ) -> Tensor:
     y = apply_activation(F.linear(x, w, bias), activation)
+    if up is not None:
+        y = y * F.linear(x, *up)
     if scale is not None:
         y = y * scale
     return y if residual is None else y + residual
@@ -26,6 +37,7 @@ def accuracy_excess(
     activation: str | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
+    up: Up | None = None,
 ) -> float:
     """The error of `y` against float64 over what the accuracy rule allows: at most 1 if `y` is accurate enough.
 
@@ -40,6 +52,7 @@ def accuracy_excess(
         activation: a name in `ops.ACTIVATIONS`.
         residual: [..., N] or None.
         scale: [N] or None.
+        up: (weight [N, K], bias [N] or None) of a gated linear, whose product multiplies the activation's result.
 
     Returns:
         Ratio >= 0; NaN or Inf in `y` gives inf.
@@ -54,8 +67,9 @@ def accuracy_excess(
         return 0.0
     with torch.no_grad():
         wide = [None if t is None else t.double() for t in (x, w, bias, residual, scale)]
-        exact = _dense(wide[0], wide[1], wide[2], activation, wide[3], wide[4])  # type: ignore[arg-type]
-        dense = float((_dense(x, w, bias, activation, residual, scale).double() - exact).abs().max())
+        wide_up = None if up is None else (up[0].double(), None if up[1] is None else up[1].double())
+        exact = _dense(wide[0], wide[1], wide[2], activation, wide[3], wide[4], wide_up)  # type: ignore[arg-type]
+        dense = float((_dense(x, w, bias, activation, residual, scale, up).double() - exact).abs().max())
         largest = float(exact.abs().max())
         error = float((y.double() - exact).abs().max())
     allowed = 2 * dense + 4 * torch.finfo(x.dtype).eps * largest
@@ -72,9 +86,10 @@ def assert_as_accurate_as_dense(
     activation: str | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
+    up: Up | None = None,
 ) -> None:
-    """Raise AssertionError unless `y` = act(x wᵀ + bias) * scale + residual within the rule of `accuracy_excess`."""
-    excess = accuracy_excess(y, x, w, bias, activation, residual, scale)
+    """Raise AssertionError unless `y` = act(x wᵀ + bias) [* (x upᵀ + up bias)] * scale + residual within the rule."""
+    excess = accuracy_excess(y, x, w, bias, activation, residual, scale, up)
     if not excess <= 1:
         raise AssertionError(f"the error against float64 is {excess:.3g} times what the accuracy rule allows")
 

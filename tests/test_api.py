@@ -19,8 +19,9 @@ from rmtkern.errors import PackedModelError
 from rmtkern.models import PrunableWeight, prunable_weights
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, PRESETS
+from rmtkern.pruning.score import CALIBRATED
 
-DATA_FREE = [name for name, preset in PRESETS.items() if preset.score != "activation"]
+DATA_FREE = [name for name, preset in PRESETS.items() if preset.score not in CALIBRATED]
 IMAGES = torch.randn(4, 3, 32, 32)
 HF = {
     "hidden_size": 32,
@@ -118,7 +119,7 @@ def test_masks_only_grow_over_cumulative_cycles(sparsities, methods):
 def test_the_same_request_gives_the_same_zeros(method):
     first = MODELS["timm vit"]()
     second = copy.deepcopy(first)
-    images = IMAGES if PRESETS[method].score == "activation" else None
+    images = None if method in DATA_FREE else IMAGES
     plans = [prune_(model, 0.6, method, calibration=images, seed=5) for model in (first, second)]
     assert plans[0].to_json() == plans[1].to_json()
     assert unchanged(first, state(second))
@@ -159,8 +160,8 @@ def test_zeros_stay_zero_under_training_with_their_gradient_masked():
 def test_every_method_on_real_models(name):
     model = MODELS[name]().eval()
     for step, method in enumerate(PRESETS):
-        images = IMAGES if PRESETS[method].score == "activation" else None
-        sparsity = 0.2 + 0.1 * step
+        images = None if method in DATA_FREE else IMAGES
+        sparsity = 0.2 + 0.08 * step
         plan = prune_(model, sparsity, method, calibration=images)
         assert zeros(model) == round(sparsity * total(model))
         plan.verify(model)
@@ -309,6 +310,11 @@ def packed():
     (vit, {"ignore": "hed"}, ValueError, "ignore='hed' matches no weight"),
     (vit, {"ignore": ("attn", "mlp")}, ValueError, "nothing to prune"),
     (vit, {"method": "wanda"}, ValueError, "method 'wanda' with score 'activation' needs images"),
+    (vit, {"method": "obs"}, ValueError, r"method 'obs' with score 'obs' needs images; pass calibration=, or take a "
+     "method without: magnitude, uniform, row, random, seb, rmt$"),
+    (vit, {"method": "row", "repair": "obs"}, ValueError, "method 'row' with repair 'obs' needs images"),
+    (vit, {"repair": "half"}, ValueError, "unknown repair 'half'; expected one of none, obs"),
+    (vit, {"repair": 1}, TypeError, "repair: expected a string, got int"),
     (vit, {"budget": "half"}, ValueError, "unknown budget 'half'"),
     (vit, {"score": "half"}, ValueError, "unknown score 'half'"),
     (vit, {"method": "wanda", "calibration": 3}, TypeError, "expected a tensor or an iterable of batches, got int"),
@@ -348,7 +354,8 @@ class Injected(BaseException):
 
 
 @pytest.mark.parametrize(
-    "stage", ["prunable_weights", "check_values", "calibrate", "fit_spectra", "make_masks", "mask_hash"]
+    "stage",
+    ["prunable_weights", "check_values", "calibrate", "fit_spectra", "make_masks", "prune_layerwise", "mask_hash"],
 )
 def test_a_failure_at_any_stage_changes_nothing(monkeypatch, stage):
     model = MODELS["timm vit"]().train()
@@ -358,13 +365,13 @@ def test_a_failure_at_any_stage_changes_nothing(monkeypatch, stage):
 
     def fail(*args, **kwargs):
         calls.append(stage)
-        if stage == "make_masks":
+        if stage in ("make_masks", "prune_layerwise"):
             real(*args, **kwargs)
         raise Injected
 
     monkeypatch.setattr(api, stage, fail)
     with pytest.raises(Injected):
-        prune_(model, 0.5, "rmt", score="activation", calibration=IMAGES)
+        prune_(model, 0.5, "rmt", score="activation", repair="obs", calibration=IMAGES)
     assert calls == [stage]
     assert unchanged(model, before)
     assert all(module.training for module in model.modules())

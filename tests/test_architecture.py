@@ -38,9 +38,9 @@ def offenders(folder: str, banned: tuple[str, ...]) -> list[str]:
     ]
 
 
-TOP = ("cli", "demo", "api", "evaluation", "packing")
+TOP = ("cli", "demo", "advice", "api", "evaluation", "packing", "training")
 RIGHT = ("nn", "ops", "layouts", "_C")
-LEFT = ("pruning", "spectrum", "models", "arrays")
+LEFT = ("pruning", "spectrum", "models", "arrays", "certificates")
 
 
 def test_spectrum_knows_only_mathematics():
@@ -52,6 +52,14 @@ def test_pruning_knows_no_storage_and_no_kernel():
     assert offenders("models.py", (*TOP, *RIGHT, "pruning", "spectrum")) == []
 
 
+def test_training_knows_models_and_plans_and_no_kernel():
+    assert offenders("training", (*RIGHT, "packing", "spectrum", "api", "cli", "demo")) == []
+    assert offenders("loading.py", (*RIGHT, "packing", "spectrum", "training", "api", "cli")) == []
+    assert {"models", "pruning.plan"} <= set().union(*map(imports, (PACKAGE / "training").glob("*.py")))
+    for name in ("masks", "schedule", "loss", "batches", "ranks", "ema", "config", "report", "checkpoint"):
+        assert offenders(f"training/{name}.py", ("training.loop",)) == []
+
+
 def test_layouts_know_no_spectrum_and_no_pruning():
     assert offenders("layouts", (*TOP, *LEFT, "nn", "ops")) == []
     assert offenders("ops.py", (*TOP, *LEFT, "nn")) == []
@@ -60,8 +68,13 @@ def test_layouts_know_no_spectrum_and_no_pruning():
 
 def test_the_columns_meet_only_at_the_top():
     assert offenders("api.py", ("packing", *RIGHT, "cli", "demo")) == []
-    for name in ("packing.py", "packing_decisions.py", "packing_watch.py", "packing_report.py", "testing.py"):
+    for name in ("packing.py", "packing_decisions.py", "packing_watch.py", "packing_report.py", "testing.py",
+                 "files.py", "storage.py"):  # fmt: skip
         assert offenders(name, ("api", "pruning", "spectrum", "cli", "demo")) == []
+    for name in ("certificates", "sweep.py"):
+        assert offenders(name, ("packing", *RIGHT, "cli", "demo")) == []
+    for name in ("api.py", "evaluation.py", "pruning", "spectrum", "models.py"):
+        assert offenders(name, ("certificates", "sweep")) == []
     assert offenders("evaluation.py", (*RIGHT, "packing", "pruning", "spectrum", "cli", "demo")) == []
 
 

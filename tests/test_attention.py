@@ -12,7 +12,8 @@ from rmtkern.attention import attention, reason_against
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import cpu
 from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_attention import disable, enable, enabled, watch_attention
+from rmtkern.packing_attention import AttentionForward, watch_attention
+from rmtkern.packing_sites import disable, enable
 from tests.test_packing import timer, timm_tiny, torchvision_small, transformers_small
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -245,9 +246,9 @@ def test_real_models_call_the_kernel(build, sites):
     with torch.no_grad(), watch_attention(model) as calls:
         before = first(model(*x))
     assert len(calls) == sites and all(call.reason is None for found in calls.values() for call in found)
-    modules = [model.get_submodule(name) for name in calls]
+    modules = [AttentionForward(model.get_submodule(name)) for name in calls]
     enable(modules)
-    assert enabled(model) == modules
+    assert AttentionForward.of(model) == modules
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -260,7 +261,7 @@ def test_real_models_call_the_kernel(build, sites):
             torch.testing.assert_close(first(twin(*x)), after, rtol=0, atol=1e-5 * float(after.abs().max()))
     disable(modules)
     with torch.no_grad():
-        assert enabled(model) == []
+        assert AttentionForward.of(model) == []
         torch.testing.assert_close(first(model(*x)), before, rtol=0, atol=1e-5 * float(before.abs().max()))
 
 
@@ -268,7 +269,7 @@ def test_training_keeps_pytorchs_attention():
     model, x = timm_tiny()
     with torch.no_grad(), watch_attention(model) as calls:
         model(*x)
-    enable(model.get_submodule(name) for name in calls)
+    enable(AttentionForward(model.get_submodule(name)) for name in calls)
     first(model(*x)).sum().backward()  # needs a gradient, which the kernel has not
     assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
 
@@ -294,14 +295,14 @@ def test_multihead_attention_leaves_other_calls_to_pytorch():
         with torch.no_grad(), watch_attention(torch.nn.ModuleDict({"a": module})) as calls:
             torch.manual_seed(1)
             before, weights = module(*args, **kwargs)
-            enable([module])
+            enable([AttentionForward(module)])
             torch.manual_seed(1)
             after, same = module(*args, **kwargs)
         assert reason in calls["a"][0].reason
         # PyTorch's fast path and its other one round differently
         torch.testing.assert_close((after, same), (before, weights), rtol=0, atol=1e-5)
     module = multihead()
-    enable([module])
+    enable([AttentionForward(module)])
     module(x, x, x, need_weights=False)[0].sum().backward()
     assert module.in_proj_weight.grad.abs().sum() > 0
 
@@ -327,7 +328,7 @@ def test_autocast_keeps_pytorchs_attention():
         with watch_attention(torch.nn.ModuleDict({"a": attn, "b": module})) as calls:
             attn(wide), module(x, x, x, need_weights=False)
         assert [found[0].reason for found in calls.values()] == ["autocast chooses the dtype"] * 2
-        enable([attn, module])
+        enable([AttentionForward(attn), AttentionForward(module)])
         after = attn(wide), module(x, x, x, need_weights=False)[0]
     assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
 
@@ -348,17 +349,17 @@ def test_pack_uses_it_where_it_is_faster_and_unpack_takes_it_back(dtype):
     assert [(site.name, site.used, site.torch_ms, site.kernel_ms) for site in report.attention] == [
         (f"blocks.{i}.attn", True, 2.0, 1.0) for i in range(2)
     ]
-    assert "attention kernel in 2 of 2 modules: 2.00x PyTorch's" in str(report) and len(enabled(model)) == 2
+    assert "attention kernel in 2 of 2 modules: 2.00x PyTorch's" in str(report) and len(AttentionForward.of(model)) == 2
     tolerance = 0.03 if dtype else 1e-5  # two blocks of bfloat16, or sums in another order
     torch.testing.assert_close(model(*x).detach(), before, rtol=0, atol=tolerance * float(before.abs().max()))
     unpack_(model)
-    assert enabled(model) == []
+    assert AttentionForward.of(model) == []
 
 
 def test_pack_leaves_it_where_it_is_not_faster_or_not_wanted():
     model, x = timm_tiny()
     report = pack_(model.eval(), x, timer=timer("dense/torch"))  # both take 3 ms
-    assert enabled(model) == [] and [site.used for site in report.attention] == [False, False]
+    assert AttentionForward.of(model) == [] and [site.used for site in report.attention] == [False, False]
     assert "1.00x PyTorch's, short of the margin (3 % less time)" in report.attention[0].reason
     unpack_(model)
     assert pack_(model, x, timer=timer("dense/torch"), attention=False).attention == ()
@@ -371,11 +372,11 @@ def test_the_guard_puts_attention_back():
         if "attention/kernel" in calls:
             return {"attention/torch": 2.0, "attention/kernel": 1.0}
         if "original" in calls:
-            return {"original": 1.0, "packed": 2.0 if enabled(model) else 1.0, "dense": 1.0} | {
+            return {"original": 1.0, "packed": 2.0 if AttentionForward.of(model) else 1.0, "dense": 1.0} | {
                 name: 1.0 if name != "packed" else 2.0 for name in calls
             }
         return {label: 1.0 if label == "dense/torch" else 2.0 for label in calls}
 
     report = pack_(model.eval(), x, timer=measure)
-    assert enabled(model) == [] and not any(site.used for site in report.attention)
+    assert AttentionForward.of(model) == [] and not any(site.used for site in report.attention)
     assert any("the attention kernel made the model slower: PyTorch's was put back" in note for note in report.notes)

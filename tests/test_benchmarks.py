@@ -2,12 +2,14 @@
 
 import csv
 import importlib.util
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, contenders, growth, kernel, peers, record, run, tables, timing
+from benchmarks import accuracy, cases, contenders, growth, kernel, peers, record, run, tables, timing
 from benchmarks import model as models
 from benchmarks.cases import KernelCase
 
@@ -180,3 +182,40 @@ def test_options_that_do_not_fit_are_refused(capsys, options, message):
     with pytest.raises(SystemExit):
         parsed(*options)
     assert message in capsys.readouterr().err
+
+
+def test_accuracy_rows_of_calibrated_methods(tmp_path, monkeypatch, capsys):
+    """The whole benchmark on a toy: rows by method and pattern, written one by one, then shown as a table."""
+    (tmp_path / "toydata.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def load_model():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 16), nn.Linear(16, 4))\n"
+        "def load_images(split, limit):\n    x = torch.randn(limit, 3, 2, 2)\n"
+        "    return x, load_model()(x).argmax(1)\n"
+    )
+    out = tmp_path / "accuracy-vits14-imagenette-calibrated.csv"
+    base = ["accuracy", "--path", str(tmp_path), "--model", "toydata:load_model", "--images", "toydata:load_images",
+            "--limit", "40", "--calibration", "30", "--out", str(out)]  # fmt: skip
+    for methods in (["admm", "uniform+activation+obs"], ["admm"]):  # the second run replaces its own rows only
+        monkeypatch.setattr(sys, "argv", [*base, "--methods", *methods, "--cases", "unstructured=0.5", "2:4=0.5"])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        accuracy.main()
+    rows = record.read_rows(out)
+    assert sorted((row["method"], row["pattern"]) for row in rows) == sorted(
+        (method, pattern) for method in ("admm", "uniform+activation+obs") for pattern in ("2:4", "unstructured")
+    )
+    for row in rows:
+        assert row["repair"] == "obs" and row["calibration_images"] == "30" and float(row["dense_top1"]) == 1
+        assert float(row["loss"]) == pytest.approx(1 - float(row["top1"])) and float(row["loss_error"]) >= 0
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    table = tables.calibrated()
+    assert list(table.columns) == ["method", "calibration images", "unstructured 50%", "2:4 50%"]
+    assert len(table.rows) == 2 and "paired standard error, 40 validation" in table.notes[0]
+
+
+def test_paired_errors():
+    dense, pruned = torch.tensor([1.0, 1, 1, 0]).double(), torch.tensor([1.0, 0, 1, 1]).double()
+    found = accuracy.against(dense, pruned)
+    lost = np.array([0, 1, 0, -1])
+    assert found["loss"] == lost.mean() and found["top1"] == 0.75
+    assert found["loss_error"] == pytest.approx(lost.std(ddof=1) / 2, abs=1e-6)

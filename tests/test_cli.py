@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rmtkern
 from rmtkern import cli
 from rmtkern.cli import main
 from rmtkern.pruning.plan import PrunePlan
@@ -128,6 +129,28 @@ def test_prune_writes_dense_weights_under_their_own_keys(work, capsys):
     assert zeros == round(0.7 * 2 * 32 * 96)
 
 
+def test_prune_to_an_accuracy(work, images, capsys):
+    argv = ["prune", "clitoys:toy", "--max-drop", "0.1", "--images", str(images), *FC, "-o", "pruned.safetensors"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "found for a drop of at most 10 points" in out and "on 6 images" in out
+    assert main([*argv, "--json"]) == 0
+    plan = strict_json(capsys.readouterr().out)["plan"]
+    state = load_file(work / "pruned.safetensors")
+    zeros = sum(int((state[f"{name}.weight"] == 0).sum()) for name in ("fc1", "fc2"))
+    assert zeros == round(plan["config"]["sparsity"] * 2 * 32 * 96) and len(plan["target"]["trials"]) >= 7
+
+
+def test_prune_to_an_accuracy_refuses_half_a_request(work, images, capsys):
+    start = ["prune", "clitoys:toy", "-o", "x.safetensors"]
+    both = "--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity"
+    fails(capsys, [*start, "--max-drop", "0.1"], 2, both)
+    fails(capsys, [*start, "--max-drop", "0.1", "--images", str(images), "--sparsity", "0.5"], 2, both)
+    fails(capsys, [*start, "--images", str(images)], 2, "--images are for --max-drop")
+    fails(capsys, [*start, "--max-drop", "-1", "--images", str(images)], 2, "max_drop: expected a fraction in [0, 1)")
+    assert not (work / "x.safetensors").exists()
+
+
 def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
     argv = [
         "prune",
@@ -145,7 +168,8 @@ def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
     found = strict_json(capsys.readouterr().out)
     assert found["output"] == "p.safetensors"
     assert found["before"]["count"] == found["after"]["count"] == 6
-    from rmtkern.loading import load_model, read_metadata
+    from rmtkern.loading import load_model
+    from rmtkern.storage import read_metadata
 
     stored = PrunePlan.from_json(read_metadata("p.safetensors")["rmtkern"])
     assert json.loads(stored.to_json()) == found["plan"]
@@ -158,7 +182,31 @@ def test_prune_with_calibration(work, images, capsys):
     argv = ["prune", "clitoys:toy", "--calibration", "images", "--calibration-images", "4", "-o", "p.safetensors", *FC]
     assert main([*argv, "--json"]) == 0
     plan = strict_json(capsys.readouterr().out)["plan"]
-    assert plan["config"]["method"] == "wanda" and plan["calibration_images"] == 4
+    assert plan["config"]["method"] == "admm" and plan["calibration_images"] == 4
+
+
+def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):
+    pytest.importorskip("matplotlib")
+    argv = ["sweep", "clitoys:toy", "--images", str(images), "--sparsities", "0.3", "0.6", "--calibration", str(images),
+            "--calibration-images", "4", *FC, "-o", "sweep.csv"]  # fmt: skip
+    assert main([*argv, "--methods", "row", "wanda", "--picture", "sweep.png"]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 5 rows computed now" in out and "wrote sweep.csv and sweep.png" in out
+    assert (work / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((work / "sweep.csv").open(newline="")))
+    assert {row["data"] for row in rows} == {"images (*fc1* *fc2*)"}
+    assert [row["calibration"] for row in rows] == ["", "", "", "images[4]", "images[4]"]
+    assert main([*argv, "--methods", "row", "uniform", "--json"]) == 0
+    found = strict_json(capsys.readouterr().out)
+    assert found["computed"] == 2 and len(found["rows"]) == 5 and found["rows"][0]["method"] == "dense"
+
+
+def test_sweep_errors(work, images, capsys):
+    argv = ["sweep", "clitoys:toy", "--images", str(images)]
+    fails(capsys, [*argv, "-o", "no/sweep.csv"], 2, "no: no such folder to write sweep.csv into")
+    fails(capsys, [*argv, "-o", "s.csv", "--picture", "no/p.png"], 2, "no: no such folder to write p.png into")
+    fails(capsys, [*argv, "-o", "s.csv", "--methods", "wanda"], 2, "needs images; pass calibration=")
+    assert not (work / "s.csv").exists()
 
 
 def test_prune_n_of_m(work, capsys):
@@ -176,6 +224,37 @@ def test_bench_prunes_and_reports(work, capsys):
     assert len(found["end_to_end"]) == 2 and found["environment"]["cpu"]
     slower = [min(t["original_ms"], t["dense_ms"]) / t["packed_ms"] < 0.97 for t in found["end_to_end"]]
     assert code == int(any(slower)) and ("slower" in err) == any(slower)
+
+
+def test_advise(work, capsys):
+    words = ["advise", "clitoys:toy", "--batch", "2", "--sparsity", "0.9", "--pattern", "unstructured", "2:4"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "pattern" in out and "2:4" in out and "thread(s)" in out
+    assert main([*words, "--json"]) == 0
+    record = strict_json(capsys.readouterr().out)
+    assert [(row["dtype"], row["pattern"], row["sparsity"]) for row in record["rows"]] == [
+        (dtype, *what) for dtype in ("float32", "bfloat16") for what in (("unstructured", 0.9), ("2:4", 0.5))
+    ]
+    fails(capsys, ["advise", "clitoys:toy", "--batch", "0"], 2, "--batch must be at least 1, got 0")
+    fails(capsys, ["advise", "clitoys:toy", "--pattern", "x"], 2, "unknown pattern 'x'")
+
+
+def test_bench_writes_the_packed_model(work, capsys, monkeypatch):
+    def cheap(calls, budget_ms):
+        for call in calls.values():
+            call()
+        return {name: 1.0 if name in ("packed", "bitmask") else 2.0 for name in calls}
+
+    monkeypatch.setattr("rmtkern.packing.interleaved_ms", cheap)
+    assert main(["bench", "clitoys:toy", "--sparsity", "0.8", *FC, "-o", "packed.safetensors"]) == 0
+    capsys.readouterr()
+    import clitoys
+
+    model = rmtkern.load("packed.safetensors", clitoys.toy())
+    assert (model.fc1.weight.layout, model.fc2.weight.layout) == ("bitmask", "bitmask")
+    assert rmtkern.load_plan("packed.safetensors").sparsity == pytest.approx(0.8, abs=1e-3)
+    fails(capsys, ["bench", "clitoys:toy", "-o", "no/packed.safetensors"], 2, "no: no such folder to write packed")
 
 
 def test_bench_takes_the_zeros_of_a_checkpoint(work, capsys):

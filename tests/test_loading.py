@@ -13,8 +13,9 @@ from torch import nn
 
 from rmtkern.api import prune_
 from rmtkern.demo import load_demo_model
-from rmtkern.loading import input_size_of, load_model, read_metadata, save_dense
+from rmtkern.loading import input_size_of, load_model, save_dense
 from rmtkern.pruning.plan import PrunePlan
+from rmtkern.storage import read_metadata
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_save_is_all_or_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("rmtkern.loading.save_file", fail)
+    monkeypatch.setattr("rmtkern.storage.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_dense(nn.Linear(4, 4), path)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]

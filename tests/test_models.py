@@ -176,6 +176,12 @@ def test_convolutions_unfold_and_groups_are_blocks():
     assert torch.equal(plain.as_matrix()[2], model[0].weight[2].flatten())
 
 
+def test_a_subclass_of_conv1d_is_one():  # fully_shard changes a module's class to a subclass of another name
+    model = nn.Sequential(type("FSDPConv1D", (transformers.pytorch_utils.Conv1D,), {})(16, 8))
+    (weight,) = prunable_weights(model, "all")
+    assert (weight.kind, weight.shape) == ("transposed", (16, 8))
+
+
 def test_transposed_linear_of_transformers():
     model = nn.ModuleDict({"mlp": nn.ModuleDict({"c_fc": transformers.pytorch_utils.Conv1D(16, 8)})})
     (weight,) = prunable_weights(model)

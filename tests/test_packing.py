@@ -17,7 +17,8 @@ from transformers import ViTConfig, ViTModel
 from rmtkern import packing
 from rmtkern.errors import PackedModelError
 from rmtkern.nn import AbsorbedActivation, PackedLinear
-from rmtkern.packing import interleaved_ms, pack_, unpack_
+from rmtkern.packing import pack_, unpack_
+from rmtkern.packing_timing import interleaved_ms
 from rmtkern.testing import random_sparse
 
 

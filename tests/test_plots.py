@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from rmtkern.plots import demo_figure, draw_accuracy, draw_spectrum
+from rmtkern.plots import accuracy_figure, demo_figure, draw_accuracy, draw_spectrum
 from rmtkern.spectrum.fit import fit_spectrum
 
 figure_module = pytest.importorskip("matplotlib.figure")
@@ -57,6 +57,12 @@ def test_accuracy(axes):
     assert [line.get_label() for line in axes.lines] == ["one", "two"]
     assert axes.lines[1].get_xdata() == pytest.approx([0, 50]) and axes.lines[1].get_ydata() == pytest.approx([90, 70])
     assert "%" in axes.get_xlabel() and "2,000" in axes.get_ylabel()
+
+
+def test_accuracy_figure_tells_seven_methods_apart():
+    figure = accuracy_figure({str(i): [(0.0, 0.9), (0.5, i / 10)] for i in range(7)}, 100)
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(looks) == 7
 
 
 def test_demo_figure_is_written(tmp_path, spiked):

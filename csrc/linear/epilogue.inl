@@ -123,53 +123,103 @@ inline void store_some(typename Number::Item* p, F v, int64_t width) {
 template <class Number>
 inline void write(const LinearArgs& a, F v, int64_t t, int64_t f, int64_t width) {
     using Item = typename Number::Item;
-    const int64_t at = t * a.N + f;
+    const int64_t at = t * a.outputs() + f;
     if (a.scale) v = v * load_some<Number>(static_cast<const Item*>(a.scale) + f, width);
     if (a.residual) v = v + load_some<Number>(static_cast<const Item*>(a.residual) + at, width);
     store_some<Number>(static_cast<Item*>(a.y) + at, v, width);
 }
 
-// C [features][stride] holds sums with the bias in them, lanes are tokens. Writes W tokens from t0, features from f0.
-// Features run in the inner loop, so that a token's outputs are written one after the other.
-template <class Number, Activation A>
+// Where the rows [f0, f0 + rows) of the weight are in y. Both ends are whole chunks of pairs, but for y's own end.
+template <bool Gated>
+inline int64_t first_output(int64_t f0) {
+    return Gated ? f0 / 2 : f0;
+}
+template <bool Gated>
+inline int64_t count_outputs(const LinearArgs& a, int64_t f0, int64_t rows) {
+    const int64_t left = a.outputs() - first_output<Gated>(f0), most = Gated ? rows / 2 : rows;
+    return left < most ? left : most;
+}
+
+// The row of output f: itself, or its gate's, which the up's follows gate_chunk rows later.
+template <bool Gated>
+inline int64_t row_of(int64_t f) {
+    return Gated ? f / gate_chunk * (2 * gate_chunk) + f % gate_chunk : f;
+}
+
+// The gate (part 0) or the up (part 1) of the W outputs from f, out of pairs in chunks; the second chunk that a vector of
+// 16 needs may not be there.
+template <class Number, int part, int... i>
+inline F load_part(const typename Number::Item* p, int64_t f, bool second, std::integer_sequence<int, i...>) {
+    if constexpr (W <= gate_chunk) return Number::load_values(p + row_of<true>(f) + part * gate_chunk);
+    else {
+        const F a = Number::load_values(p + 2 * f), b = second ? Number::load_values(p + 2 * f + W) : a;
+        return __builtin_shufflevector(a, b, (i / gate_chunk * W + part * gate_chunk + i % gate_chunk)...);
+    }
+}
+
+// C [features][stride] holds sums with the bias in them, lanes are tokens. Writes W tokens from t0, rows of the weight
+// from f0. Outputs run in the inner loop, so that a token's are written one after the other.
+template <class Number, Activation A, bool Gated>
 struct FinishTokens {
-    static void run(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t features) {
-        const int64_t tokens = a.T - t0 < W ? a.T - t0 : W;
+    static void run(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t f0, int64_t rows) {
+        const int64_t tokens = a.T - t0 < W ? a.T - t0 : W, features = count_outputs<Gated>(a, f0, rows);
         for (int64_t f = 0; f < features; f += W) {
             const int64_t width = features - f < W ? features - f : W;
             F r[W];
 #pragma GCC unroll 16
-            for (int i = 0; i < W; ++i) r[i] = activate<Number, A>(load(C + (f + (i < width ? i : width - 1)) * stride));
+            for (int i = 0; i < W; ++i) {
+                const float* row = C + row_of<Gated>(f + (i < width ? i : width - 1)) * stride;
+                r[i] = activate<Number, A>(load(row));
+                if constexpr (Gated) r[i] = r[i] * load(row + gate_chunk * stride);
+            }
             transpose(r);
-            for (int64_t i = 0; i < tokens; ++i) write<Number>(a, r[i], t0 + i, f0 + f, width);
+            for (int64_t i = 0; i < tokens; ++i) write<Number>(a, r[i], t0 + i, first_output<Gated>(f0) + f, width);
         }
     }
 };
 
-// C [tokens][stride] holds sums without the bias, lanes are outputs. Writes `tokens` from t0, features from f0 up to
-// stride.
-template <class Number, Activation A>
+// C [tokens][stride] holds sums without the bias, lanes are outputs. Writes `tokens` from t0, rows of the weight from f0
+// up to stride.
+template <class Number, Activation A, bool Gated>
 struct FinishOutputs {
     static void run(const LinearArgs& a, const float* C, int64_t stride, int64_t t0, int64_t tokens, int64_t f0) {
+        constexpr std::make_integer_sequence<int, W> lanes{};
         const auto* bias = static_cast<const typename Number::Item*>(a.bias);
-        const int64_t features = a.N - f0 < stride ? a.N - f0 : stride;
+        const int64_t features = count_outputs<Gated>(a, f0, stride), first = first_output<Gated>(f0);
         for (int64_t f = 0; f < features; f += W) {
             const int64_t width = features - f < W ? features - f : W;
-            const F b = bias ? load_some<Number>(bias + f0 + f, width) : F{};
-            for (int64_t i = 0; i < tokens; ++i)
-                write<Number>(a, activate<Number, A>(load(C + i * stride + f) + b), t0 + i, f0 + f, width);
+            if constexpr (Gated) {
+                const bool second = width > gate_chunk;
+                const F gate = bias ? load_part<Number, 0>(bias + f0, f, second, lanes) : F{};
+                const F up = bias ? load_part<Number, 1>(bias + f0, f, second, lanes) : F{};
+                for (int64_t i = 0; i < tokens; ++i) {
+                    const float* sums = C + i * stride;
+                    const F g = load_part<Float32, 0>(sums, f, second, lanes) + gate;
+                    const F u = load_part<Float32, 1>(sums, f, second, lanes) + up;
+                    write<Number>(a, activate<Number, A>(g) * u, t0 + i, first + f, width);
+                }
+            } else {
+                const F b = bias ? load_some<Number>(bias + f0 + f, width) : F{};
+                for (int64_t i = 0; i < tokens; ++i)
+                    write<Number>(a, activate<Number, A>(load(C + i * stride + f) + b), t0 + i, f0 + f, width);
+            }
         }
     }
 };
 
 // Runs one of the two above for the activation that is asked for.
-template <template <class, Activation> class Finish, class Number, class... Place>
-void finish(const LinearArgs& a, const float* C, Place... place) {
+template <template <class, Activation, bool> class Finish, class Number, bool Gated, class... Place>
+void finish_as(const LinearArgs& a, const float* C, Place... place) {
     switch (a.activation) {
-        case Activation::none: return Finish<Number, Activation::none>::run(a, C, place...);
-        case Activation::gelu: return Finish<Number, Activation::gelu>::run(a, C, place...);
-        case Activation::gelu_tanh: return Finish<Number, Activation::gelu_tanh>::run(a, C, place...);
-        case Activation::silu: return Finish<Number, Activation::silu>::run(a, C, place...);
-        case Activation::relu: return Finish<Number, Activation::relu>::run(a, C, place...);
+        case Activation::none: return Finish<Number, Activation::none, Gated>::run(a, C, place...);
+        case Activation::gelu: return Finish<Number, Activation::gelu, Gated>::run(a, C, place...);
+        case Activation::gelu_tanh: return Finish<Number, Activation::gelu_tanh, Gated>::run(a, C, place...);
+        case Activation::silu: return Finish<Number, Activation::silu, Gated>::run(a, C, place...);
+        case Activation::relu: return Finish<Number, Activation::relu, Gated>::run(a, C, place...);
     }
+}
+template <template <class, Activation, bool> class Finish, class Number, class... Place>
+void finish(const LinearArgs& a, const float* C, Place... place) {
+    if (a.F) finish_as<Finish, Number, true>(a, C, place...);
+    else finish_as<Finish, Number, false>(a, C, place...);
 }

@@ -18,8 +18,8 @@ void run_lowrank(const LinearArgs& a) {
         second.T = tokens;
         second.K = R;
         second.x = middle;
-        second.y = static_cast<Item*>(a.y) + t * a.N;
-        if (a.residual) second.residual = static_cast<const Item*>(a.residual) + t * a.N;
+        second.y = static_cast<Item*>(a.y) + t * a.outputs();
+        if (a.residual) second.residual = static_cast<const Item*>(a.residual) + t * a.outputs();
         run_dense<Number>(second, a.parts[1].as<float>());
     }
 }

@@ -39,6 +39,7 @@ inline H to_bfloat16(F x) {
 struct Float32 {
     using Item = float;
     static constexpr int per_lane = 1;
+    static constexpr Item ones[] = {1};  // a lane of ones
     static F multiply_add(F sum, F w, F x) { return sum + w * x; }
     static float value(Item item) { return item; }
     static F load_values(const Item* p) { return load(p); }
@@ -52,6 +53,7 @@ inline __attribute__((always_inline)) Vector native_dot(Vector sum, Vector w, Ve
 struct BFloat16 {
     using Item = uint16_t;
     static constexpr int per_lane = 2;
+    static constexpr Item ones[] = {0x3f80, 0x3f80};
     static inline __attribute__((always_inline)) F multiply_add(F sum, F w, F x) {
         if constexpr (native_pairs) return native_dot<F>(sum, w, x);
         else return sum + lower(w) * lower(x) + upper(w) * upper(x);

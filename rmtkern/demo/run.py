@@ -20,7 +20,8 @@ from rmtkern.demo import load_demo_model, load_test_images
 from rmtkern.environment import environment, environment_line
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.models import prunable_weights
-from rmtkern.packing import PackReport, interleaved_ms, pack_
+from rmtkern.packing import PackReport, pack_
+from rmtkern.packing_timing import interleaved_ms
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.spectrum.decompose import singular_values
 from rmtkern.spectrum.fit import SpectralFits
@@ -223,7 +224,7 @@ def _summary(dense: Evaluation, results: dict[float, _Result]) -> str:
             )
     notes = (
         "nn.Linear: the pruned model as PyTorch runs it. Strongest dense, the one to beat: each linear in its fastest",
-        "dense float32 form (nn.Linear, oneDNN, or oneDNN with a reordered weight). packed: share of the linear",
+        "dense float32 form (nn.Linear, oneDNN, oneDNN with a reordered weight, our own). packed: share of the linear",
         f"weights that a sparse kernel runs. Medians of interleaved float32 runs, {torch.get_num_threads()} thread(s).",
     )
     return Table(columns, rows, notes).to_text()

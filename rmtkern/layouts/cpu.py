@@ -67,6 +67,7 @@ def _cpu_linear(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     y = torch.empty(x.shape[0], features, dtype=x.dtype)
     extension().linear(
@@ -80,6 +81,7 @@ def _cpu_linear(
         as_array(y),
         activation,
         torch.get_num_threads(),
+        gated=gated,
     )
     return y
 
@@ -95,6 +97,7 @@ def _(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     return x.new_empty(x.shape[0], features)
 
@@ -106,19 +109,24 @@ def linear(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: int = 0,
 ) -> Tensor:
     """Apply a packed weight on the CPU: y = activation(x Wᵀ + bias) * scale + residual, in one kernel.
+
+    With `gated` = F > 0 the rows of `w` and `bias` are a gate-up pair (pairs.py): y [T, F] = activation(x Wgᵀ + bg) *
+    (x Wuᵀ + bu) * scale + residual.
 
     Args:
         x: [T, K] float32 or bfloat16 (the dtype of the weight), contiguous.
         w: packed [N, K].
         bias: [N], dtype of `x`, or None.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu".
-        scale: [N], dtype of `x`, or None: LayerScale, after the activation.
-        residual: [T, N], dtype of `x`, or None, contiguous, added last.
+        residual: [T, N] ([T, F] if gated), dtype of `x`, or None, contiguous, added last.
+        scale: [N] ([F] if gated), dtype of `x`, or None: LayerScale, after the activation.
+        gated: F, or 0.
 
     Returns:
-        [T, N], dtype of `x`; summed in float32 on torch.get_num_threads() threads.
+        [T, N] ([T, F] if gated), dtype of `x`; summed in float32 on torch.get_num_threads() threads.
 
     Raises:
         ValueError: a shape or a name does not match.
@@ -126,5 +134,14 @@ def linear(
         KernelUnavailable: the extension is not built.
     """
     return torch.ops.rmtkern.cpu_linear(
-        w.layout, x, w.shape[0], w.tensors(), list(w.params.values()), bias, activation, residual, scale
+        w.layout,
+        x,
+        gated or w.shape[0],
+        w.tensors(),
+        list(w.params.values()),
+        bias,
+        activation,
+        residual,
+        scale,
+        gated > 0,
     )

@@ -1,11 +1,13 @@
 """What the layouts with factors share: the SVD of a weight, and the check of given factors. It knows no layout."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from rmtkern.layouts.base import check_dense
 
-__all__ = ["GAIN", "check_factors", "factor", "tolerance", "truncation_errors"]
+__all__ = ["GAIN", "check_factors", "factor", "reason_against_rank", "tolerance", "truncation_errors"]
 
 GAIN = 0.8
 """A rank is worth timing if the factors have less than this share of the entries of the dense weight."""
@@ -17,6 +19,15 @@ def tolerance(dtype: torch.dtype) -> float:
     A product of rank r that was computed in this dtype is that far from rank r by rounding alone.
     """
     return 2 * torch.finfo(dtype).eps
+
+
+def reason_against_rank(layout: str, shape: tuple[int, ...], params: Mapping[str, int]) -> str | None:
+    """Why these params are no rank of a weight of this shape, or None."""
+    if set(params) != {"rank"}:
+        return f"{layout} takes the param rank, got {sorted(params)}"
+    if not 1 <= params["rank"] <= min(shape):
+        return f"{layout}: rank must be 1 to {min(shape)} for a weight of {tuple(shape)}, got {params['rank']}"
+    return None
 
 
 def factor(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:

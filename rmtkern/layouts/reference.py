@@ -24,24 +24,30 @@ def finish(
     activation: str | None,
     scale: Float | None,
     residual: Float | None,
+    gated: int = 0,
 ) -> Float:
-    """activation(y + bias) * scale + residual.
+    """activation(y + bias) * scale + residual, or with a gate-up pair activation(gate) * up * scale + residual.
 
     Args:
         y: [T, N] float64, x Wᵀ.
         bias: [N] or None.
         activation: None, "gelu" (x Phi(x)), "gelu_tanh", "relu" or "silu".
-        scale: [N] or None.
-        residual: [T, N] or None.
+        scale: [N] ([F] if gated) or None.
+        residual: [T, N] ([T, F] if gated) or None.
+        gated: F > 0 if the columns of y + bias are 8 of the gate, the same 8 of the up, and so on; else 0.
 
     Returns:
-        [T, N] float64.
+        [T, N] ([T, F] if gated) float64.
 
     Raises:
         ValueError: an unknown activation.
     """
     if bias is not None:
         y = y + bias
+    up = None
+    if gated:
+        chunks = y.reshape(len(y), -1, 2, 8)
+        y, up = (chunks[:, :, part].reshape(len(y), -1)[:, :gated] for part in range(2))
     with np.errstate(over="ignore", invalid="ignore"):
         if activation == "gelu":
             y = y * 0.5 * np.asarray(_erfc(-y / math.sqrt(2)), dtype=np.float64)
@@ -53,6 +59,8 @@ def finish(
             y = np.maximum(y, 0)
         elif activation is not None:
             raise ValueError(f"unknown activation {activation!r}; valid: None, gelu, gelu_tanh, relu, silu")
+        if up is not None:
+            y = y * up
         if scale is not None:
             y = y * scale
         return y if residual is None else y + residual
@@ -70,8 +78,8 @@ def reference_linear(product: Callable[[Float, PackedWeight], Float]) -> Linear:
         product: (x [T, K], w) -> x Wᵀ [T, N], float64; an entry that is not stored multiplies nothing, not even Inf.
 
     Returns:
-        linear(x [T, K] of any float dtype, w, bias [N] or None, activation, residual [T, N] or None, scale [N] or None)
-        -> [T, N] in the dtype of x, rounded once.
+        linear(x [T, K] of any float dtype, w, bias [N] or None, activation, residual [T, N] or None, scale [N] or None,
+        gated 0 or F) -> [T, N], or [T, F] of a gate-up pair, in the dtype of x, rounded once.
     """
 
     def wide(tensor: Tensor | None) -> Float | None:
@@ -84,9 +92,11 @@ def reference_linear(product: Callable[[Float, PackedWeight], Float]) -> Linear:
         activation: str | None,
         residual: Tensor | None,
         scale: Tensor | None = None,
+        gated: int = 0,
     ) -> Tensor:
         with np.errstate(invalid="ignore"):
             y = product(x.detach().double().numpy(), w)
-        return torch.from_numpy(finish(y, wide(bias), activation, wide(scale), wide(residual))).to(x.dtype)
+        y = finish(y, wide(bias), activation, wide(scale), wide(residual), gated)
+        return torch.from_numpy(np.ascontiguousarray(y)).to(x.dtype)
 
     return linear

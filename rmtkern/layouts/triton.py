@@ -51,24 +51,35 @@ def rows_at(ptr, first, count, stride, BLOCK: tl.constexpr):
 @triton.jit
 def finish(
     acc,
-    bias_ptr,
-    scale_ptr,
-    residual_ptr,
-    y_ptr,
-    first_row,
-    first_column,
+    pointers,
+    first,
     T,
     N,
+    F,
     y_stride,
     BM: tl.constexpr,
     BN: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """Store activation(acc + bias) * scale + residual [BM, BN] at (first_row, first_column), computed in float32."""
+    """Store activation(acc + bias) * scale + residual [BM, BN] at `first`, computed in float32.
+
+    GATED: the columns of acc are 8 of a gate, the same 8 of the up (pairs.py); activation(gate) * up [BM, BN / 2] takes
+    the place of the activation's result, and y has F columns.
+    pointers: (bias, scale, residual, y); first: (row, column).
+    """
+    bias_ptr, scale_ptr, residual_ptr, y_ptr = pointers
+    first_row, first_column = first
     columns = first_column + tl.arange(0, BN)
     inside = columns < N
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        chunks = acc.reshape(BM, BN // 16, 2, 8).permute(0, 1, 3, 2)
+        acc, up = chunks.split()
+        acc = acc.reshape(BM, BN // 2)
+        columns = first_column // 2 + tl.arange(0, BN // 2)
+        inside = columns < F
     if ACTIVATION == "gelu":
         acc = acc * 0.5 * (1.0 + tl.erf(acc * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -77,6 +88,8 @@ def finish(
         acc = acc * tl.sigmoid(acc)
     elif ACTIVATION == "relu":
         acc = tl.where(acc < 0.0, 0.0, acc)  # keeps NaN
+    if GATED:
+        acc *= up.reshape(BM, BN // 2)
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     start = first_row.to(tl.int64) * y_stride
@@ -130,18 +143,18 @@ def _target() -> str:
 _tuned: dict[Any, Any] = {}
 
 
-def run(kernel: Any, layout: str, y: Tensor, k: int, arguments: Callable[[int, str], dict[str, Any]]) -> None:
+def run(kernel: Any, layout: str, x: Tensor, features: int, arguments: Callable[[int, str], dict[str, Any]]) -> None:
     """Launch a tile kernel with the table's config, or with the fastest of the table if RMTKERN_AUTOTUNE is 1.
 
     Args:
         kernel: a `triton.jit` function with constexprs BM, BN, BK and a grid of one program per output tile.
         layout: whose table to use.
-        y: [T, N], the output.
-        k: K.
+        x: [T, K].
+        features: N, rows of W.
         arguments: (a multiple of every BK that may run, architecture) -> the kernel's other arguments by name.
     """
     arch = _target()
-    (tokens, features), itemsize = y.shape, y.element_size()
+    (tokens, k), itemsize = x.shape, x.element_size()
     aligned = features % 16 == 0 and k % 16 == 0
     config = choose(layout, itemsize, arch, tokens, aligned)
 
@@ -149,7 +162,7 @@ def run(kernel: Any, layout: str, y: Tensor, k: int, arguments: Callable[[int, s
         return (triton.cdiv(tokens, meta["BM"]) * triton.cdiv(features, meta["BN"]),)
 
     if os.environ.get("RMTKERN_AUTOTUNE") == "1" and not INTERPRETED:
-        key = (kernel, y.dtype, arch, aligned, shape_class(tokens))
+        key = (kernel, x.dtype, arch, aligned, shape_class(tokens))
         tiles = candidates(layout, itemsize, arch, aligned)
         if key not in _tuned:
             configs = [
@@ -174,11 +187,12 @@ def _triton_linear(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     y = x.new_empty(x.shape[0], features)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         importlib.import_module(f"rmtkern.layouts.{layout}.triton").launch(
-            y, x, parts, bias, activation, residual, scale
+            y, x, parts, bias, activation, residual, scale, gated
         )
     return y
 
@@ -193,6 +207,7 @@ def _(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
     return x.new_empty(x.shape[0], features)
 
@@ -205,8 +220,12 @@ def linear(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: int = 0,
 ) -> Tensor:
     """Apply a packed weight in one Triton kernel: y = activation(x Wᵀ + bias) * scale + residual.
+
+    With `gated` = F > 0 the rows of `w` and `bias` are a gate-up pair (pairs.py): y [T, F] = activation(x Wgᵀ + bg) *
+    (x Wuᵀ + bu) * scale + residual.
 
     Args:
         x: [T, K] float32, float16 or bfloat16, contiguous.
@@ -214,11 +233,12 @@ def linear(
         parts: the tensors of `w` that its layout's `launch` takes.
         bias: [N] or None, dtype and device of `x` as all others.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu".
-        residual: [T, N] or None, contiguous, added last.
-        scale: [N] or None, multiplied after the activation.
+        residual: [T, N] ([T, F] if gated) or None, contiguous, added last.
+        scale: [N] ([F] if gated) or None, multiplied after the activation.
+        gated: F, or 0.
 
     Returns:
-        [T, N], dtype of `x`; summed in float32, rounded once.
+        [T, N] ([T, F] if gated), dtype of `x`; summed in float32, rounded once.
 
     Raises:
         ValueError: a tensor is on another device than `x`.
@@ -227,4 +247,7 @@ def linear(
     for name, tensor in (("bias", bias), ("residual", residual), ("scale", scale)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {tensor.device}; move it")
-    return torch.ops.rmtkern.triton_linear(w.layout, x, w.shape[0], list(parts), bias, activation, residual, scale)
+    features = gated or w.shape[0]
+    return torch.ops.rmtkern.triton_linear(
+        w.layout, x, features, list(parts), bias, activation, residual, scale, gated > 0
+    )

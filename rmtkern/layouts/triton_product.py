@@ -25,6 +25,7 @@ def product_kernel(
     y_ptr,
     T,
     N,
+    F,
     K,
     x_stride,
     w_stride,
@@ -35,6 +36,7 @@ def product_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile [BM, BN] of activation(x Wᵀ + bias) * scale + residual; x [T, K], W [N, K], rows contiguous.
@@ -57,7 +59,9 @@ def product_kernel(
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
         x_ptrs += BK
         w_ptrs += BK
-    finish(acc, bias_ptr, scale_ptr, residual_ptr, y_ptr, tile_m * BM, tile_n * BN, T, N, y_stride, BM, BN, ACTIVATION)
+    first = (tile_m * BM, tile_n * BN)
+    pointers = (bias_ptr, scale_ptr, residual_ptr, y_ptr)
+    finish(acc, pointers, first, T, N, F, y_stride, BM, BN, ACTIVATION, GATED)
 
 
 def product(
@@ -68,17 +72,19 @@ def product(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None,
+    gated: bool,
 ) -> None:
-    """Write y [T, N] = activation(x Wᵀ + bias) * scale + residual.
+    """Write y [T, N] = activation(x Wᵀ + bias) * scale + residual, or [T, F] of a gate-up pair.
 
     Args:
-        y: [T, N] contiguous, written.
+        y: [T, N] ([T, F] if gated) contiguous, written.
         x: [T, K], rows contiguous; dtype of `y` as all others.
         w: [N, K], rows contiguous.
         bias: [N] or None.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu".
-        residual: [T, N] contiguous or None.
-        scale: [N] or None.
+        residual: as `y`, or None.
+        scale: [N] ([F] if gated) or None.
+        gated: whether the rows of `w` and `bias` are a gate-up pair (pairs.py).
     """
     (tokens, k), n = x.shape, w.shape[0]
 
@@ -92,14 +98,16 @@ def product(
             "y_ptr": y,
             "T": tokens,
             "N": n,
+            "F": y.shape[1],
             "K": k,
             "x_stride": x.stride(0),
             "w_stride": w.stride(0),
-            "y_stride": n,
+            "y_stride": y.stride(0),
             "GROUP": GROUP,
             "EVEN_K": k % step == 0,
             "ACTIVATION": activation,
+            "GATED": gated,
             "PRECISION": precision(x.element_size(), arch),
         }
 
-    run(product_kernel, "dense", y, k, arguments)
+    run(product_kernel, "dense", x, n, arguments)

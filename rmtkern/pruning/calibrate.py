@@ -1,12 +1,15 @@
-"""One pass over images: the second moment of every input feature of every weight, online, no activation kept.
+"""Second moments of the inputs of weights over calibration images, summed online, no activation kept.
 
-It watches the calls that use a weight rather than modules, so that weights used by functions count too.
+For all weights in one pass of the model as it is, or for one weight of a stage with all products of its inputs. It
+watches the calls that use a weight rather than modules, so that weights used by functions count too.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
+from rmtkern.pruning.stages import Call, Stage
 
-__all__ = ["Moments", "calibrate"]
+__all__ = ["Moments", "calibrate", "evaluating", "forward_passes", "second_moment", "weights_in_order"]
 
 _BATCH = 32
 
@@ -62,19 +66,78 @@ def calibrate(
         TypeError: a batch of another type.
         ValueError: no image, inputs with NaN or Inf, or a weight that no image reached.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     watch = _Watch(weights)
     seen = 0
-    with _evaluating(model):
-        for batch in progress(_batches(images), "calibrate", show=show_progress):
-            call, count = _inputs(batch, device, dtype)
+    with evaluating(model):
+        for run, count in progress(forward_passes(model, images), "calibrate", show=show_progress):
             with watch:
-                model(**call) if isinstance(call, dict) else model(call)
+                run()
             seen += count
+    return Moments({weight.name: watch.moment(weight) for weight in weights}, seen)
+
+
+def forward_passes(model: nn.Module, images: Tensor | Iterable[Any]) -> Iterator[tuple[Callable[[], Any], int]]:
+    """For each batch of calibration images: the model applied to it, as a function to call, and the number of images.
+
+    Args:
+        model: takes one batch of images as its first argument.
+        images: as for `calibrate`; a loader is read batch by batch.
+
+    Raises:
+        TypeError: a batch of another type.
+        ValueError: no image in all.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    seen = 0
+    for batch in _batches(images):
+        call, count = _inputs(batch, device, dtype)
+        if count:
+            yield partial(model, **call) if isinstance(call, dict) else partial(model, call), count
+        seen += count
     if seen == 0:
         raise ValueError("calibration: expected at least one image, got none")
-    return Moments({weight.name: watch.moment(weight) for weight in weights}, seen)
+
+
+def weights_in_order(stage: Stage, call: Call) -> list[tuple[PrunableWeight, int]]:
+    """The weights of a stage in the order in which a call first uses them, and how often each is used.
+
+    Raises:
+        ValueError: a weight that the call does not use.
+    """
+    watch = _Watch(stage.weights)
+    with watch:
+        stage.module(*call.args, **call.kwargs)
+    for weight in stage.weights:
+        watch.moment(weight)  # refuses a weight that was not used, or only in part
+    by_name = {weight.name: weight for weight in stage.weights}
+    return [(by_name[name], uses) for name, uses in watch.uses.items()]
+
+
+def second_moment(stage: Stage, weight: PrunableWeight, uses: int, calls: Iterable[Call]) -> Tensor:
+    """E x xᵀ over the inputs x of a weight, [G, K, K], in float32, or float64 for a float64 model.
+
+    Args:
+        stage: owns the weight; each call runs until it has used the weight `uses` times.
+        weight: one of the stage's.
+        uses: from `weights_in_order`.
+        calls: one for each batch.
+
+    Returns:
+        [G, K, K], symmetric; G > 1 where blocks of rows see different inputs.
+
+    Raises:
+        ValueError: inputs with NaN or Inf.
+    """
+    watch = _Watch([weight], products=True)
+    for call in calls:
+        watch.stop_at = watch.uses[weight.name] + uses
+        try:
+            with watch:
+                stage.module(*call.args, **call.kwargs)
+        except _Enough:
+            pass
+    return watch.moment(weight)
 
 
 def _batches(images: Tensor | Iterable[Any]) -> Iterator[Any]:
@@ -108,7 +171,7 @@ def _inputs(batch: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and attention without the fused path that hides the products; all restored."""
     training = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -127,11 +190,20 @@ _Rows = tuple[int, int]
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
-class _Watch(TorchFunctionMode):
-    """Sees every linear, convolution and addmm, and adds up the squares of the inputs of the weights it watches."""
+class _Enough(BaseException):
+    """Ends a call whose rest is not needed."""
 
-    def __init__(self, weights: Sequence[PrunableWeight]) -> None:
+
+class _Watch(TorchFunctionMode):
+    """Sees every linear, convolution and addmm, and adds up what the weights it watches get as inputs.
+
+    Squares [G, K] in float64, or with `products` all products [G, K, K]. After `stop_at` uses it ends the call.
+    """
+
+    def __init__(self, weights: Sequence[PrunableWeight], products: bool = False) -> None:
         super().__init__()
+        self.products, self.stop_at = products, -1
+        self.uses: Counter[str] = Counter()
         self.by_storage: dict[int, list[PrunableWeight]] = {}
         for weight in weights:
             self.by_storage.setdefault(weight.parameter.untyped_storage().data_ptr(), []).append(weight)
@@ -171,7 +243,14 @@ class _Watch(TorchFunctionMode):
         found = self._find(matrix) if isinstance(matrix, Tensor) else None
         if found is not None:
             flat = x.detach().reshape(-1, x.shape[-1])
-            self._add(*found, flat.float().square().sum(0, dtype=torch.float64)[None], len(flat))
+            self._add(*found, self._sum(flat)[None], len(flat))
+
+    def _sum(self, flat: Tensor) -> Tensor:
+        """The sum over rows [T, K] of the squares, or of all products."""
+        if not self.products:
+            return flat.float().square().sum(0, dtype=torch.float64)
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        return flat.t() @ flat
 
     def _attention(self, call: dict[str, Any]) -> None:
         inputs = [call[name] for name in ("query", "key", "value")]
@@ -201,7 +280,13 @@ class _Watch(TorchFunctionMode):
         else:
             down, right = (0, 0) if padding in ("valid", None) else _pair(padding)
             pad = [right, right, down, down]
-        squares = F.pad((x if x.ndim == 4 else x[None]).detach().float().square(), pad)
+        padded = F.pad((x if x.ndim == 4 else x[None]).detach(), pad)
+        if self.products:
+            columns = F.unfold(padded, (height, width), dilation, 0, stride).transpose(1, 2)
+            parts = columns.reshape(-1, columns.shape[-1]).tensor_split(groups or 1, dim=1)
+            self._add(*found, torch.stack([self._sum(part) for part in parts]), len(parts[0]))
+            return
+        squares = padded.float().square()
         steps = [(squares.shape[2 + i] - dilation[i] * (kernel.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
         sums = torch.zeros(squares.shape[1], height, width, dtype=torch.float64, device=x.device)
         for i in range(height):
@@ -214,11 +299,14 @@ class _Watch(TorchFunctionMode):
     def _add(self, weight: PrunableWeight, rows: _Rows, sums: Tensor, count: int) -> None:
         name = weight.name
         earlier = self.sums[name].get(rows)
-        self.sums[name][rows] = sums if earlier is None else earlier + sums
+        self.sums[name][rows] = sums if earlier is None else earlier.add_(sums)
         self.counts[name][rows] = self.counts[name].get(rows, 0) + count
+        self.uses[name] += 1
+        if self.uses[name] == self.stop_at:
+            raise _Enough
 
     def moment(self, weight: PrunableWeight) -> Tensor:
-        """E x_k^2 as [G, K]: one row for each block of the weight's rows that saw inputs of its own."""
+        """[G, K] or [G, K, K]: one entry for each block of the weight's rows that saw inputs of its own."""
         sums, counts = self.sums[weight.name], self.counts[weight.name]
         starts = sorted({edge for rows in sums for edge in rows})
         if starts[:1] != [0] or starts[-1] != weight.shape[0]:
@@ -230,7 +318,7 @@ class _Watch(TorchFunctionMode):
         for at in range(0, weight.shape[0], block):
             seen = [rows for rows in sums if rows[0] <= at < rows[1]]
             moments.append(torch.stack([sums[rows] for rows in seen]).sum(0) / sum(counts[rows] for rows in seen))
-        moment = torch.cat(moments)
+        moment = torch.cat(moments) if len(moments) > 1 else moments[0]
         if not bool(torch.isfinite(moment).all()):
             raise ValueError(
                 f"calibration: the inputs of {weight.name} have NaN or Inf; check the images and the model"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["PATTERNS", "parse_pattern", "unit_entries", "unit_of", "unit_scores", "whole_units"]
+__all__ = ["PATTERNS", "parse_pattern", "smallest_units", "unit_entries", "unit_of", "unit_scores", "whole_units"]
 
 
 def unstructured(score: Tensor, params: dict[str, int]) -> Tensor:
@@ -57,6 +57,12 @@ def whole_units(mask: Tensor, unit: tuple[int, int]) -> Tensor:
 def unit_entries(mask: Tensor, unit: tuple[int, int]) -> Tensor:
     """A mask of units [N / r, K / c] as a mask of entries [N, K]."""
     return mask if unit == (1, 1) else mask.repeat_interleave(unit[0], 0).repeat_interleave(unit[1], 1)
+
+
+def smallest_units(scores: Tensor, counts: Tensor) -> Tensor:
+    """The counts[i] smallest scores of each row i of [R, U], bool [R, U]; equal scores in order of index."""
+    first = torch.arange(scores.shape[1], device=scores.device) < counts.to(scores.device)[:, None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.argsort(dim=1, stable=True), first)
 
 
 def _units(matrix: Tensor, unit: tuple[int, int]) -> Tensor:

@@ -17,7 +17,9 @@ from rmtkern.models import PrunableWeight, prunable_weights
 from rmtkern.pruning.budget import BUDGETS, SPECTRAL
 from rmtkern.pruning.pattern import parse_pattern
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, PRESETS
-from rmtkern.pruning.score import CALIBRATED, SCORES
+from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
+from rmtkern.pruning.score import CALIBRATED, LAYERWISE, SCORES
+from rmtkern.pruning.target import Target, Trial
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits
 from rmtkern.tables import Table
 
@@ -47,6 +49,7 @@ class PruneConfig:
         method: a preset (a key of PRESETS), or "auto": the best preset for what is at hand.
         budget: key of BUDGETS, how the sparsity is shared over layers; None: the method's.
         score: key of SCORES, which entries matter; None: the method's.
+        repair: key of REPAIRS, what becomes of the entries that stay; None: the method's.
         pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; n:mxr such as "2:4x4": the
             same for r outputs that share their inputs; or rxc such as "4x1": mini-blocks of 4 outputs x 1 input that go
             or stay whole (the sparsity is then met to one mini-block).
@@ -74,6 +77,7 @@ class PruneConfig:
     alpha_regime: bool = False
     theta: str = "haar"
     seed: int = 0
+    repair: str | None = None
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -84,6 +88,8 @@ class PruneConfig:
             _one_of("budget", self.budget, BUDGETS)
         if self.score is not None:
             _one_of("score", self.score, SCORES)
+        if self.repair is not None:
+            _one_of("repair", self.repair, REPAIRS)
         _, params = parse_pattern(self.pattern)
         if "n" in params and not math.isclose(self.sparsity, 1 - params["n"] / params["m"], abs_tol=1e-12):
             raise ValueError(
@@ -111,30 +117,42 @@ class PruneConfig:
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
 
     def resolve(self, calibrated: bool) -> Self:
-        """The same request with method, budget and score named.
+        """The same request with method, budget, score and repair named.
 
         Args:
             calibrated: whether calibration images are at hand.
 
         Raises:
-            ValueError: the score needs calibration images and there are none.
+            ValueError: the score or the repair needs calibration images and there are none.
         """
         method = self.method
         if method == "auto":
             method = AUTO_CALIBRATED if calibrated else AUTO_NM if ":" in self.pattern else AUTO
         preset = PRESETS[method]
-        resolved = replace(self, method=method, budget=self.budget or preset.budget, score=self.score or preset.score)
+        resolved = replace(
+            self,
+            method=method,
+            budget=self.budget or preset.budget,
+            score=self.score or preset.score,
+            repair=self.repair or preset.repair,
+        )
         if resolved.needs_calibration and not calibrated:
+            what = f"score {resolved.score!r}" if resolved.score in CALIBRATED else f"repair {resolved.repair!r}"
             raise ValueError(
-                f"method {method!r} with score {resolved.score!r} needs images; pass calibration=, or take a method "
+                f"method {method!r} with {what} needs images; pass calibration=, or take a method "
                 f"without: {', '.join(name for name, p in PRESETS.items() if p.score not in CALIBRATED)}"
             )
         return resolved
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the score of a resolved config needs calibration images."""
-        return self.score in CALIBRATED
+        """Whether the score or the repair of a resolved config needs calibration images."""
+        return self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether a resolved config is carried out layer by layer on the pruned prefix."""
+        return self.score in LAYERWISE or self.repair in CALIBRATED_REPAIRS
 
     @property
     def needs_fits(self) -> bool:
@@ -190,12 +208,14 @@ def mask_hash(mask: Tensor) -> str:
     """SHA-256 of a zero pattern.
 
     Args:
-        mask: bool [N, K], true where the weight is zero; rows in order, 8 entries to a byte, first entry highest.
+        mask: bool [N, K], true where the weight is zero; rows in order, 8 entries to a byte, first entry highest. A
+            sharded one (DTensor) is gathered first, so that every rank must call this.
 
     Returns:
         64 hexadecimal digits.
     """
-    return hashlib.sha256(np.packbits(mask.cpu().numpy()).tobytes()).hexdigest()
+    whole: Tensor = mask.full_tensor() if hasattr(mask, "full_tensor") else mask
+    return hashlib.sha256(np.packbits(whole.cpu().numpy()).tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -203,12 +223,13 @@ class PrunePlan:
     """What was pruned, per layer; travels with the checkpoint as JSON.
 
     Args:
-        config: the request, with method, budget and score named.
+        config: the request, with method, budget, score and repair named.
         layers: the pruned weights, in the order of the model.
         prunable: all that could be pruned, patch embedding and head included: the paper's accounting.
         parameters: all parameters of the model; zeros are those of the prunable weights.
         fits: the spectra that the budget used, as found before pruning; empty if it used none.
         calibration_images: images that were used; 0 for a data-free method.
+        target: what accuracy the sparsity was found for, with every trial; None where the sparsity was given.
     """
 
     config: PruneConfig
@@ -217,6 +238,7 @@ class PrunePlan:
     parameters: Count
     fits: SpectralFits
     calibration_images: int = 0
+    target: Target | None = None
 
     @property
     def selected(self) -> Count:
@@ -250,10 +272,19 @@ class PrunePlan:
         lines = [("selected weights", self.selected), ("prunable weights with patch embedding and head", self.prunable),
                  ("all parameters", self.parameters)]  # fmt: skip
         notes = [
-            f"method {config.method} (budget {config.budget}, score {config.score}), pattern {config.pattern}, "
-            f"asked sparsity {config.sparsity:g}",
+            f"method {config.method} (budget {config.budget}, score {config.score}, repair {config.repair}), "
+            f"pattern {config.pattern}, asked sparsity {config.sparsity:g}",
             *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
         ]
+        if self.target is not None:
+            target = self.target
+            notes.append(
+                f"found for a drop of at most {100 * target.max_drop:g} points from {target.accuracy:.2%} on "
+                f"{target.images} images, to {target.tolerance:g} in sparsity:"
+            )
+            for trial in target.trials:
+                verdict = "" if target.allows(trial.accuracy) else ", too low"
+                notes.append(f"  {trial.sparsity:.4f}: {trial.accuracy:.2%}{verdict}")
         return Table(("weight", "role", "shape", "zeros", "total", "sparsity %"), rows, notes)
 
     def __str__(self) -> str:
@@ -272,6 +303,7 @@ class PrunePlan:
                 "parameters": asdict(self.parameters),
                 "fits": {name: fit.to_dict() for name, fit in self.fits.items()},
                 "calibration_images": self.calibration_images,
+                "target": None if self.target is None else asdict(self.target),
             },
             indent=1,
         )
@@ -293,9 +325,14 @@ class PrunePlan:
                 parameters=Count(**data["parameters"]),
                 fits=SpectralFits({name: SpectralFit.from_dict(fit) for name, fit in data["fits"].items()}),
                 calibration_images=data["calibration_images"],
+                target=None if data.get("target") is None else _target(data["target"]),
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not the JSON of a PrunePlan ({error!r}); expected what to_json wrote") from error
+
+
+def _target(data: Mapping[str, Any]) -> Target:
+    return Target(**{**data, "trials": tuple(Trial(**trial) for trial in data["trials"])})
 
 
 def _holds(layer: LayerPlan, weight: PrunableWeight | None) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["CALIBRATED", "SCORES"]
+__all__ = ["CALIBRATED", "LAYERWISE", "SCORES"]
 
 
 def magnitude(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -35,6 +35,11 @@ def activation(matrix: Tensor, moments: Tensor | None, generator: torch.Generato
     return matrix.abs().float() * rms
 
 
+def later(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -> Tensor:
+    """|W|, [N, K] float32: what a budget sees of a score that is known only layer by layer (layerwise.MASKS)."""
+    return magnitude(matrix, moments, generator)
+
+
 def random(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -> Tensor:
     """Uniform on [0, 1), [N, K] float32: the baseline that every other score has to beat."""
     return torch.rand(matrix.shape, generator=generator).to(matrix.device)
@@ -43,9 +48,14 @@ def random(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -
 SCORES: dict[str, Callable[[Tensor, Tensor | None, torch.Generator], Tensor]] = {
     "magnitude": magnitude,
     "activation": activation,
+    "obs": later,
+    "admm": later,
     "random": random,
 }
 """Name -> function(matrix [N, K], moments [G, K] | None, generator) -> score [N, K] float32, >= 0."""
 
-CALIBRATED: tuple[str, ...] = ("activation",)
+CALIBRATED: tuple[str, ...] = ("activation", "obs", "admm")
 """The scores that need calibration images."""
+
+LAYERWISE: tuple[str, ...] = ("obs", "admm")
+"""The scores that no budget can compare: it says how much goes from each layer, and layerwise.MASKS which."""

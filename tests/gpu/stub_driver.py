@@ -102,9 +102,10 @@ def main(arch: int, layout: str) -> None:
         w = LAYOUTS[layout].pack(random_sparse(80, 64, 0.5).to(dtype))
         parts = [w.values, *w.gpu_tensors()] if layout == "bitmask" else list(w.tensors())
         row = torch.ones(80, dtype=dtype)
-        x, residual = torch.ones(300, 64, dtype=dtype), torch.ones(300, 80, dtype=dtype)
+        x, residual, half = (torch.ones(300, columns, dtype=dtype) for columns in (64, 80, 40))
         torch.ops.rmtkern.triton_linear(layout, x, 80, parts, row, "gelu", residual, row)
         torch.ops.rmtkern.triton_linear(layout, x[:5], 80, parts, None, None, None, None)
+        torch.ops.rmtkern.triton_linear(layout, x, 40, parts, row, "silu", half, row[:40], True)
     os.environ["RMTKERN_AUTOTUNE"] = "1"
     torch.ops.rmtkern.triton_linear(layout, x, 80, parts, None, None, None, None)
     json.dump({"triton": triton.__version__, "launches": stub.launches}, sys.stdout)

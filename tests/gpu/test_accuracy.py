@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from rmtkern import ops
 from rmtkern.layouts import LAYOUTS
+from rmtkern.layouts.pairs import interleave, separate
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -54,6 +55,13 @@ def problem(t, n, k, dtype, device, sparsity=0.5):
     return w, *(torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes)
 
 
+def pair(layout, t, features, k, dtype, device):
+    """(x, packed pair, gate, up, their biases)."""
+    w, x, bias, *_ = problem(t, 2 * features, k, dtype, device)
+    packed, both = pack(layout, interleave(w[:features], w[features:]))
+    return x, packed, *separate(both, features), bias.view(2, -1)
+
+
 @everywhere
 @every_kernel
 @every_dtype
@@ -74,6 +82,23 @@ def test_every_epilogue(layout, dtype, device):
     for activation, bias, scale, residual in itertools.product(ops.ACTIVATIONS, (None, b), (None, s), (None, r)):
         y = ops.linear(x, packed, bias, activation=activation, scale=scale, residual=residual, backend="triton")
         assert_as_accurate_as_dense(y, x, w, bias, activation, residual, scale)
+
+
+@everywhere
+@every_kernel
+@every_dtype
+@pytest.mark.parametrize(("t", "features", "k"), [(1, 8, 64), (37, 53, 80), (65, 64, 64), (5, 3, 7), (197, 72, 208)])
+def test_gated(layout, dtype, device, t, features, k):
+    x, packed, gate, up, biases = pair(layout, t, features, k, dtype, device)
+    *_, scale, residual = problem(t, features, k, dtype, device)
+    both = interleave(*biases)
+    for activation in ops.ACTIVATIONS:
+        y = ops.gated_linear(
+            x, packed, both, activation=activation, scale=scale, residual=residual, features=features, backend="triton"
+        )
+        assert_as_accurate_as_dense(y, x, gate, biases[0], activation, residual, scale, (up, biases[1]))
+    y = ops.gated_linear(x, packed, features=features, backend="triton")
+    assert_as_accurate_as_dense(y, x, gate, None, "silu", up=(up, None))
 
 
 @everywhere
@@ -126,8 +151,8 @@ def test_offsets_of_more_than_32_bits(which):
     strides = [t.stride(0) for t in tensors.values()]
     # tiles of 16: the second one holds the far row
     product_kernel[(4,)](
-        tensors["x"], tensors["w"], None, None, None, tensors["y"], 17, 17, 32, *strides,
-        BM=16, BN=16, BK=32, GROUP=8, EVEN_K=True, ACTIVATION=None, PRECISION="ieee",
+        tensors["x"], tensors["w"], None, None, None, tensors["y"], 17, 17, 17, 32, *strides,
+        BM=16, BN=16, BK=32, GROUP=8, EVEN_K=True, ACTIVATION=None, GATED=False, PRECISION="ieee",
     )  # fmt: skip
     assert_as_accurate_as_dense(tensors["y"].clone(), x, w)
     assert torch.allclose(tensors["y"], expected, atol=0.05)
@@ -141,6 +166,8 @@ def test_the_op_keeps_pytorchs_contract(layout, device):
     op = torch.ops.rmtkern.triton_linear.default
     torch.library.opcheck(op, (layout, x, 24, parts, bias, "gelu", residual, scale))
     torch.library.opcheck(op, (layout, x, 24, parts, None, None, None))
+    x, packed, *_ = pair(layout, 5, 9, 64, torch.bfloat16, device)
+    torch.library.opcheck(op, (layout, x, 9, parts_of(layout, packed), None, "silu", None, None, True))
 
 
 @everywhere

@@ -265,3 +265,9 @@ def test_dense_forms(monkeypatch):
     monkeypatch.setattr("rmtkern.layouts.dense.cpu.MISSING", "the extension rmtkern._C is not there")
     with pytest.raises(ops.KernelUnavailable, match=r"the extension rmtkern\._C is not there"):
         ops.linear(x, dense.pack(w, form=3))
+
+
+@pytest.mark.parametrize(("layout", "params", "nofm"), FORMS, ids=IDS)
+def test_parts_begin_at_cache_lines(layout, params, nofm):
+    packed = LAYOUTS[layout].pack(weight((40, 64), nofm), **params)
+    assert all(part.data_ptr() % 64 == 0 for part in packed.tensors())

@@ -156,3 +156,11 @@ def test_the_same_on_any_number_of_threads(tokens):
         torch.set_num_threads(before)
     for result in results:
         assert_as_accurate_as_dense(result, x, packed.unpack())
+
+
+def test_rounding_of_an_entry_far_above_the_others_is_no_remainder():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        weight = torch.randn(1, 1) @ (torch.randn(1, 16) * (torch.rand(1, 16) > 0.6) * 10)
+        if bool(weight.any()):
+            assert SpectralWeight.pack(weight, rank=1).split()[2].count_nonzero() == 0

@@ -22,7 +22,7 @@ from rmtkern.spectrum.fit import SpectralFits, fit_spectra
     ({"method": "magic"}, ValueError, "unknown method 'magic'; expected one of auto, magnitude, uniform, row"),
     ({"method": None}, TypeError, "method: expected a string, got NoneType"),
     ({"budget": "all"}, ValueError, "unknown budget 'all'; expected one of global, uniform, row, edge, cycle"),
-    ({"score": "size"}, ValueError, "unknown score 'size'; expected one of magnitude, activation, random"),
+    ({"score": "size"}, ValueError, "unknown score 'size'; expected one of magnitude, activation, obs, admm"),
     ({"pattern": "2-4"}, ValueError, "unknown pattern '2-4'; expected 'unstructured', n:m"),
     ({"pattern": "2:4", "sparsity": 0.6}, ValueError, "pattern '2:4' takes only sparsity 0.5, got 0.6"),
     ({"pattern": "1:4"}, ValueError, "pattern '1:4' takes only sparsity 0.75, got 0.5"),

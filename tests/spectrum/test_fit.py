@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.paper.spectra import random_plus_deterministic
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum, spike_vectors
 from tests.spectrum.test_decompose import spiked
 
@@ -82,17 +83,9 @@ def test_orientation_and_permutation_invariance(case):
             assert again[name] == pytest.approx(fit[name], rel=1e-9, abs=1e-12)
 
 
-def synthetic():
-    """The papers' R + S experiment (C1): N = 1000, deterministic S with about ten values above the bulk."""
-    i = np.arange(1.0, 1001)[:, None]
-    j = np.arange(1.0, 1001)[None, :]
-    s = np.tan(np.pi / 2 + 1 / (j + 1)) + np.cos(i) * np.log(i + j + 1) + np.sin(j) * np.cos(i / j)
-    return np.random.default_rng(1).standard_normal((1000, 1000)) + s
-
-
 @pytest.fixture(scope="module")
 def synthetic_matrix():
-    return synthetic()
+    return random_plus_deterministic(seed=1)
 
 
 def test_published_synthetic_experiment(synthetic_matrix):

@@ -53,6 +53,7 @@ def bitmask_kernel(
     y_ptr,
     T,
     N,
+    F,
     K,
     x_stride,
     y_stride,
@@ -62,6 +63,7 @@ def bitmask_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile [BM, BN] of activation(x Wᵀ + bias) * scale + residual; x [T, K], masks and starts [ceil(K / 64), N]."""
@@ -80,7 +82,9 @@ def bitmask_kernel(
         x_ptrs += BK
         mask_ptrs += N
         start_ptrs += N
-    finish(acc, bias_ptr, scale_ptr, residual_ptr, y_ptr, tile_m * BM, tile_n * BN, T, N, y_stride, BM, BN, ACTIVATION)
+    first = (tile_m * BM, tile_n * BN)
+    pointers = (bias_ptr, scale_ptr, residual_ptr, y_ptr)
+    finish(acc, pointers, first, T, N, F, y_stride, BM, BN, ACTIVATION, GATED)
 
 
 def launch(
@@ -91,10 +95,11 @@ def launch(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None,
+    gated: bool,
 ) -> None:
-    """Write y [T, N]; parts: the values and what `BitmaskWeight.gpu_form` returns. All else as in `linear`."""
+    """Write y [T, N] ([T, F] if gated); parts: the values and what `BitmaskWeight.gpu_form` returns."""
     values, masks, starts = parts
-    (tokens, n), k = y.shape, x.shape[1]
+    (tokens, k), n = x.shape, masks.shape[1]
 
     def arguments(step: int, arch: str) -> dict[str, Any]:
         return {
@@ -108,16 +113,18 @@ def launch(
             "y_ptr": y,
             "T": tokens,
             "N": n,
+            "F": y.shape[1],
             "K": k,
             "x_stride": x.stride(0),
-            "y_stride": n,
+            "y_stride": y.stride(0),
             "GROUP": GROUP,
             "EVEN_K": k % step == 0,
             "ACTIVATION": activation,
+            "GATED": gated,
             "PRECISION": precision(x.element_size(), arch),
         }
 
-    shared.run(bitmask_kernel, "bitmask", y, k, arguments)
+    shared.run(bitmask_kernel, "bitmask", x, n, arguments)
 
 
 def linear(
@@ -127,6 +134,7 @@ def linear(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: int = 0,
 ) -> Tensor:
     """Apply a bitmask weight; see `rmtkern.layouts.triton.linear`."""
-    return shared.linear(x, w, (w.values, *w.gpu_tensors()), bias, activation, residual, scale)
+    return shared.linear(x, w, (w.values, *w.gpu_tensors()), bias, activation, residual, scale, gated)

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rmtkern.activations import apply_activation
 from rmtkern.layouts.base import CPU_DTYPES
 from rmtkern.layouts.cpu import MISSING
 from rmtkern.layouts.dense.weight import FORMS, NO_ONEDNN, DenseWeight
+from rmtkern.layouts.pairs import CHUNK
 
 __all__ = ["linear", "supports"]
 
@@ -32,6 +34,12 @@ def supports(w: DenseWeight, x: Tensor) -> str | None:
     return MISSING if form == "own" else NO_ONEDNN if form != "torch" else None
 
 
+def _finish(y: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
+    if scale is not None:
+        y = y.mul_(scale)
+    return y if residual is None else y.add_(residual)
+
+
 def linear(
     x: Tensor,
     w: DenseWeight,
@@ -39,23 +47,36 @@ def linear(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: int = 0,
 ) -> Tensor:
     """Apply a dense weight: y = activation(x Wᵀ + bias) * scale + residual, with the call that `w.label` names.
+
+    A gate-up pair (`gated` = F > 0, as in layouts/cpu.py) takes one kernel in our own form; the libraries compute both
+    products at once, and the activation and the product of the two in more passes.
 
     Args:
         x: [T, K] float32 or bfloat16, contiguous.
         w: DenseWeight [N, K].
         bias: [N] or None, dtype of `x` as all others.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu"; a second pass in `F.linear`, else fused.
-        scale: [N] or None, multiplied after the activation.
-        residual: [T, N] or None, added last.
+        residual: [T, N] ([T, F] if gated) or None, added last.
+        scale: [N] ([F] if gated) or None, multiplied after the activation.
+        gated: F, or 0.
 
     Returns:
-        [T, N].
+        [T, N] ([T, F] if gated).
     """
     form = FORMS[w.params["form"]]
     if form == "own":
-        return torch.ops.rmtkern.cpu_linear("dense", x, w.shape[0], [w.stored], [], bias, activation, residual, scale)
+        features = gated or w.shape[0]
+        return torch.ops.rmtkern.cpu_linear(
+            "dense", x, features, [w.stored], [], bias, activation, residual, scale, gated > 0
+        )
+    if gated:
+        both = linear(x, w, bias, None, None).unflatten(-1, (-1, 2, CHUNK))
+        gate, up = (both.select(-2, part).flatten(-2)[:, :gated] for part in range(2))
+        y = apply_activation(gate, activation) * up
+        return _finish(y, scale, residual)
     if form != "torch":
         attr, algorithm = _ONEDNN[activation]
         y = torch.ops.mkldnn._linear_pointwise(x, w.stored, bias, attr, [], algorithm)
@@ -65,6 +86,4 @@ def linear(
             y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
         elif activation is not None:
             y = F.relu_(y) if activation == "relu" else F.silu(y, inplace=True)
-    if scale is not None:
-        y = y.mul_(scale)
-    return y if residual is None else y.add_(residual)
+    return _finish(y, scale, residual)

@@ -20,9 +20,10 @@ def launch(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None,
+    gated: bool,
 ) -> None:
-    """Write y [T, N]; parts: (W [N, K],). All else as in `linear`."""
-    product(y, x, parts[0], bias, activation, residual, scale)
+    """Write y [T, N] ([T, F] if gated); parts: (W [N, K],). All else as in `linear`."""
+    product(y, x, parts[0], bias, activation, residual, scale, gated)
 
 
 def linear(
@@ -32,6 +33,7 @@ def linear(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: int = 0,
 ) -> Tensor:
     """Apply a dense weight; see `rmtkern.layouts.triton.linear`."""
-    return shared.linear(x, w, w.tensors(), bias, activation, residual, scale)
+    return shared.linear(x, w, w.tensors(), bias, activation, residual, scale, gated)

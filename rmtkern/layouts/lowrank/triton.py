@@ -20,12 +20,13 @@ def launch(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None,
+    gated: bool,
 ) -> None:
-    """Write y [T, N]; parts: what `LowRankWeight.gpu_form` returns. All else as in `linear`."""
+    """Write y [T, N] ([T, F] if gated); parts: what `LowRankWeight.gpu_form` returns. All else as in `linear`."""
     a, b = parts
     middle = x.new_empty(x.shape[0], a.shape[0])
-    product(middle, x, a, None, None, None, None)
-    product(y, middle, b, bias, activation, residual, scale)
+    product(middle, x, a, None, None, None, None, False)
+    product(y, middle, b, bias, activation, residual, scale, gated)
 
 
 def linear(
@@ -35,6 +36,7 @@ def linear(
     activation: str | None,
     residual: Tensor | None,
     scale: Tensor | None = None,
+    gated: int = 0,
 ) -> Tensor:
     """Apply a low-rank weight; see `rmtkern.layouts.triton.linear`."""
-    return shared.linear(x, w, w.gpu_tensors(), bias, activation, residual, scale)
+    return shared.linear(x, w, w.gpu_tensors(), bias, activation, residual, scale, gated)

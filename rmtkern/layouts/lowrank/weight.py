@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rmtkern.layouts.base import PackedWeight, check_dense
-from rmtkern.layouts.factors import GAIN, check_factors, factor, tolerance, truncation_errors
+from rmtkern.layouts.factors import GAIN, check_factors, factor, reason_against_rank, tolerance, truncation_errors
 from rmtkern.layouts.tiles import pack_tiles, unpack_tiles
 
 __all__ = ["LowRankWeight"]
@@ -37,11 +37,9 @@ class LowRankWeight(PackedWeight):
     @classmethod
     def reason_against(cls, dense: Tensor, **params: int) -> str | None:
         """Why this weight [N, K] is not stored with this rank: no such rank, or it is not of that rank numerically."""
-        if set(params) != {"rank"}:
-            return f"lowrank takes the param rank, got {sorted(params)}"
-        rank, most = params["rank"], min(dense.shape)
-        if not 1 <= rank <= most:
-            return f"lowrank: rank must be 1 to {most} for a weight of {tuple(dense.shape)}, got {rank}"
+        if reason := reason_against_rank(cls.layout, dense.shape, params):
+            return reason
+        rank = params["rank"]
         error, allowed = float(truncation_errors(dense)[rank]), tolerance(dense.dtype)
         if error <= allowed:
             return None

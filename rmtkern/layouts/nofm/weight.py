@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight, as_integers, check_dense
+from rmtkern.layouts.strips import BLOCK_ROWS
 
 __all__ = ["NofMWeight"]
 
@@ -16,7 +17,7 @@ TILE = 16
 """Rows of a tile of a bfloat16 weight; part of the format."""
 SHARED = 4
 """Rows of a strip, which share a pattern, of a bfloat16 weight with r; part of the format."""
-BLOCK_STRIPS, CODE_GROUPS = 32, 16
+BLOCK_STRIPS, CODE_GROUPS = BLOCK_ROWS // SHARED, 16
 """Strips of a row block and groups of a segment of such a weight; part of the format."""
 PAIRS = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
 """The columns of a group that each code picks; part of the format."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight, check_dense
-from rmtkern.layouts.factors import GAIN, check_factors, factor, tolerance
+from rmtkern.layouts.factors import GAIN, check_factors, factor, reason_against_rank, tolerance
 from rmtkern.layouts.strips import pack_strips, unpack_strips
 from rmtkern.layouts.tiles import pack_tiles, unpack_tiles
 
@@ -46,12 +46,9 @@ class SpectralWeight(PackedWeight):
     @classmethod
     def reason_against(cls, dense: Tensor, **params: int) -> str | None:
         """Why this weight [N, K] is not stored with this rank: no such rank, or what remains is not sparse."""
-        if set(params) != {"rank"}:
-            return f"spectral takes the param rank, got {sorted(params)}"
-        rank, most = params["rank"], min(dense.shape)
-        if not 1 <= rank <= most:
-            return f"spectral: rank must be 1 to {most} for a weight of {tuple(dense.shape)}, got {rank}"
-        return cls._reason_against_parts(*cls._split(dense, rank))
+        if reason := reason_against_rank(cls.layout, dense.shape, params):
+            return reason
+        return cls._reason_against_parts(*cls._split(dense, params["rank"]))
 
     @classmethod
     def _reason_against_parts(cls, b: Tensor, a: Tensor, s: Tensor) -> str | None:
@@ -66,11 +63,14 @@ class SpectralWeight(PackedWeight):
 
     @classmethod
     def _split(cls, dense: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, A, S) in the dtype of the weight; remainders below `tolerance` times its root mean square are dropped."""
+        """(B, A, S) in the dtype of the weight; remainders that are rounding are dropped.
+
+        That is, up to `tolerance` times the entry or the weight's root mean square, whichever is more.
+        """
         b, a = (part.to(dense.dtype) for part in factor(dense, rank))
         wide = dense.detach().double()
         rest = wide - b.double() @ a.double()
-        small = rest.abs() <= tolerance(dense.dtype) * wide.square().mean().sqrt()
+        small = rest.abs() <= tolerance(dense.dtype) * wide.abs().clamp_min(wide.square().mean().sqrt())
         return b, a, rest.masked_fill(small, 0.0).to(dense.dtype)
 
     @classmethod
@@ -94,8 +94,8 @@ class SpectralWeight(PackedWeight):
             ValueError: a wrong shape, dtype or params, NaN or Inf, or a remainder that is not sparse.
         """
         check_dense(dense, cls.dtypes, cls.layout)
-        if set(params) != {"rank"} or not 1 <= params["rank"] <= min(dense.shape):
-            raise ValueError(cls.reason_against(dense, **params))
+        if reason := reason_against_rank(cls.layout, dense.shape, params):
+            raise ValueError(reason)
         parts = cls._split(dense, params["rank"])
         reason = cls._reason_against_parts(*parts)
         if reason is not None:

@@ -1,0 +1,423 @@
+"""save and load: a packed model as one safetensors file, and back into a model of the same architecture.
+
+docs/formats.md is the specification. Nothing in a file is trusted or run: what it says is compared with the model, and
+every packed weight is tried, before anything of the model is changed. It chooses no form; packing.py does.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rmtkern.errors import PackedModelError, short
+from rmtkern.layouts import LAYOUTS
+from rmtkern.layouts.base import PackedWeight
+from rmtkern.layouts.pairs import rows_of
+from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
+from rmtkern.ops import ACTIVATIONS, linear
+from rmtkern.packing import is_packed, place_
+from rmtkern.packing_attention import AttentionForward
+from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, resume_cast_
+from rmtkern.packing_gated import GatedPair, fuse, fused, part
+from rmtkern.packing_norm import NormForward
+from rmtkern.packing_sites import KernelForward, enable
+from rmtkern.storage import read_metadata, read_tensors, write_tensors
+
+__all__ = ["load", "save"]
+
+FORMAT, FORMAT_VERSION = "rmtkern packed model", 1
+Record = dict[str, Any]
+
+
+class _Plan(Protocol):
+    def to_json(self) -> str: ...
+
+
+def _form_record(form: PackedWeight, tokens: int) -> Record:
+    return {"layout": form.layout, "params": form.params, "tokens": tokens}
+
+
+def _linear_record(module: PackedModule) -> Record:
+    forms = (module.weight, *module.others)
+    return {
+        "features": list(module.weight.shape),
+        "bias": module.bias is not None,
+        "activation": module.activation,
+        "requires_grad": list(module.requires_grad),
+        "forms": [_form_record(form, tokens) for form, tokens in zip(forms, module.tokens, strict=True)],
+    }
+
+
+def _pair_record(model: nn.Module, pair: GatedPair) -> Record:
+    module = model.get_submodule(pair.paths[0])
+    if not isinstance(module, PackedGatedLinear):
+        raise PackedModelError(
+            f"{pair.paths[0]} runs a pair but holds none; call rmtkern.unpack_(model) and pack again"
+        )
+    names = {key: list(getattr(pair, key)) for key in ("head", "linears", "tail")}
+    return {**_linear_record(module), **names, "stacked": pair.stacked, "outputs": module.out_features}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = None) -> None:
+    """Write a packed model to one safetensors file; complete or not at all.
+
+    Its tensors have the model's own names; a packed linear's parts are `<name>.weight.<part>`. What is packed how
+    stands in the metadata. The layouts do not depend on the machine.
+
+    Args:
+        model: what `pack_` changed; it may be on any device.
+        path: of the file, such as "vit.safetensors"; written beside it first, then renamed.
+        plan: of `prune_`, to travel along; read it with `rmtkern.load_plan`.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: nothing of the model is packed.
+        OSError: the file cannot be written.
+    """
+    from rmtkern import __version__  # not above: the package imports this file
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    names = {module: name for name, module in model.named_modules()}
+    linears = {name: _linear_record(module) for module, name in names.items() if isinstance(module, PackedLinear)}
+    pairs = {name: _pair_record(model, pair) for name, pair in fused(model).items()}
+    sites = {key: [names[site.module] for site in kind.of(model)] for key, kind in _SITES.items()}
+    if not linears and not pairs and not any(sites.values()):
+        raise ValueError(
+            "the model is not packed, so there is nothing that state_dict does not hold; call rmtkern.pack_(model,"
+            " example) first, or write model.state_dict() with safetensors"
+        )
+    cast = cast_record(model)
+    record = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "rmtkern": __version__,
+        "linears": linears,
+        "pairs": pairs,
+        "absorbed": [name for module, name in names.items() if isinstance(module, AbsorbedActivation)],
+        **sites,
+        "cast": None
+        if cast is None
+        else {"inside": _name(cast.inside), "outside": _name(cast.outside), "names": list(cast.names)},
+        "plan": None if plan is None else json.loads(plan.to_json()),
+    }
+    state = model.state_dict()
+    record["checksums"] = {name: _checksum(tensor) for name, tensor in state.items()}
+    write_tensors(state, path, _metadata(record))
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    if tensor.numel() == 0:
+        return 0
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _metadata(record: Record) -> dict[str, str]:
+    text = json.dumps(record, allow_nan=False)
+    return {"rmtkern": text, "rmtkern.crc32": str(zlib.crc32(text.encode()))}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_NAMES = {_name(dtype): dtype for dtype in DTYPES}
+_SITES: dict[str, type[KernelForward]] = {"attention": AttentionForward, "norms": NormForward}
+
+
+class _Damaged(ValueError):
+    """What is wrong with a file, without its name."""
+
+
+def _expect(holds: bool, what: str, expected: str, got: object) -> None:
+    if not holds:
+        raise _Damaged(f"{what}: expected {expected}, got {short(got)}")
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _record(path: Path) -> Record:
+    """What a file says, its own shape checked."""
+    metadata = read_metadata(path)
+    text = metadata.get("rmtkern")
+    if text is None:
+        raise _Damaged("it has no rmtkern metadata; give a file that rmtkern.save wrote")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _Damaged(f"its metadata is not complete JSON ({short(str(error))})") from error
+    _expect(isinstance(record, dict), "metadata", "an object", record)
+    if record.get("format") != FORMAT:
+        raise _Damaged(
+            "it holds no packed model (a dense one loads with model.load_state_dict); give a file that rmtkern.save"
+            " wrote"
+        )
+    version = record.get("version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise _Damaged(f"it has format version {short(version)}, this rmtkern reads {FORMAT_VERSION}; update rmtkern")
+    if metadata.get("rmtkern.crc32") != str(zlib.crc32(text.encode())):
+        raise _Damaged("its metadata differs from its checksum; copy the file again")
+    for key in ("linears", "pairs", "checksums"):
+        _expect(isinstance(record.get(key), dict), key, "an object", record.get(key))
+    record.setdefault("norms", [])  # the first files have none
+    for key in ("absorbed", *_SITES):
+        _expect(_is_names(record.get(key)), key, "names", record.get(key))
+    return record
+
+
+LINEAR = {"features", "bias", "activation", "requires_grad", "forms"}
+PAIR = LINEAR | {"head", "linears", "tail", "stacked", "outputs"}
+
+
+def _checked_linear(name: str, record: Any, keys: set[str] = LINEAR) -> Record:
+    _expect(isinstance(record, dict) and set(record) == keys, name, f"an object of {', '.join(sorted(keys))}", record)
+    features, forms, grad = (record[key] for key in ("features", "forms", "requires_grad"))
+    _expect(
+        isinstance(features, list) and len(features) == 2 and all(type(n) is int and n >= 1 for n in features),
+        f"{name}.features", "two positive integers", features,
+    )  # fmt: skip
+    _expect(type(record["bias"]) is bool, f"{name}.bias", "true or false", record["bias"])
+    counts = (2,) if keys is LINEAR else (2, 4)
+    _expect(
+        isinstance(grad, list) and len(grad) in counts and all(type(g) is bool for g in grad),
+        f"{name}.requires_grad", "two booleans for each linear", grad,
+    )  # fmt: skip
+    activation = record["activation"]
+    _expect(
+        activation is None or (isinstance(activation, str) and activation in ACTIVATIONS),
+        f"{name}.activation", "a known activation or null", activation,
+    )  # fmt: skip
+    _expect(isinstance(forms, list) and bool(forms), f"{name}.forms", "a list", forms)
+    for form in forms or ():
+        fits = isinstance(form, dict) and isinstance(form.get("layout"), str) and form["layout"] in LAYOUTS
+        _expect(fits, f"{name}.forms", f"a layout of {', '.join(LAYOUTS)}", form)
+        params, tokens = form.get("params"), form.get("tokens")
+        _expect(
+            isinstance(params, dict) and all(type(value) is int and 0 <= value < 2**31 for value in params.values()),
+            f"{name}.params", "integers", params,
+        )  # fmt: skip
+        _expect(type(tokens) is int and 1 <= tokens < 2**31, f"{name}.tokens", "a positive integer", tokens)
+    return record
+
+
+def _checked_pair(name: str, record: Any) -> Record:
+    record = _checked_linear(name, record, PAIR)
+    for key in ("head", "linears", "tail"):
+        _expect(_is_names(record[key]), f"{name}.{key}", "names", record[key])
+    stacked, outputs = record["stacked"], record["outputs"]
+    known = stacked is None or stacked in ("gate", "up")
+    _expect(known, f"{name}.stacked", "'gate', 'up' or null", stacked)
+    _expect(type(outputs) is int and outputs >= 1, f"{name}.outputs", "a positive integer", outputs)
+    count = 1 if stacked else 2
+    _expect(len(record["linears"]) == count, f"{name}.linears", f"{count} names", record["linears"])
+    _expect(len(record["requires_grad"]) == 2 * count, f"{name}.requires_grad", "two for each linear", record)
+    return record
+
+
+@dataclass
+class _Forms:
+    """The packed forms of a record, tried on one token, by token count; its bias; and the keys of its tensors."""
+
+    by_tokens: dict[int, PackedWeight]
+    bias: Tensor | None
+    keys: set[str]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a packed module takes of them, besides the first form."""
+        (tokens, _), *others = self.by_tokens.items()
+        return {"tokens": tokens, "others": dict(others) or None}
+
+    @property
+    def first(self) -> PackedWeight:
+        return next(iter(self.by_tokens.values()))
+
+
+def _forms(name: str, record: Record, tensors: Mapping[str, Tensor]) -> _Forms:
+    keys: set[str] = set()
+
+    def take(key: str) -> Tensor:
+        if key not in tensors:
+            raise _Damaged(f"{key} is missing")
+        keys.add(key)
+        return tensors[key]
+
+    bias = take(f"{name}.bias") if record["bias"] else None
+    shape = (record["features"][0], record["features"][1])
+    forms: dict[int, PackedWeight] = {}
+    for index, form in enumerate(record["forms"]):
+        kind = LAYOUTS[form["layout"]]
+        prefix = f"{name}.weight" if index == 0 else f"{name}.others.{index - 1}"
+        parts = tuple(take(f"{prefix}.{key}") for key in kind.parts)
+        values = [tensor for tensor in parts if tensor.is_floating_point()]
+        dtype = values[0].dtype if values else None
+        _expect(dtype in kind.dtypes, prefix, f"values of {', '.join(map(str, kind.dtypes))}", dtype)
+        for tensor in values:
+            if not bool(torch.isfinite(tensor).all()):
+                raise _Damaged(f"{prefix} has NaN or Inf entries")
+        _expect(bias is None or bias.dtype == dtype, f"{name}.bias", str(dtype), None if bias is None else bias.dtype)
+        try:
+            packed = kind(shape, form["params"], parts)
+            linear(torch.zeros(1, shape[1], dtype=dtype), packed)  # refuses parts of a wrong shape and damaged ones
+        except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
+            raise _Damaged(f"{prefix}: {error}") from error
+        if form["tokens"] in forms:
+            raise _Damaged(f"{name}.tokens: {form['tokens']} stands there twice")
+        forms[form["tokens"]] = packed
+    return _Forms(forms, bias, keys)
+
+
+def _cast_of(record: Record) -> CastRecord | None:
+    cast = record.get("cast")
+    if cast is None:
+        return None
+    known = isinstance(cast, dict) and {cast.get("inside"), cast.get("outside")} <= {*_NAMES}
+    _expect(known and _is_names(cast.get("names")), "cast", "two dtypes and names", cast)
+    return CastRecord(_NAMES[cast["inside"]], _NAMES[cast["outside"]], tuple(cast["names"]))
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise _Damaged(f"the model has no module {short(name)}; give the model that was packed") from error
+
+
+class _Loaded:
+    """What a file turns a model into, built and checked without touching the model."""
+
+    def __init__(self, model: nn.Module, path: Path) -> None:
+        record = _record(path)
+        tensors = read_tensors(path)
+        for key, tensor in tensors.items():
+            if record["checksums"].get(key) != _checksum(tensor):
+                raise _Damaged(f"{key} differs from its checksum; copy the file again")
+        self.cast = _cast_of(record)
+        self.swaps: dict[str, nn.Module] = {}
+        used: set[str] = set()
+        replaced: set[str] = set()
+        for name, entry in record["linears"].items():
+            entry = _checked_linear(name, entry)
+            module = _module(model, name)
+            wanted = (list(module.weight.shape), module.bias is not None) if isinstance(module, nn.Linear) else None
+            if wanted != (entry["features"], entry["bias"]):
+                found = f"{entry['features']} {'with' if entry['bias'] else 'without'} a bias"
+                have = type(module).__name__ if wanted is None else f"nn.Linear {wanted[0]}"
+                raise _Damaged(f"{name} is {found} in the file and {have} in the model; give the model that was packed")
+            forms = _forms(name, entry, tensors)
+            self.swaps[name] = PackedLinear(
+                forms.first, forms.bias, entry["activation"], requires_grad=tuple(entry["requires_grad"]),
+                **forms.arguments,
+            )  # fmt: skip
+            used |= forms.keys
+            replaced |= {f"{name}.weight", f"{name}.bias"}
+        self.pairs = [self._pair(model, name, entry, tensors, used) for name, entry in record["pairs"].items()]
+        replaced |= {f"{path}.{key}" for pair in self.pairs for path in pair.paths for key in ("weight", "bias")}
+        for name in record["absorbed"]:
+            module = _module(model, name)
+            if module.state_dict() or next(module.children(), None) is not None:
+                raise _Damaged(f"{name} is no activation in the model; give the model that was packed")
+            self.swaps[name] = AbsorbedActivation(module).eval()
+        for name in record["norms"]:
+            if not isinstance(_module(model, name), nn.LayerNorm):
+                raise _Damaged(f"{name} is no nn.LayerNorm in the model; give the model that was packed")
+        self.forwards = [kind(_module(model, name)) for key, kind in _SITES.items() for name in record[key]]
+        self.state = {key: tensor for key, tensor in tensors.items() if key not in used}
+        self._check_rest(model, replaced)
+
+    def _pair(
+        self, model: nn.Module, name: str, entry: Any, tensors: Mapping[str, Tensor], used: set[str]
+    ) -> GatedPair:
+        entry = _checked_pair(name, entry)
+        module, outputs, stacked = _module(model, name), entry["outputs"], entry["stacked"]
+        children = dict(module.named_children())
+        names = {key: tuple(entry[key]) for key in ("head", "linears", "tail")}
+        pair = GatedPair(name, **names, activation=entry["activation"], stacked=stacked)
+        if not set(children) >= {child for group in names.values() for child in group}:
+            raise _Damaged(f"{name} has other parts in the model; give the model that was packed")
+        rows, columns = entry["features"]
+        wanted = ([2 * outputs if stacked else outputs, columns], entry["bias"])
+        for child in pair.linears:
+            inside = children[child]
+            have = (list(inside.weight.shape), inside.bias is not None) if isinstance(inside, nn.Linear) else None
+            if have != wanted or rows != rows_of(outputs):
+                raise _Damaged(f"{part(name, child)} is another linear in the model; give the model that was packed")
+        forms = _forms(pair.paths[0], entry, tensors)
+        used |= forms.keys
+        self.swaps |= pair.slots(
+            PackedGatedLinear(
+                forms.first, forms.bias, entry["activation"], features=outputs, stacked=stacked,
+                requires_grad=tuple(entry["requires_grad"]), **forms.arguments,
+            )
+        )  # fmt: skip
+        return pair
+
+    def _check_rest(self, model: nn.Module, replaced: set[str]) -> None:
+        """The tensors that are not packed must be the model's."""
+        have = {name: tensor for name, tensor in model.state_dict().items() if name not in replaced}
+        missing = [name for name in have if name not in self.state]
+        more = [name for name in self.state if name not in have]
+        if missing or more:
+            raise _Damaged(
+                f"{len(missing)} tensors of the model are missing ({', '.join(missing[:3])}) and {len(more)} are"
+                f" unknown to it ({', '.join(map(short, more[:3]))}); give the model that was packed"
+            )
+        for name, tensor in have.items():
+            _expect(self.state[name].shape == tensor.shape, name, str(list(tensor.shape)), list(self.state[name].shape))
+            narrow = self.cast is not None and name in self.cast.names
+            dtype = self.cast.inside if self.cast is not None and narrow else tensor.dtype
+            _expect(self.state[name].dtype == dtype, name, str(dtype), self.state[name].dtype)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Turn a model into the packed one that `save` wrote.
+
+    What was fastest was measured on the machine that packed it: where that is another one, `unpack_` and `pack_`
+    measure again.
+
+    Args:
+        path: of the file.
+        model: the same architecture, not packed, changed in place; its weights do not matter, so it may be built on the
+            meta device, and no dense weight is made for its packed linears.
+
+    Returns:
+        `model`, in eval mode.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: no such file, a damaged or foreign one, or one of another model; it names the tensor. Nothing of the
+            model was changed.
+        PackedModelError: the model is packed already, or buffers that the file does not hold are on the meta device.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if is_packed(model):
+        raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first, or build a new one")
+    source = Path(path)
+    try:
+        loaded = _Loaded(model, source)
+    except _Damaged as error:
+        raise ValueError(f"{source}: {error}") from error
+    state = model.state_dict()
+    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
+    if empty:
+        raise PackedModelError(
+            f"the buffers {', '.join(empty[:3])} are on the meta device and not in any state_dict, so no file holds"
+            " them; build the model with its buffers on the CPU"
+        )
+    place_(model, loaded.swaps)
+    model.load_state_dict(loaded.state, strict=False, assign=True)
+    if loaded.cast is not None:
+        resume_cast_(model, loaded.cast)
+    fuse(model, loaded.pairs)
+    enable(loaded.forwards)
+    return model.eval()

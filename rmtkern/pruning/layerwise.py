@@ -1,0 +1,129 @@
+"""Layer by layer over calibration images: each weight is chosen and repaired for the inputs that the pruned ones give.
+
+It joins stages, second moments, obs and repair; what goes from each layer is decided before (cycles).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmtkern.models import PrunableWeight
+from rmtkern.progress import progress
+from rmtkern.pruning.admm import admm_mask
+from rmtkern.pruning.calibrate import evaluating, forward_passes, second_moment, weights_in_order
+from rmtkern.pruning.cycles import Pruned
+from rmtkern.pruning.obs import obs_mask
+from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
+from rmtkern.pruning.plan import PruneConfig
+from rmtkern.pruning.repair import REPAIRS, damped
+from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
+
+__all__ = ["MASKS", "prune_layerwise"]
+
+MASKS = {"obs": obs_mask, "admm": admm_mask}
+"""Score that is known layer by layer -> function(matrix, moment, start, counts, kind, params) -> mask [N, K]."""
+
+
+def prune_layerwise(
+    model: nn.Module,
+    weights: Sequence[PrunableWeight],
+    config: PruneConfig,
+    chosen: Sequence[Tensor],
+    images: Tensor | Iterable[Any],
+    *,
+    show_progress: bool | None = None,
+) -> tuple[list[Pruned], int]:
+    """Choose (scores "obs" and "admm") and repair every weight for the inputs that the layers pruned before it give.
+
+    The model runs once over the images, block by block. Between two weights it holds pruned weights; at the end, and
+    if anything fails, it is bit for bit as it was.
+
+    Args:
+        model: runs its layers in one order, whatever the batch.
+        weights: of the model.
+        config: resolved, with a score of MASKS or a repair other than "none".
+        chosen: bool [N, K] for each weight: the mask, or with a score of MASKS how many units go from each weight (with
+            budget "row", from each row).
+        images: as for calibrate.calibrate.
+        show_progress: progress bar; None: only on a terminal.
+
+    Returns:
+        One pair (mask, matrix) for each weight, and the number of images.
+
+    Raises:
+        TypeError: a batch of another type.
+        ValueError: no image, inputs with NaN or Inf, a weight that no image reaches, batches that the model treats
+            differently.
+    """
+    masks = {weight.name: mask for weight, mask in zip(weights, chosen, strict=True)}
+    stages = find_stages(model, weights)
+    steps = iter(progress(range(len(weights)), "prune layer by layer", show=show_progress))
+    seen = 0
+
+    def runs() -> Iterator[Any]:
+        nonlocal seen
+        for run, count in forward_passes(model, images):
+            seen += count
+            yield run
+
+    def visit(stage: Stage, calls: list[Call]) -> None:
+        for weight, uses in weights_in_order(stage, calls[0]):
+            masks[weight.name], matrix = _prune(
+                weight, masks[weight.name], second_moment(stage, weight, uses, calls), config
+            )
+            weight.parameter.copy_(weight.to_parameter(matrix))
+            next(steps, None)
+
+    with torch.no_grad(), evaluating(model), _restored(weights) as swap:
+        visit_stages(stages, runs(), visit)
+        next(steps, None)
+        return [(masks[weight.name], matrix) for weight, matrix in zip(weights, swap(), strict=True)], seen
+
+
+@contextmanager
+def _restored(weights: Sequence[PrunableWeight]) -> Iterator[Any]:
+    """Put back the values that the weights have now; `swap()` does so earlier and returns those they had until then."""
+    before = [weight.parameter.detach().clone() for weight in weights]
+
+    def swap() -> list[Tensor]:
+        found = []
+        for i, weight in enumerate(weights):
+            found.append(weight.as_matrix().clone())
+            weight.parameter.copy_(before[i])
+        return found
+
+    try:
+        yield swap
+    finally:
+        for weight, value in zip(weights, before, strict=True):
+            weight.parameter.copy_(value)
+
+
+def _prune(weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: PruneConfig) -> Pruned:
+    """One weight's mask and repaired matrix, block by block of the rows that see inputs of their own."""
+    matrix, kind_params = weight.as_matrix(), parse_pattern(config.pattern)
+    mask, moments = chosen, damped(moments)
+    if config.score in MASKS:
+        r, _ = unit_of(kind_params[1])
+        aligned = moments if len(matrix) // len(moments) % r == 0 else moments.mean(0, keepdim=True)
+        parts = zip(matrix.chunk(len(aligned)), chosen.chunk(len(aligned)), aligned, strict=True)
+        mask = torch.cat([_choose(part, gone, moment, config, *kind_params) for part, gone, moment in parts])
+    repaired = [
+        REPAIRS[config.repair or ""](part, gone, moment)
+        for part, gone, moment in zip(matrix.chunk(len(moments)), mask.chunk(len(moments)), moments, strict=True)
+    ]
+    value = torch.cat(repaired).to(matrix.dtype)
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{weight.name}: the repair overflows {matrix.dtype}; prune a float32 model")
+    return mask, torch.where(value == 0, matrix, value).masked_fill(mask, 0)  # zero on the mask and nowhere else
+
+
+def _choose(
+    matrix: Tensor, chosen: Tensor, moment: Tensor, config: PruneConfig, kind: str, params: dict[str, int]
+) -> Tensor:
+    goes = whole_units(chosen, unit_of(params))
+    counts = goes.sum(1) if config.budget == "row" else goes.sum()[None]
+    return MASKS[config.score or ""](matrix, moment, matrix == 0, counts, kind, params)
