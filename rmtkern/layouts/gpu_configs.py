@@ -80,11 +80,26 @@ _BITMASK_32: _Table = {
     "batch": Config(64, 32, 64, 8, 2),
     "ragged": Config(16, 32, 64, 8, 2),
 }
+# The same with the middle of a low rank in registers besides.
+_SPECTRAL_16: _Table = {
+    "row": Config(16, 32, 64, 4, 2),
+    "image": Config(64, 64, 64, 8, 2),
+    "batch": Config(128, 64, 64, 8, 2),
+    "ragged": Config(64, 64, 64, 8, 2),
+}
+_SPECTRAL_32: _Table = {
+    "row": Config(16, 32, 64, 8, 2),
+    "image": Config(32, 32, 64, 8, 2),
+    "batch": Config(32, 32, 64, 8, 2),
+    "ragged": Config(16, 32, 64, 8, 2),
+}
 
 
 def _table(layout: str, itemsize: int, arch: str) -> _Table:
     if layout == "bitmask":
         return _BITMASK_16 if itemsize == 2 else _BITMASK_32
+    if layout == "spectral":
+        return _SPECTRAL_16 if itemsize == 2 else _SPECTRAL_32
     if arch.startswith("gfx"):
         return _DENSE_16_AMD if itemsize == 2 else _DENSE_32_AMD
     return _DENSE_16 if itemsize == 2 else _DENSE_32
@@ -99,7 +114,7 @@ def choose(layout: str, itemsize: int, arch: str, tokens: int, aligned: bool = T
     """The tile for a call.
 
     Args:
-        layout: "dense" or "bitmask".
+        layout: "dense", "bitmask" or "spectral".
         itemsize: bytes of an element, 2 or 4.
         arch: a name in `ARCHITECTURES`.
         tokens: T >= 1.

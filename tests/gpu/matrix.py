@@ -18,10 +18,11 @@ from typing import Any
 
 import triton
 
-from rmtkern.layouts.bitmask.triton import bitmask_kernel
 from rmtkern.layouts.gpu_configs import ARCHITECTURES, Config, candidates, precision
+from rmtkern.layouts.spectral.triton import RANK
 from rmtkern.layouts.triton import GROUP
 from rmtkern.layouts.triton_product import product_kernel
+from rmtkern.layouts.triton_strips import strips_kernel
 from tests.gpu import compiler
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -29,7 +30,10 @@ ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 RAGGED = ("sm_80", "sm_90", "sm_100")  # where N and K that are no multiples of 16 are compiled as well
 # figure -> how much of the baseline a new compilation may reach; blocks may not fall
 SLACK = {"registers": 1.05, "shared": 1.0, "loop": 1.05, "instructions": 1.10}
-KERNELS = {"dense": product_kernel, "bitmask": bitmask_kernel}  # lowrank runs dense's, with its tiles
+# lowrank runs dense's, with its tiles
+KERNELS = {"dense": product_kernel, "bitmask": strips_kernel, "spectral": strips_kernel}
+WITHOUT = {"bitmask": ("a_ptr", "b_ptr")}  # pointers that a layout does not give
+DTYPES = {"spectral": ("fp32", "bf16")}
 INDICES = {"masks_ptr": "*i64", "starts_ptr": "*i32"}  # argument -> type where it is not the dtype of x
 
 
@@ -56,7 +60,8 @@ def cases() -> Iterator[Case]:
     Gate-up pairs for one dtype of each size; ragged N and K likewise, on some architectures.
     """
     for layout in KERNELS:
-        for dtype, itemsize in ITEMSIZE.items():
+        for dtype in DTYPES.get(layout, ITEMSIZE):
+            itemsize = ITEMSIZE[dtype]
             for arch in ARCHITECTURES:
                 tiles = candidates(layout, itemsize, arch)
                 for config in tiles[-1:] if dtype == "fp16" else tiles:
@@ -82,6 +87,9 @@ def compile_case(case: Case) -> Any:
         "GATED": case.gated,
         "PRECISION": precision(ITEMSIZE[case.dtype], case.arch),
     }
+    if kernel is strips_kernel:
+        constants |= {"RANK": RANK if case.layout == "spectral" else 0}
+    constants |= dict.fromkeys(WITHOUT.get(case.layout, ()))
     types = {}
     for name in kernel.arg_names:
         if name not in constants:

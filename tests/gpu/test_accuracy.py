@@ -13,8 +13,7 @@ from rmtkern.layouts.pairs import interleave, separate
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-KERNELS = ["dense", "bitmask", "lowrank"]
+KERNELS = ["dense", "bitmask", "lowrank", "spectral"]
 # one token; prime and ragged; a tile exactly; one more than a tile in every direction; less than a tile; several
 # column blocks and steps of K with T over a tile; the class "batch" with whole and with ragged tiles
 SHAPES = [
@@ -30,22 +29,25 @@ SHAPES = [
 
 everywhere = pytest.mark.parametrize("device", DEVICES)
 every_kernel = pytest.mark.parametrize("layout", KERNELS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_number = pytest.mark.parametrize(
+    ("layout", "dtype"), [(layout, dtype) for layout in KERNELS for dtype in LAYOUTS[layout].dtypes], ids=str
+)
 
 
 def pack(layout, w):
-    """(packed, the weight that it holds): for lowrank, a product of factors that are cut from `w`."""
-    if layout != "lowrank":
+    """(packed, the weight that it holds): factors are cut from `w`, and `w` is the sparse part of spectral."""
+    if layout in ("dense", "bitmask"):
         return LAYOUTS[layout].pack(w), w
     rank = min(5, *w.shape)
-    packed = LAYOUTS[layout].from_factors(w[:, :rank].contiguous(), w[:rank] / rank**0.5)
+    factors = w[:, :rank].contiguous(), w[:rank] / rank**0.5
+    packed = LAYOUTS[layout].from_factors(*factors) if layout == "lowrank" else LAYOUTS[layout].from_parts(*factors, w)
     return packed, packed.unpack()
 
 
 def parts_of(layout, packed):
     if layout == "dense":
         return list(packed.tensors())
-    return [*([packed.values] if layout == "bitmask" else []), *packed.gpu_tensors()]
+    return [*([] if layout == "lowrank" else [packed.values]), *packed.gpu_tensors()]
 
 
 def problem(t, n, k, dtype, device, sparsity=0.5):
@@ -63,8 +65,7 @@ def pair(layout, t, features, k, dtype, device):
 
 
 @everywhere
-@every_kernel
-@every_dtype
+@every_number
 @pytest.mark.parametrize(("t", "n", "k"), SHAPES)
 def test_ragged_shapes(layout, dtype, device, t, n, k):
     w, x, bias, scale, residual = problem(t, n, k, dtype, device)
@@ -74,8 +75,7 @@ def test_ragged_shapes(layout, dtype, device, t, n, k):
 
 
 @everywhere
-@every_kernel
-@every_dtype
+@every_number
 def test_every_epilogue(layout, dtype, device):
     w, x, b, s, r = problem(21, 40, 72, dtype, device)
     packed, w = pack(layout, w)
@@ -85,8 +85,7 @@ def test_every_epilogue(layout, dtype, device):
 
 
 @everywhere
-@every_kernel
-@every_dtype
+@every_number
 @pytest.mark.parametrize(("t", "features", "k"), [(1, 8, 64), (37, 53, 80), (65, 64, 64), (5, 3, 7), (197, 72, 208)])
 def test_gated(layout, dtype, device, t, features, k):
     x, packed, gate, up, biases = pair(layout, t, features, k, dtype, device)
@@ -102,8 +101,7 @@ def test_gated(layout, dtype, device, t, features, k):
 
 
 @everywhere
-@every_kernel
-@every_dtype
+@every_number
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
 def test_sparsity(layout, sparsity, dtype, device):
     w, x, bias, *_ = problem(33, 131, 208, dtype, device, sparsity)
@@ -235,3 +233,19 @@ def test_a_bitmask_weight_on_a_device_holds_its_masks_by_row():
     assert there.row_masks.is_cuda and there.nbytes == before + 12 * 4 * 131
     assert "row_masks" not in there.state_dict()
     assert there.cpu().row_masks is None and torch.equal(there.unpack(), w)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("rank", [1, 16, 17, 64])
+def test_spectral_takes_ranks_up_to_64(rank):
+    w, x, *_ = problem(9, 70, 90, torch.float32, "cpu", 0.9)
+    packed = LAYOUTS["spectral"].from_parts(torch.randn(70, rank) / 8, torch.randn(rank, 90) / 8, w)
+    assert_as_accurate_as_dense(ops.linear(x, packed, backend="triton"), x, packed.unpack())
+
+
+@pytest.mark.interpreted
+def test_spectral_refuses_a_larger_rank():
+    w, x, *_ = problem(9, 70, 90, torch.float32, "cpu", 0.9)
+    packed = LAYOUTS["spectral"].from_parts(torch.randn(70, 65), torch.randn(65, 90), w)
+    with pytest.raises(ops.KernelUnavailable, match=r"triton: the rank is 65, more than 64; use lowrank, or dense"):
+        ops.linear(x, packed, backend="triton")

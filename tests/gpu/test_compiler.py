@@ -106,7 +106,7 @@ def test_the_baseline_has_every_case():
 
 def test_configs():
     assert [shape_class(t) for t in (1, 16, 17, 512, 513, 10**6)] == ["row", "row", "image", "image", "batch", "batch"]
-    for layout in ("dense", "bitmask"):
+    for layout in ("dense", "bitmask", "spectral"):
         for arch in ARCHITECTURES:
             for itemsize in (2, 4):
                 for tokens in (1, 197, 10**5):
@@ -159,7 +159,7 @@ def test_the_real_wrappers_launch_what_the_tables_say(layout, arch, tmp_path):
         env={"PATH": "", "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
     )
     launches = json.loads(done.stdout)["launches"]
-    assert {launch["name"] for launch in launches} == {{"dense": "product_kernel"}.get(layout, f"{layout}_kernel")}
+    assert {launch["name"] for launch in launches} == {"product_kernel" if layout == "dense" else "strips_kernel"}
     tables = {itemsize: [choose(layout, itemsize, f"sm_{arch}", t) for t in (300, 5)] for itemsize in (2, 4)}
 
     def launch_of(config, tokens):
