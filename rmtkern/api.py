@@ -1,8 +1,9 @@
 """The verbs on whole models: analyze and prune_. It joins models, spectra and pruning; it knows no layout or kernel."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,9 +184,10 @@ def _prune_(
     images = moments.images
     if config.layerwise and calibration is not None:
         masks = [mask for mask, _ in pruned]
-        pruned, images = prune_layerwise(model, weights, config, masks, calibration, show_progress=show_progress)
+        found, images = prune_layerwise(model, weights, config, masks, calibration, show_progress=show_progress)
+        pruned = list(found)
     plan = _plan(model, config, weights, pruned, fits, images)
-    _write_(weights, [matrix for _, matrix in pruned])
+    _write_(weights, pruned)
     return plan
 
 
@@ -339,14 +341,20 @@ def _plan(
 
 
 @torch.no_grad()
-def _write_(weights: Sequence[PrunableWeight], values: Sequence[Tensor]) -> None:
-    """Copy new values into the parameters; if one fails, put back those already written and raise."""
-    before: list[tuple[nn.Parameter, Tensor]] = []
+def _write_(weights: Sequence[PrunableWeight], pruned: Sequence[Pruned]) -> None:
+    """Write zeros or new values into the parameters; if one fails, put back those already written and raise."""
+    undo: list[Callable[[], object]] = []
     try:
-        for weight, value in zip(weights, values, strict=True):
-            before.append((weight.parameter, weight.parameter.detach().clone()))
-            weight.parameter.copy_(weight.to_parameter(value))
+        for weight, (mask, value) in zip(weights, pruned, strict=True):
+            parameter = weight.parameter
+            if value is None:
+                gone = weight.to_parameter(mask)
+                undo.append(partial(parameter.masked_scatter_, gone, parameter.detach()[gone]))
+                parameter.masked_fill_(gone, 0)
+            else:
+                undo.append(partial(parameter.copy_, parameter.detach().clone()))
+                parameter.copy_(weight.to_parameter(value))
     except BaseException:
-        for parameter, old in before:
-            parameter.copy_(old)
+        for restore in undo:
+            restore()
         raise

@@ -25,6 +25,7 @@ from rmtkern.packing import is_packed, place_
 from rmtkern.packing_attention import AttentionForward
 from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, resume_cast_
 from rmtkern.packing_gated import GatedPair, fuse, fused, part
+from rmtkern.packing_multihead import PackedMultihead, linears_of, reason_to_keep
 from rmtkern.packing_norm import NormForward
 from rmtkern.packing_sites import KernelForward, enable
 from rmtkern.storage import read_metadata, read_tensors, write_tensors
@@ -100,6 +101,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = No
         "rmtkern": __version__,
         "linears": linears,
         "pairs": pairs,
+        "multiheads": [name for module, name in names.items() if isinstance(module, PackedMultihead)],
         "absorbed": [name for module, name in names.items() if isinstance(module, AbsorbedActivation)],
         **sites,
         "cast": None
@@ -168,8 +170,9 @@ def _record(path: Path) -> Record:
         raise _Damaged("its metadata differs from its checksum; copy the file again")
     for key in ("linears", "pairs", "checksums"):
         _expect(isinstance(record.get(key), dict), key, "an object", record.get(key))
-    record.setdefault("norms", [])  # the first files have none
-    for key in ("absorbed", *_SITES):
+    for key in ("norms", "multiheads"):
+        record.setdefault(key, [])  # the first files have none
+    for key in ("absorbed", "multiheads", *_SITES):
         _expect(_is_names(record.get(key)), key, "names", record.get(key))
     return record
 
@@ -292,6 +295,16 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise _Damaged(f"the model has no module {short(name)}; give the model that was packed") from error
 
 
+def _taken_apart(model: nn.Module, name: str, linears: Mapping[str, object]) -> PackedMultihead:
+    module = _module(model, name)
+    reason = reason_to_keep(module) if name else "it is the model itself"
+    if reason is not None or not isinstance(module, nn.MultiheadAttention):
+        raise _Damaged(f"{short(name)} cannot be taken apart in the model ({reason}); give the model that was packed")
+    if not any(child in linears for child in linears_of(name)):
+        raise _Damaged(f"{name} is taken apart and none of its linears is packed")
+    return PackedMultihead(module)
+
+
 class _Loaded:
     """What a file turns a model into, built and checked without touching the model."""
 
@@ -302,12 +315,13 @@ class _Loaded:
             if record["checksums"].get(key) != _checksum(tensor):
                 raise _Damaged(f"{key} differs from its checksum; copy the file again")
         self.cast = _cast_of(record)
-        self.swaps: dict[str, nn.Module] = {}
+        self.apart = {name: _taken_apart(model, name, record["linears"]) for name in record["multiheads"]}
+        self.swaps: dict[str, nn.Module] = dict(self.apart)
         used: set[str] = set()
         replaced: set[str] = set()
         for name, entry in record["linears"].items():
             entry = _checked_linear(name, entry)
-            module = _module(model, name)
+            module = self._linear(model, name)
             wanted = (list(module.weight.shape), module.bias is not None) if isinstance(module, nn.Linear) else None
             if wanted != (entry["features"], entry["bias"]):
                 found = f"{entry['features']} {'with' if entry['bias'] else 'without'} a bias"
@@ -330,9 +344,21 @@ class _Loaded:
         for name in record["norms"]:
             if not isinstance(_module(model, name), nn.LayerNorm):
                 raise _Damaged(f"{name} is no nn.LayerNorm in the model; give the model that was packed")
-        self.forwards = [kind(_module(model, name)) for key, kind in _SITES.items() for name in record[key]]
+        self.forwards = [
+            kind(self.apart.get(name) or _module(model, name)) for key, kind in _SITES.items() for name in record[key]
+        ]
         self.state = {key: tensor for key, tensor in tensors.items() if key not in used}
         self._check_rest(model, replaced)
+
+    def _linear(self, model: nn.Module, name: str) -> nn.Module:
+        """What a linear of the file is in the model, whose nn.MultiheadAttentions may be taken apart."""
+        parent, _, child = name.rpartition(".")
+        if parent in self.apart and name in linears_of(parent):
+            linear: nn.Module = getattr(self.apart[parent], child)
+            return linear
+        if isinstance(_module(model, parent), nn.MultiheadAttention):
+            raise _Damaged(f"{name} is in an nn.MultiheadAttention that the file does not take apart")
+        return _module(model, name)
 
     def _pair(
         self, model: nn.Module, name: str, entry: Any, tensors: Mapping[str, Tensor], used: set[str]
@@ -363,7 +389,13 @@ class _Loaded:
 
     def _check_rest(self, model: nn.Module, replaced: set[str]) -> None:
         """The tensors that are not packed must be the model's."""
-        have = {name: tensor for name, tensor in model.state_dict().items() if name not in replaced}
+        renamed = {
+            f"{name}.{old}": f"{name}.{new}" for name in self.apart
+            for old, new in (("in_proj_weight", "in_proj.weight"), ("in_proj_bias", "in_proj.bias"))
+        }  # fmt: skip
+        state = {renamed.get(name, name): tensor for name, tensor in model.state_dict().items()}
+        have = {name: tensor for name, tensor in state.items() if name not in replaced}
+        casts = () if self.cast is None else {renamed.get(name, name) for name in self.cast.names}
         missing = [name for name in have if name not in self.state]
         more = [name for name in self.state if name not in have]
         if missing or more:
@@ -373,8 +405,7 @@ class _Loaded:
             )
         for name, tensor in have.items():
             _expect(self.state[name].shape == tensor.shape, name, str(list(tensor.shape)), list(self.state[name].shape))
-            narrow = self.cast is not None and name in self.cast.names
-            dtype = self.cast.inside if self.cast is not None and narrow else tensor.dtype
+            dtype = self.cast.inside if self.cast is not None and name in casts else tensor.dtype
             _expect(self.state[name].dtype == dtype, name, str(dtype), self.state[name].dtype)
 
 

@@ -14,7 +14,14 @@ from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import rows_of, separate
 from rmtkern.ops import ACTIVATIONS, gated_linear, linear, load_kernels
 
-__all__ = ["AbsorbedActivation", "PackedGatedLinear", "PackedLinear", "PackedModule"]
+__all__ = [
+    "AbsorbedActivation",
+    "PackedGatedLinear",
+    "PackedLinear",
+    "PackedModule",
+    "check_inference",
+    "refuse_gradient",
+]
 
 _ADVICE = "call rmtkern.unpack_(model) first, train, then pack_ again"
 
@@ -42,6 +49,18 @@ class _Inference(torch.autograd.Function):
 
 
 _anchor = torch.zeros((), requires_grad=True)  # makes an output require grad, as the nn.Linear's would
+
+
+def refuse_gradient(y: Tensor) -> Tensor:
+    """The same tensor, with a backward that raises PackedModelError."""
+    refusing: Tensor = _Inference.apply(y, _anchor)
+    return refusing
+
+
+def check_inference(module: nn.Module) -> None:
+    """Raise PackedModelError for a packed module in train mode."""
+    if module.training:
+        raise PackedModelError(f"a packed model cannot train; call eval(), or {_ADVICE}")
 
 
 class PackedModule(nn.Module):
@@ -125,12 +144,11 @@ class PackedModule(nn.Module):
             PackedModelError: the module is in train mode; a backward through the result raises it as well.
             KernelUnavailable: no kernel supports this call, such as after `.to(torch.float64)`.
         """
-        if self.training:
-            raise PackedModelError(f"a packed model cannot train; call eval(), or {_ADVICE}")
+        check_inference(self)
         weight = self.weight if len(self.tokens) == 1 else self.form(x.numel() // self.in_features)
         y = self._compute(x, weight)
         if torch.is_grad_enabled() and (x.requires_grad or any(self.requires_grad)):
-            return _Inference.apply(y, _anchor)
+            return refuse_gradient(y)
         return y
 
     def __setstate__(self, state: dict[str, Any]) -> None:

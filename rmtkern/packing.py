@@ -5,7 +5,7 @@ a forward pass in packing_watch.py.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -20,10 +20,11 @@ from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import interleave
 from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
 from rmtkern.ops import gated_linear, linear
-from rmtkern.packing_attention import AttentionForward, watch_attention
+from rmtkern.packing_attention import AttentionCall, AttentionForward, watch_attention
 from rmtkern.packing_decisions import DecisionLog, Decisions
 from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
-from rmtkern.packing_gated import GatedPair, find_pairs, fuse, fused, unfuse
+from rmtkern.packing_gated import GatedPair, find_pairs, fuse, fused, part, unfuse
+from rmtkern.packing_multihead import PackedMultihead, Split, find_multiheads, in_projection, linears_of, watch_calls
 from rmtkern.packing_norm import NormForward, watch_norms
 from rmtkern.packing_report import EndToEnd, GatedReport, LayerReport, PackReport, SiteReport
 from rmtkern.packing_sites import KernelForward, disable, enable, measure_sites
@@ -146,6 +147,22 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
         return _tensors(model(*args, **kwargs))
 
 
+def _outputs(model: nn.Module, examples: Sequence[Example]) -> list[list[Tensor]]:
+    """The outputs on all examples."""
+    found = []
+    for index, example in enumerate(examples):
+        try:
+            output = _run(model, example)
+        except Exception as error:
+            raise ValueError(
+                f"the model cannot run example {index}: {error}; pass what you would call the model with"
+            ) from error
+        if not output:
+            raise TypeError(f"the model's output on example {index} holds no tensor, so it cannot be checked")
+        found.append(output)
+    return found
+
+
 def is_packed(model: nn.Module) -> bool:
     """Whether `pack_` or `load` changed this model (or the one it is a copy of)."""
     kernels = bool(KernelForward.of(model))
@@ -189,13 +206,17 @@ def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float, dtype
     return [name for name in names if name != "dense"]
 
 
-def _find(model: nn.Module) -> list[_Layer]:
+def _find(model: nn.Module, split: Split) -> list[_Layer]:
     layers = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear):
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            layer = _Layer(part(name, "in_proj"), in_projection(module), split.left[name])
+        elif isinstance(module, nn.Linear):
+            whole = split.left.get(name.rpartition(".")[0]) if name.endswith("out_proj") else None
+            layer = _Layer(name, module, whole or reason_to_leave(model, name, module))
+        else:
             continue
-        layer = _Layer(name, module, reason_to_leave(model, name, module))
-        weight = module.weight.detach()
+        weight = layer.module.weight.detach()
         if weight.device.type != "meta":
             if not bool(torch.isfinite(weight).all()):
                 raise ValueError(f"{name}.weight has NaN or Inf entries; repair the checkpoint before packing")
@@ -317,8 +338,9 @@ def _pack_layer(layer: _Layer, choice: Mapping[int, str]) -> PackedLinear | None
 class _Swaps:
     """The model in three states: as it came, strongest dense, and packed."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[_Layer]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[_Layer], split: Split) -> None:
         self.model = model
+        self.split = split
         self.original: Slots = {layer.name: layer.module for layer in layers}
         for layer in layers:
             if layer.seen.follower is not None:
@@ -374,6 +396,11 @@ class _Swaps:
         """All that stand in modules in the packed state."""
         return [forward for forwards in self.sites.values() for forward in forwards]
 
+    def standing(self, whole: Sequence[SiteReport], apart: Sequence[SiteReport]) -> list[SiteReport]:
+        """Of the reports on nn.MultiheadAttentions whole and apart, those on what stands in the packed state."""
+        found = {site.name: site for site in apart if self.split.stands_apart(site.name, self.packed)}
+        return [found.get(site.name, site) for site in whole]
+
     def drop_site(self, kernel: str) -> None:
         """PyTorch's function instead of this kernel in every state."""
         disable(self.sites.pop(kernel))
@@ -382,7 +409,7 @@ class _Swaps:
     def run(self, slots: Slots, example: Example) -> list[Tensor]:
         """The model's output in one of the states."""
         if self.now is not slots:
-            place_(self.model, slots)
+            place_(self.model, self.split.arranged(slots))
             (enable if slots is self.packed else disable)(self.forwards)
             self.unfuse()
             if slots is self.packed:
@@ -391,22 +418,34 @@ class _Swaps:
         return _run(self.model, example)
 
 
-def _verify(swaps: _Swaps, examples: Sequence[Example], expected: Sequence[Sequence[Tensor]], slots: Slots) -> None:
-    # the linears as they came, too: those that are swapped out hold none of the model's parameters
-    parts = (swaps.model, *swaps.original.values())
+def _tolerance(*parts: nn.Module) -> float:
     low = any(parameter.dtype == torch.bfloat16 for part in parts for parameter in part.parameters())
-    tolerance = OUTPUT_TOLERANCE[torch.bfloat16 if low else torch.float32]
-    for index, (example, wanted) in enumerate(zip(examples, expected, strict=True)):
-        for got, want in zip(swaps.run(slots, example), wanted, strict=True):
+    return OUTPUT_TOLERANCE[torch.bfloat16 if low else torch.float32]
+
+
+def _deviation(
+    outputs: Iterable[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]], tolerance: float
+) -> str | None:
+    """Where the outputs on the examples are not what is expected, in words; None if they are."""
+    for index, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
+        for got, want in zip(output, wanted, strict=True):
             if not want.is_floating_point():
                 continue
             scale = float(want.abs().max()) if want.numel() else 0.0
             error = float((got - want).abs().max()) if want.numel() else 0.0
             if not error <= tolerance * scale:
-                raise PackedModelError(
-                    f"the packed model's output on example {index} differs by {error:.3g} where its scale is"
-                    f" {scale:.3g}; nothing was changed; is the model deterministic in eval mode?"
-                )
+                return f"on example {index} differs by {error:.3g} where its scale is {scale:.3g}"
+    return None
+
+
+def _verify(swaps: _Swaps, examples: Sequence[Example], expected: Sequence[Sequence[Tensor]], slots: Slots) -> None:
+    # the linears as they came, too: those that are swapped out hold none of the model's parameters
+    tolerance = _tolerance(swaps.model, *swaps.original.values())
+    outputs = (swaps.run(slots, example) for example in examples)
+    if deviation := _deviation(outputs, expected, tolerance):
+        raise PackedModelError(
+            f"the packed model's output {deviation}; nothing was changed; is the model deterministic in eval mode?"
+        )
 
 
 def _guard(
@@ -684,6 +723,9 @@ def pack_(
 ) -> PackReport:
     """Swap every nn.Linear for the form that is measured fastest here, for inference.
 
+    The two projections of an nn.MultiheadAttention count as linears, "<name>.in_proj" and "<name>.out_proj", where it
+    is called for self-attention without a mask and no other code reads its weights.
+
     Each linear's candidates are its dense forms (nn.Linear, oneDNN, oneDNN with a reordered weight, our own) and the
     layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples
     give the layer, on `torch.get_num_threads()` threads; a sparse one must beat the strongest dense one by `margin`.
@@ -725,19 +767,60 @@ def pack_(
     layouts = _check(model, layouts, margin, dtype)
     examples = _examples(example)
     log = DecisionLog(decisions)
+    split = find_multiheads(model)
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
+    time_calls = timer or interleaved_ms
     try:
         return _pack(
-            model, examples, layouts, attention, norms, margin, budget_ms, timer or interleaved_ms, show_progress, log
+            model, split, examples, layouts, attention, norms, margin, budget_ms, time_calls, show_progress, log
         )
     except BaseException:
+        place_(model, dict(split.whole))
         if restore is not None:
             restore()
         raise
 
 
+def _split(
+    model: nn.Module, split: Split, examples: Sequence[Example]
+) -> tuple[list[list[Tensor]], dict[str, list[AttentionCall]]]:
+    """Take the nn.MultiheadAttentions apart, if that changes no output; the outputs and their calls before."""
+    if not split.apart:
+        return [], {}
+    with watch_attention(model) as calls:
+        expected = _outputs(model, examples)
+    calls = {name: found for name, found in calls.items() if name in split.whole}
+    place_(model, dict(split.apart))
+    try:
+        same = _deviation(_outputs(model, examples), expected, _tolerance(model)) is None
+    except (ValueError, TypeError):
+        same = False
+    if not same:
+        for name in tuple(split.apart):
+            place_(
+                model,
+                split.leave(
+                    name, "the model needs nn.MultiheadAttention itself: with its linears apart it gives another output"
+                ),
+            )
+    return expected, calls
+
+
+def _leave_whole(model: nn.Module, split: Split, layers: Sequence[_Layer], unlike: Mapping[str, str]) -> None:
+    """Put nn.MultiheadAttentions back whole of which not both linears can be packed."""
+    by_name = {layer.name: layer for layer in layers}
+    for name in tuple(split.apart):
+        mine = [by_name[child] for child in linears_of(name)]
+        reason = unlike.get(name) or next((layer.reason for layer in mine if layer.reason is not None), None)
+        if reason is not None:
+            for layer in mine:
+                layer.reason = reason
+            place_(model, split.leave(name, reason))
+
+
 def _pack(
     model: nn.Module,
+    split: Split,
     examples: list[Example],
     layouts: Sequence[str],
     attention: bool,
@@ -748,25 +831,23 @@ def _pack(
     show_progress: bool | None,
     log: DecisionLog,
 ) -> PackReport:
-    layers = _find(model)
+    whole_outputs, whole_calls = _split(model, split, examples)
+    layers = _find(model, split)
     movable = [layer for layer in layers if layer.reason is None]
-    expected = []
     linears = {layer.name: layer.module for layer in movable}
-    with watch(model, linears) as watched, watch_attention(model) as calls, watch_norms(model) as norm_calls:
-        for index, one in enumerate(examples):
-            try:
-                output = _run(model, one)
-            except Exception as error:
-                raise ValueError(
-                    f"the model cannot run example {index}: {error}; pass what you would call the model with"
-                ) from error
-            if not output:
-                raise TypeError(f"the model's output on example {index} holds no tensor, so it cannot be checked")
-            expected.append(output)
+    with (
+        watch_calls(split.apart) as unlike,
+        watch(model, linears) as watched,
+        watch_attention(model) as calls,
+        watch_norms(model) as norm_calls,
+    ):
+        outputs = _outputs(model, examples)
     for layer in movable:
         layer.seen = watched[layer.name]
         layer.reason = layer.seen.reason
+    _leave_whole(model, split, layers, unlike)
     movable = [layer for layer in movable if layer.reason is None]
+    expected = whole_outputs or outputs
 
     by_name = {layer.name: layer for layer in movable}
     pairs = find_pairs(model, {layer.name: layer.module for layer in movable})
@@ -778,12 +859,18 @@ def _pack(
             layer.choice = _choose(group.ms, margin)
             layer.dense = _choose(group.ms, margin, dense_only=True)
 
+    apart_calls = {name: calls[name] for name in split.apart if name in calls}
+    calls = {**calls, **whole_calls}
     sites = measure_sites("attention", calls, margin, budget_ms, time_calls) if attention else []
+    apart_sites = measure_sites("attention", apart_calls, margin, budget_ms, time_calls) if attention else []
     norm_sites = measure_sites("layer_norm", norm_calls, margin, budget_ms, time_calls) if norms else []
-    swaps = _Swaps(model, movable)
+    swaps = _Swaps(model, movable, split)
     for kernel, kind, found in (("attention", AttentionForward, sites), ("LayerNorm", NormForward, norm_sites)):
         if any(site.used for site in found):
-            swaps.sites[kernel] = [kind(model.get_submodule(site.name)) for site in found if site.used]
+            modules = {**dict(model.named_modules()), **split.whole}
+            swaps.sites[kernel] = [kind(modules[site.name]) for site in found if site.used]
+    if used := [AttentionForward(split.apart[site.name]) for site in apart_sites if site.used]:
+        swaps.sites["attention"] = [*swaps.sites.get("attention", []), *used]
     end_to_end: list[EndToEnd] = []
     notes: list[str] = []
     gated: list[GatedReport] = []
@@ -816,7 +903,7 @@ def _pack(
             tuple(end_to_end),
             torch.get_num_threads(),
             tuple(notes),
-            _site_reports(sites, swaps, "attention"),
+            _site_reports(swaps.standing(sites, apart_sites), swaps, "attention"),
             log.new,
             log.measured,
             log.reused if log.given else None,
@@ -825,12 +912,14 @@ def _pack(
         )
         log.save()
     except BaseException:
-        place_(model, swaps.original)
+        place_(model, split.arranged(swaps.original))
         disable(swaps.forwards)
         swaps.unfuse()
         raise
-    place_(model, swaps.packed)
-    enable(swaps.forwards)
+    place_(model, split.arranged(swaps.packed))
+    disable(swaps.forwards)
+    standing = set(model.modules())
+    enable(forward for forward in swaps.forwards if forward.module in standing)
     fuse(model, [pair for pair, _ in swaps.pairs.values()])
     return report
 
@@ -838,7 +927,8 @@ def _pack(
 def unpack_(model: nn.Module) -> int:
     """Turn every PackedLinear, and every packed gate-up pair, back into plain nn.Linears.
 
-    Absorbed activations, PyTorch's attention and LayerNorm, and a dtype that pack_ changed come back too.
+    Absorbed activations, nn.MultiheadAttention, PyTorch's attention and LayerNorm, and a dtype that pack_ changed come
+    back too.
 
     Args:
         model: a model that pack_ changed, or a copy of one; changed in place.
@@ -867,6 +957,9 @@ def unpack_(model: nn.Module) -> int:
         elif isinstance(module, AbsorbedActivation):
             slots[name] = module.original.train(module.training)
     place_(model, slots)
+    place_(
+        model, {name: module.whole() for name, module in model.named_modules() if isinstance(module, PackedMultihead)}
+    )
     disable(KernelForward.of(model))
     uncast_(model)
     return count

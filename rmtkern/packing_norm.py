@@ -16,10 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from rmtkern.layer_norm import layer_norm, reason_against
 from rmtkern.packing_sites import KernelForward
+from rmtkern.packing_watch import is_altered
 
 __all__ = ["NormCall", "NormForward", "watch_norms"]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,7 @@ def watch_norms(model: nn.Module) -> Iterator[dict[str, list[NormCall]]]:
 
     try:
         for name, module in model.named_modules():
-            hooks = any(getattr(module, kind) for kind in _HOOKS)
-            if name and isinstance(module, nn.LayerNorm) and "forward" not in vars(module) and not hooks:
+            if name and isinstance(module, nn.LayerNorm) and not is_altered(module):
                 originals.append((module, type(module)))
                 module.__class__ = watched(type(module), name)
         with mode:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rmtkern.activations import FUNCTIONS
 from rmtkern.packing_dtype import DTYPES
 
-__all__ = ["Seen", "reason_to_leave", "watch"]
+__all__ = ["Seen", "is_altered", "reason_to_leave", "watch"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -37,6 +37,11 @@ class Seen:
     activation: str | None = None
 
 
+def is_altered(module: nn.Module) -> bool:
+    """Whether a module has hooks or a replaced forward, which a swap would lose."""
+    return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def reason_to_leave(model: nn.Module, name: str, module: nn.Linear) -> str | None:
     """Why this linear cannot be swapped at all, or None.
 
@@ -51,7 +56,7 @@ def reason_to_leave(model: nn.Module, name: str, module: nn.Linear) -> str | Non
         return "nn.MultiheadAttention reads this weight directly and never calls the linear"
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__name__}, whose forward may differ from nn.Linear's"
-    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+    if is_altered(module):
         return "it has hooks or a replaced forward, which a swap would lose"
     names = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
     if len(names) > 1:
@@ -104,7 +109,7 @@ def _leaves(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         bare = not module._parameters and not module._buffers and not module._modules
-        if bare and name and "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS):
+        if bare and name and not is_altered(module):
             found.setdefault(id(module), []).append(name)
     return {names[0]: model.get_submodule(names[0]) for names in found.values() if len(names) == 1}
 

@@ -3,7 +3,7 @@
 It knows scores and spectra, and neither models nor patterns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Protocol
@@ -20,8 +20,8 @@ class Layer:
 
     Args:
         type: "attn", "mlp" or "other".
-        score: [N, K] float32; >= 0 where an entry may go, -1 where it is zero already, inf where the pattern forbids.
-        open: bool [N, K]; entries that may go and have not gone.
+        score: [N, K] float32; finite and >= 0 where an entry may go, -1 where it is zero already, inf where the pattern
+            forbids.
         zeros: entries that are zero already.
         edge: sigma_plus, or None where no law could be fitted (excluded from statistics, neutral itself).
         alpha: Hill exponent, or None.
@@ -30,15 +30,19 @@ class Layer:
 
     type: str
     score: Tensor
-    open: Tensor
     zeros: int
     edge: float | None = None
     alpha: float | None = None
     randomness: float = 1.0
 
+    @property
+    def open(self) -> Tensor:
+        """Which entries may go and have not gone, bool [N, K]."""
+        return (self.score >= 0) & (self.score < torch.inf)
+
 
 class Budget(Protocol):
-    """Keys [N, K], float32 or float64, >= 0 on open entries; the smallest keys of all layers go first."""
+    """Keys [N, K], float32 or float64, >= 0 on open entries, inf or < 0 elsewhere; the smallest of all go first."""
 
     def __call__(
         self, layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
@@ -56,7 +60,7 @@ def global_(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = Fa
 
 def uniform(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
     """The same sparsity in every layer, to one weight: the rank in the layer, as a fraction."""
-    return [((_ranks(layer.score.flatten()) + 0.5) / layer.score.numel()).reshape(layer.score.shape)
+    return [_closed(layer, ((_ranks(layer.score.flatten()) + 0.5) / layer.score.numel()).reshape(layer.score.shape))
             for layer in layers]  # fmt: skip
 
 
@@ -65,7 +69,7 @@ def row(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False,
 
     Source: Sun et al. (Wanda), "comparison group: per output".
     """
-    return [(_ranks(layer.score) + 0.5) / layer.score.shape[1] for layer in layers]
+    return [_closed(layer, (_ranks(layer.score) + 0.5) / layer.score.shape[1]) for layer in layers]
 
 
 def edge(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
@@ -82,7 +86,7 @@ def cycle(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = Fals
 
     Source: arXiv 2503.01922; docs/math.md (23).
     """
-    return [((_ranks(layer.score.flatten()) - layer.zeros + 0.5) / target).reshape(layer.score.shape)
+    return [_closed(layer, ((_ranks(layer.score.flatten()) - layer.zeros + 0.5) / target).reshape(layer.score.shape))
             for layer, target in zip(layers, cycle_targets(layers, cycle), strict=True)]  # fmt: skip
 
 
@@ -158,51 +162,57 @@ def _ranks(score: Tensor) -> Tensor:
     return torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(-1, order, places)
 
 
-def take_smallest(keys: Sequence[Tensor], open_: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The `count` open entries with the smallest keys over all layers; ties by layer, then by flat index.
+def _closed(layer: Layer, keys: Tensor) -> Tensor:
+    """The keys, inf where an entry may not go."""
+    return keys.masked_fill_(~layer.open, torch.inf)
+
+
+def take_smallest(keys: Sequence[Tensor], count: int) -> Iterator[Tensor]:
+    """The `count` smallest keys over all layers; ties by layer, then by flat index.
 
     A radix search on the bit patterns (those of non-negative floats are ordered like the numbers), so nothing is
-    sorted and the layers are never copied into one array.
+    sorted, and no more than one layer is copied at a time.
 
     Args:
-        keys: one [N, K] per layer, float32 or float64, all of one dtype, >= 0 on open entries.
-        open_: one bool [N, K] per layer.
-        count: 0 to the number of open entries.
+        keys: one [N, K] per layer, float32 or float64, all of one dtype; entries that are negative or inf may not go.
+        count: 0 to the number of entries that may go.
 
-    Returns:
+    Yields:
         One bool [N, K] per layer; exactly `count` true in all.
 
     Raises:
-        ValueError: fewer than `count` entries are open.
+        ValueError: fewer than `count` entries may go.
     """
-    available = sum(int(mask.sum()) for mask in open_)
+    available = sum(int(((key >= 0) & (key < torch.inf)).sum()) for key in keys)
     if not 0 <= count <= available:
         raise ValueError(f"count: expected 0 to {available} (the entries that may go), got {count}")
-    if count == 0 or count == available:
-        return [mask.clone() if count else torch.zeros_like(mask) for mask in open_]
-    digits = 16
-    width = 64 if keys[0].dtype == torch.float64 else 32
-    kind = torch.int64 if width == 64 else torch.int32
-    bits = [(key + 0.0).contiguous().view(kind)[mask] for key, mask in zip(keys, open_, strict=True)]
+    digits, width = (16, 64) if keys[0].dtype == torch.float64 else (16, 32)
     prefix, below = 0, 0
     for shift in range(width - digits, -1, -digits):  # the bits of the threshold, 16 at a time
         counts = torch.zeros(1 << digits, dtype=torch.int64)
-        for part in bits:
-            digit = (part >> shift) & ((1 << digits) - 1)
+        for key in keys:
+            bits = _bits(key)
             if shift < width - digits:
-                digit = digit[(part >> (shift + digits)) == prefix]
+                bits = bits[(bits >> (shift + digits)) == prefix]
+            digit = (bits >> shift) & ((1 << digits) - 1)
             counts += torch.bincount(digit.long(), minlength=1 << digits).cpu()
         total = counts.cumsum(0) + below
         found = int(torch.searchsorted(total, count))
         below = int(total[found] - counts[found])
         prefix = (prefix << digits) | found
-    taken, ties = [], count - below
-    for part, mask in zip(bits, open_, strict=True):
-        chosen = part < prefix
-        equal = (part == prefix).nonzero().flatten()[:ties]
-        chosen[equal] = True
-        ties -= len(equal)
-        whole = torch.zeros_like(mask)
-        whole[mask] = chosen
-        taken.append(whole)
-    return taken
+    ties = count - below
+    for key in keys:
+        bits = _bits(key)
+        chosen = bits < prefix
+        if ties:
+            equal = (bits == prefix).nonzero().flatten()[:ties]
+            chosen[equal] = True
+            ties -= len(equal)
+        yield chosen.reshape(key.shape)
+
+
+def _bits(key: Tensor) -> Tensor:
+    """Non-negative integers in the order of the keys, flat; the largest of all where a key is negative."""
+    kind = torch.int64 if key.dtype == torch.float64 else torch.int32
+    bits = (key + 0.0).flatten().view(kind)  # -0.0 becomes 0.0
+    return bits.masked_fill_(bits < 0, torch.iinfo(kind).max)

@@ -22,8 +22,9 @@ from rmtkern.spectrum.fit import SpectralFit
 __all__ = ["Pruned", "make_masks", "matrices"]
 
 Fits = Mapping[str, SpectralFit]
-Pruned = tuple[Tensor, Tensor]
-"""(mask [N, K] bool, true where the weight is zero; matrix [N, K] in the weight's dtype, zero there)."""
+Pruned = tuple[Tensor, Tensor | None]
+"""(mask [N, K] bool, true where the weight is zero; matrix [N, K] in the weight's dtype, zero there, or None if the
+weight keeps its values elsewhere)."""
 
 
 def matrices(weights: Sequence[PrunableWeight], values: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
@@ -86,6 +87,7 @@ def make_masks(
     if config.haar:
         values = [_keep_zeros(value, mask, _haar(weight, value, fits, config.haar))
                   for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
+    changes = config.haar > 0 or config.budget == "cycle"
     cycles = count(1) if config.budget == "cycle" else range(1, 2)
     for cycle in progress(cycles, "prune", show=show_progress):
         if cycle > 1:
@@ -101,12 +103,14 @@ def make_masks(
         if config.budget == "cycle":  # the last cycle is trimmed, so that the count is exact
             take = min(left, max(1, round(sum(cycle_targets(layers, cycle)))))
         keys = BUDGETS[config.budget or ""](layers, config.sparsity, alpha_regime=config.alpha_regime, cycle=cycle)
-        taken = take_smallest(keys, [layer.open for layer in layers], take)
-        masks = [mask | unit_entries(more, unit) for mask, more in zip(masks, taken, strict=True)]
-        values = [value.masked_fill(mask, 0) for value, mask in zip(values, masks, strict=True)]
+        for mask, more in zip(masks, take_smallest(keys, take), strict=True):
+            mask |= unit_entries(more, unit)
+        del keys, layers  # as large as the weights
+        if changes:
+            values = [value.masked_fill(mask, 0) for value, mask in zip(values, masks, strict=True)]
         if take == left:
             break
-    return list(zip(masks, values, strict=True))
+    return list(zip(masks, values if changes else [None] * len(masks), strict=True))
 
 
 def _layers(
@@ -122,16 +126,15 @@ def _layers(
     layers, unit = [], unit_of(params)
     for index, (weight, value, mask) in enumerate(zip(weights, values, masks, strict=True)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        score = SCORES[config.score or ""](value, moments.get(weight.name), generator).masked_fill(mask, 0.0)
+        score = SCORES[config.score or ""](value, moments.get(weight.name), generator).masked_fill_(mask, 0.0)
         gone = whole_units(mask, unit)
-        score = unit_scores(score, unit).masked_fill(gone, -1.0)
+        score = unit_scores(score, unit).masked_fill_(gone, -1.0)
         allowed = PATTERNS[kind](score, params)
         found = [fits[label] for label in weight.blocks() if label in fits]
         layers.append(
             Layer(
                 layer_type(weight.role),
-                score.masked_fill(~(allowed | gone), torch.inf),
-                allowed & ~gone,
+                score.masked_fill_(~(allowed | gone), torch.inf),
                 int(gone.sum()),
                 edge=_mean([one.sigma_plus for one in found]),
                 alpha=_mean([one.hill_alpha for one in found]),

@@ -14,7 +14,6 @@ from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.admm import admm_mask
 from rmtkern.pruning.calibrate import evaluating, forward_passes, second_moment, weights_in_order
-from rmtkern.pruning.cycles import Pruned
 from rmtkern.pruning.obs import obs_mask
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.plan import PruneConfig
@@ -35,7 +34,7 @@ def prune_layerwise(
     images: Tensor | Iterable[Any],
     *,
     show_progress: bool | None = None,
-) -> tuple[list[Pruned], int]:
+) -> tuple[list[tuple[Tensor, Tensor]], int]:
     """Choose (scores "obs" and "admm") and repair every weight for the inputs that the layers pruned before it give.
 
     The model runs once over the images, block by block. Between two weights it holds pruned weights; at the end, and
@@ -102,7 +101,7 @@ def _restored(weights: Sequence[PrunableWeight]) -> Iterator[Any]:
             weight.parameter.copy_(value)
 
 
-def _prune(weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: PruneConfig) -> Pruned:
+def _prune(weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: PruneConfig) -> tuple[Tensor, Tensor]:
     """One weight's mask and repaired matrix, block by block of the rows that see inputs of their own."""
     matrix, kind_params = weight.as_matrix(), parse_pattern(config.pattern)
     mask, moments = chosen, damped(moments)

@@ -13,7 +13,7 @@ from rmtkern.pruning.budget import BUDGETS, SPECTRAL, Layer, cycle_targets, edge
 
 def layer(score, type="mlp", zeros=0, **signals):
     score = torch.as_tensor(score, dtype=torch.float32)
-    return Layer(type, score, score >= 0, zeros, **signals)
+    return Layer(type, score, zeros, **signals)
 
 
 def signals(edges, types=None):
@@ -33,25 +33,27 @@ def test_take_smallest_equals_a_stable_sort(sizes, levels, wide, seed):
     order = [i for i in np.argsort(flat, kind="stable") if open_[i]][:count]
     expected = np.zeros(len(flat), bool)
     expected[order] = True
-    taken = take_smallest([torch.from_numpy(key) for key in keys], [torch.from_numpy(o) for o in opens], count)
+    closed = rng.choice([-1.0, np.inf], size=4)
+    marked = [np.where(one, key, closed[i]).astype(dtype) for i, (one, key) in enumerate(zip(opens, keys, strict=True))]
+    taken = list(take_smallest([torch.from_numpy(key) for key in marked], count))
     assert np.array_equal(torch.cat(taken, 1)[0].numpy(), expected)
 
 
-def test_take_smallest_leaves_infinite_keys_for_last():
-    taken = take_smallest([torch.tensor([[math.inf, 1.0, 0.0]])], [torch.ones(1, 3, dtype=torch.bool)], 2)
-    assert taken[0].tolist() == [[False, True, True]]
+def test_take_smallest_takes_all_that_may_go_and_both_zeros():
+    taken = list(take_smallest([torch.tensor([[math.inf, 1.0, -0.0, -1.0, 0.0]])], 3))
+    assert taken[0].tolist() == [[False, True, True, False, True]]
 
 
 @pytest.mark.parametrize("count", [-1, 3])
 def test_take_smallest_refuses_other_counts(count):
     with pytest.raises(ValueError, match=rf"count: expected 0 to 2 \(the entries that may go\), got {count}"):
-        take_smallest([torch.ones(1, 3)], [torch.tensor([[True, True, False]])], count)
+        next(take_smallest([torch.tensor([[1.0, 1.0, -1.0], [math.inf] * 3])], count))
 
 
 def zeros_of(budget, layers, sparsity):
     keys = BUDGETS[budget](layers, sparsity)
     count = round(sparsity * sum(one.score.numel() for one in layers))
-    return take_smallest(keys, [one.open for one in layers], count)
+    return list(take_smallest(keys, count))
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.9])
@@ -140,7 +142,7 @@ def test_a_cycle_always_removes_something():
 def test_cycle_shares_by_target():
     layers = [layer(torch.rand(100, 100), randomness=r) for r in (1.0, 0.25)]
     targets = cycle_targets(layers, 1)
-    masks = take_smallest(BUDGETS["cycle"](layers, 0.5, cycle=1), [one.open for one in layers], round(sum(targets)))
+    masks = list(take_smallest(BUDGETS["cycle"](layers, 0.5, cycle=1), round(sum(targets))))
     assert [int(mask.sum()) for mask in masks] == pytest.approx(targets, abs=1)
     assert targets[1] == pytest.approx(targets[0] / 8)  # 0.25^1.5
 

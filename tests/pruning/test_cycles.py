@@ -19,7 +19,9 @@ def run(model, **fields):
     config = PruneConfig(targets=("all",), **fields).resolve(calibrated=False)
     weights = prunable_weights(model, "all")
     fits = quiet(matrices(weights)) if config.needs_fits else {}
-    return make_masks(weights, config, fits, {}, quiet, show_progress=False)
+    found = make_masks(weights, config, fits, {}, quiet, show_progress=False)
+    return [(mask, weight.as_matrix().masked_fill(mask, 0) if value is None else value)
+            for weight, (mask, value) in zip(weights, found, strict=True)]  # fmt: skip
 
 
 def model(*shapes, dtype=torch.float64):

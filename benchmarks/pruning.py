@@ -1,0 +1,68 @@
+"""Time and memory of prune_ on whole models with random weights: calibrated ViT-B/16 and global selection in ViT-L/16.
+
+    python -m benchmarks.pruning [--only calibrated|global] [--threads 2] [--images 256]
+
+Memory is the peak of the resident set beyond what the process holds with the model and the images before the call.
+Random images and weights: what is computed does not depend on their values, but for the number of repair steps.
+"""
+
+import argparse
+import re
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+from benchmarks.record import results_file, stamped, write_rows
+from rmtkern.api import prune_
+from rmtkern.tables import Table
+
+KEYS = ("case", "model", "threads", "images")
+CASES = {"calibrated": ("vit_base_patch16_224", "admm"), "global": ("vit_large_patch16_224", "magnitude")}
+"""Case -> timm model, method."""
+
+
+def status_mib(field: str) -> float:
+    """VmRSS or VmHWM of this process [MiB]."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise RuntimeError(f"no {field} in /proc/self/status: peak memory needs Linux")
+    return int(match[1]) / 1024
+
+
+def measure(case: str, threads: int, images: int) -> dict[str, object]:
+    """One row."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    name, method = CASES[case]
+    model = timm.create_model(name).eval()
+    weights_mib = sum(p.nbytes for p in model.parameters()) / 2**20
+    calibration = torch.randn(images, *model.default_cfg["input_size"]) if case == "calibrated" else None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
+    before, wall, cpu = status_mib("VmRSS"), time.perf_counter(), time.process_time()
+    plan = prune_(model, 0.5, method, calibration=calibration)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    extra = status_mib("VmHWM") - before
+    plan.verify(model)
+    row = {"case": case, "model": name, "threads": threads, "images": images if calibration is not None else 0}
+    row |= {"method": method, "sparsity": plan.sparsity, "weights": plan.prunable.total, "wall_s": round(wall, 1)}
+    return row | {"cpu_s": round(cpu, 1), "model_mib": weights_mib, "extra_mib": extra, "extra": extra / weights_mib}
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(CASES), help="default: both")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=256, help="to calibrate on")
+    parser.add_argument("--dry", action="store_true", help="store nothing")
+    args = parser.parse_args()
+    rows = [measure(case, args.threads, args.images) for case in ([args.only] if args.only else CASES)]
+    if not args.dry:
+        write_rows(results_file("pruning"), [stamped(row, timm=timm.__version__) for row in rows], KEYS)
+    print(Table(list(rows[0]), [list(row.values()) for row in rows]).to_text())
+
+
+if __name__ == "__main__":
+    main()
