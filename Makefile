@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all sanitize lint bench wheel clean
+.PHONY: help demo test test-all gpu-static sanitize lint bench wheel clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,11 @@ test: $(VENV)/.installed-dev  ## the default test suite
 
 test-all: $(VENV)/.installed-dev  ## the default suite and the slow checks
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+gpu-static: $(VENV)/.installed-gpu-static  ## the GPU kernels without a GPU: interpreted, and compiled for each architecture
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu -m interpreted
+	$(BIN)/python -m pytest tests/gpu -m compiled
+	$(BIN)/python -m tests.gpu.matrix
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/.installed-dev  ## the kernels' tests under AddressSanitizer and UBSan, in a copy of the tree

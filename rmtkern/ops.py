@@ -28,6 +28,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "trito
 NAMES = ("cpu", "cuda", "triton", "reference")  # "reference" runs only when named
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # what csrc/isa is written for
 NEEDS = {"cuda": "cupy", "triton": "triton"}  # the package without which a backend cannot be imported
+NO_DEVICE = "no CUDA device"
 KERNELS: dict[str, dict[str, ModuleType | str]] = {}  # layout -> backend -> module, or why there is none
 
 _log = logging.getLogger(__name__)
@@ -55,9 +56,16 @@ def load_kernels(layout: str) -> None:
             found[backend] = f"layout {layout} has no {backend} kernel yet"
         elif need is not None and importlib.util.find_spec(need) is None:
             found[backend] = f"the package {need} is not installed"
+        elif need is not None and not _has_device():
+            found[backend] = NO_DEVICE  # so that a machine without one never imports triton
         else:
             found[backend] = importlib.import_module(path)
     KERNELS[layout] = found
+
+
+def _has_device() -> bool:
+    """Whether GPU kernels can run in this process: on a device, or in Triton's interpreter."""
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _candidates(device: str, backend: str | None) -> tuple[str, ...]:
@@ -242,10 +250,10 @@ def available() -> Availability:
         load_kernels(layout)
         for backend, kernel in KERNELS[layout].items():
             if isinstance(kernel, str):
-                no_device = "" if torch.cuda.is_available() else "; no CUDA device"
-                rows.append((layout, backend, "-", False, kernel + no_device))
+                more = "" if torch.cuda.is_available() or kernel == NO_DEVICE else f"; {NO_DEVICE}"
+                rows.append((layout, backend, "-", False, kernel + more))
             elif backend in BACKENDS["cuda"] and not torch.cuda.is_available():
-                rows.append((layout, backend, "-", False, "no CUDA device"))
+                rows.append((layout, backend, "-", False, NO_DEVICE))
             elif getattr(kernel, "linear", None) is cpu.linear:
                 runs = cpu.isas()
                 rows += [(layout, backend, isa, True, "") for isa in runs]

@@ -45,11 +45,23 @@ def test_no_kernel_gives_each_reason(packed):
         KernelUnavailable, match=r"on meta: no backend is written for this device; move the model to cpu"
     ):
         ops.linear(torch.randn(3, 64, device="meta"), packed)
-    with pytest.raises(KernelUnavailable, match=r"triton: layout bitmask has no triton kernel yet"):
-        ops.linear(torch.randn(3, 64), packed, backend="triton")
+    with pytest.raises(KernelUnavailable, match=r"cuda: layout bitmask has no cuda kernel yet"):
+        ops.linear(torch.randn(3, 64), packed, backend="cuda")
     dense = LAYOUTS["dense"].pack(torch.randn(4, 8)).double()
     with pytest.raises(KernelUnavailable, match=r"the weight torch.float64; cast one to the other"):
         ops.linear(torch.randn(3, 8), dense)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_triton_is_refused_and_never_imported(packed, monkeypatch):
+    monkeypatch.setattr(ops, "KERNELS", {})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: object())
+    real = ops.importlib.import_module
+    monkeypatch.setattr(ops.importlib, "import_module", lambda name: real(name) if "triton" not in name else 1 / 0)
+    monkeypatch.setitem(ops.NEEDS, "cuda", "cupy")
+    with pytest.raises(KernelUnavailable, match=r"triton: no CUDA device"):
+        ops.linear(torch.randn(3, 64), packed, backend="triton")
 
 
 def test_without_the_extension(packed, monkeypatch):

@@ -7,9 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-__all__ = ["INTEGERS", "PackedWeight", "as_integers", "check_dense"]
+__all__ = ["CPU_DTYPES", "INTEGERS", "PackedWeight", "as_integers", "check_dense"]
 
-INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+CPU_DTYPES = (torch.float32, torch.bfloat16)
+"""What the CPU kernels compute; layouts may store more."""
+
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 """The integers as which entries travel through NumPy, which lacks bfloat16."""
 
 
@@ -17,8 +20,9 @@ class PackedWeight(nn.Module):
     """A weight [N, K] (out, in features) in one storage layout; the parts are buffers, so `.to()` and state_dict work.
 
     A layout is a subclass that sets the class variables and writes `pack` and `unpack` (and `reason_against`, if not
-    every weight fits). The law, tested for all layouts: `pack(W).unpack()` equals W bit for bit at the packed dtype,
-    except that -0.0 becomes 0.0 (`lowrank` and `spectral`, whose weights are products, say what they keep instead).
+    every weight fits; and `gpu_form`, if its GPU kernels read another order, which is not part of state_dict). The
+    law, tested for all layouts: `pack(W).unpack()` equals W bit for bit at the packed dtype, except that -0.0 becomes
+    0.0 (`lowrank` and `spectral`, whose weights are products, say what they keep instead).
 
     Args:
         shape: (N, K).
@@ -29,6 +33,7 @@ class PackedWeight(nn.Module):
     layout: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
+    gpu_parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: tuple[int, int], params: Mapping[str, int], parts: tuple[Tensor, ...]) -> None:
         super().__init__()
@@ -36,6 +41,9 @@ class PackedWeight(nn.Module):
         self.params = dict(params)
         for name, tensor in zip(self.parts, parts, strict=True):
             self.register_buffer(name, _aligned(tensor))
+        for name in self.gpu_parts:
+            self.register_buffer(name, None, persistent=False)
+        self._arrive()
 
     @classmethod
     def reason_against(cls, dense: Tensor, **params: int) -> str | None:
@@ -56,6 +64,34 @@ class PackedWeight(nn.Module):
         """The dense weight [N, K] in the packed dtype, bit-exact (-0.0 becomes 0.0)."""
         raise NotImplementedError
 
+    def gpu_form(self) -> tuple[Tensor, ...]:
+        """What GPU kernels read besides the parts, made from them: one tensor for each name in `gpu_parts`."""
+        return ()
+
+    def gpu_tensors(self) -> tuple[Tensor, ...]:
+        """`gpu_form`, which is made once when the weight arrives on a GPU; elsewhere it is made on the spot."""
+        held = tuple(getattr(self, name) for name in self.gpu_parts)
+        return self.gpu_form() if any(tensor is None for tensor in held) else held
+
+    def _arrive(self) -> None:
+        """Make or drop the GPU form, as the device of the parts asks."""
+        if self.gpu_parts:
+            on_gpu = self.tensors()[0].device.type == "cuda"
+            form = self.gpu_form() if on_gpu else (None,) * len(self.gpu_parts)
+            for name, tensor in zip(self.gpu_parts, form, strict=True):
+                setattr(self, name, tensor)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        for name in self.gpu_parts:
+            setattr(self, name, None)
+        super()._apply(*args, **kwargs)
+        self._arrive()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._arrive()
+
     def tensors(self) -> tuple[Tensor, ...]:
         """The parts, in the order of the class's `parts`."""
         return tuple(getattr(self, name) for name in self.parts)
@@ -68,8 +104,9 @@ class PackedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(part.numel() * part.element_size() for part in self.tensors())
+        """Bytes of all parts, and of the GPU form where it is held."""
+        held = [tensor for name in self.gpu_parts if (tensor := getattr(self, name)) is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.tensors(), *held))
 
     def extra_repr(self) -> str:
         """Shape, params and bytes."""

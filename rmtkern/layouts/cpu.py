@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmtkern.errors import KernelUnavailable
-from rmtkern.layouts.base import PackedWeight
+from rmtkern.layouts.base import CPU_DTYPES, PackedWeight
 
 MISSING: str | None = None
 
@@ -33,8 +33,9 @@ def supports(w: PackedWeight, x: Tensor) -> str | None:
     """Why the CPU kernels cannot compute x [T, K] times this weight, or None if they can."""
     if MISSING is not None:
         return MISSING
-    if x.dtype not in w.dtypes:
-        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes)}"
+    dtypes = [dtype for dtype in w.dtypes if dtype in CPU_DTYPES]
+    if x.dtype not in dtypes:
+        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in dtypes)}"
     if (held := next(part.dtype for part in w.tensors() if part.is_floating_point())) != x.dtype:
         return f"x is {x.dtype}, the weight {held}; cast x, or pack the weight again in the dtype of x"
     for tensor in (x, *w.tensors()):

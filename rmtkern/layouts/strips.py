@@ -3,13 +3,16 @@
 It knows neither PackedWeight nor kernels; csrc/linear/strips.inl reads the arrays.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rmtkern.layouts.base import INTEGERS, as_integers
 
-__all__ = ["BLOCK_ROWS", "pack_strips", "unpack_strips"]
+__all__ = ["BLOCK_ROWS", "masks_by_row", "pack_strips", "unpack_strips"]
 
 BLOCK_ROWS = 128
 """Rows of a row block; part of the format."""
@@ -60,6 +63,38 @@ def pack_strips(dense: Tensor, r: int, c: int = 1, words: int = 1) -> Parts:
     return parts[0].view(dense.dtype), parts[1], parts[2], parts[3]
 
 
+def _places(rows: NDArray[Any], strips: int, blocks: int, tall: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The strip and the column block of each segment."""
+    index = np.arange(len(rows))
+    row_block = index // (tall * blocks)  # exact: only the last row block is shorter
+    height = np.minimum(strips - row_block * tall, tall)
+    return row_block * tall + rows, (index - row_block * tall * blocks) // height
+
+
+def masks_by_row(shape: tuple[int, int], masks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The masks of strips of one row and units of one column in the order of rows, and where each one's values begin.
+
+    Args:
+        shape: (N, K).
+        masks: [segments * words] int64 of `pack_strips`, 1 or 2 words.
+        rows: [segments] uint8.
+
+    Returns:
+        masks [C, N] int64 and places [C, N] int32 in `values`, for each 64 columns of W; C is ceil(K / 64), rounded up
+        to a multiple of the words. On the device of `masks`.
+    """
+    n, k = shape
+    words = len(masks) // len(rows)
+    blocks = -(-k // (64 * words))
+    segments = masks.cpu().numpy().reshape(-1, words)
+    counts = np.bitwise_count(segments.view(np.uint64)).astype(np.int64).ravel()
+    begin = (counts.cumsum() - counts).reshape(-1, words)  # values lie segment by segment, by column in it
+    row, block = _places(rows.cpu().numpy(), n, blocks, BLOCK_ROWS)
+    ordered, places = np.empty((blocks, words, n), np.int64), np.empty((blocks, words, n), np.int32)
+    ordered[block, :, row], places[block, :, row] = segments, begin
+    return tuple(torch.from_numpy(array.reshape(-1, n)).to(masks.device) for array in (ordered, places))  # type: ignore[return-value]
+
+
 def unpack_strips(shape: tuple[int, int], r: int, parts: Parts, c: int = 1, words: int = 1) -> Tensor:
     """The dense weight [N, K] of what `pack_strips` returned, on its device."""
     n_rows, n_cols = shape
@@ -70,11 +105,8 @@ def unpack_strips(shape: tuple[int, int], r: int, parts: Parts, c: int = 1, word
     entries = values.view(INTEGERS[values.dtype]).numpy()
     segments = np.zeros((*bits.shape, r * c), entries.dtype)
     segments[bits] = entries
-    index = np.arange(len(rows))
-    row_block = index // (tall * blocks)  # exact: only the last row block is shorter
-    height = np.minimum(strips - row_block * tall, tall)
-    block = (index - row_block * tall * blocks) // height
+    strip, block = _places(rows, strips, blocks, tall)
     units = np.empty((strips, blocks, width, r, c), entries.dtype)
-    units[row_block * tall + rows, block] = segments.reshape(-1, width, r, c)
+    units[strip, block] = segments.reshape(-1, width, r, c)
     dense = units.transpose(0, 3, 1, 2, 4).reshape(strips * r, -1)[:n_rows, :n_cols]
     return torch.from_numpy(np.ascontiguousarray(dense)).view(values.dtype).to(parts[0].device)

@@ -191,7 +191,9 @@ def test_pack_keeps_device_and_names_what_it_refuses():
     assert BitmaskWeight.pack(weight.requires_grad_()).values.requires_grad is False
     with pytest.raises(ValueError, match=r"bitmask takes no params, got \['n'\]"):
         BitmaskWeight.pack(weight, n=2)
-    with pytest.raises(ValueError, match=r"bitmask: expected dtype torch.float32, torch.bfloat16, got torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"bitmask: expected dtype torch.float32, torch.bfloat16, torch.float16, got torch.float64"
+    ):
         BitmaskWeight.pack(weight.double())
     with pytest.raises(ValueError, match="bitmask: the weight has NaN or Inf entries"):
         BitmaskWeight.pack(torch.full((2, 2), float("nan")))

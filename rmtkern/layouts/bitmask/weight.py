@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight, check_dense
-from rmtkern.layouts.strips import pack_strips, unpack_strips
+from rmtkern.layouts.strips import masks_by_row, pack_strips, unpack_strips
 
 __all__ = ["BitmaskWeight"]
 
-WORDS = {torch.float32: 1, torch.bfloat16: 2}
-"""64-bit words of a segment's mask: 64 columns of float32, 128 of bfloat16, which kernels take in pairs."""
+WORDS = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 2}
+"""64-bit words of a segment's mask: 64 columns, or 128 of bfloat16, which the CPU kernels take in pairs."""
 
 
 class BitmaskWeight(PackedWeight):
@@ -20,15 +20,18 @@ class BitmaskWeight(PackedWeight):
     The storage of strips.py with strips of one row and units of one column.
 
     Parts:
-        values: [nnz] float32 or bfloat16, segment by segment, by column in it.
+        values: [nnz] float32, bfloat16 or float16 (the last on a GPU only), segment by segment, by column in it.
         masks: [segments * words] int64; bit j of a segment is set where its column j is not zero.
         rows: [segments] uint8, the segment's row in its row block.
         starts: [groups + 1] int64, where a group's values begin.
+
+    On a GPU the masks are also held in the order of the rows (`gpu_form`). The values are not moved.
     """
 
     layout = "bitmask"
     parts = ("values", "masks", "rows", "starts")
-    dtypes = (torch.float32, torch.bfloat16)
+    gpu_parts = ("row_masks", "row_starts")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     values: Tensor
     masks: Tensor
     rows: Tensor
@@ -39,7 +42,7 @@ class BitmaskWeight(PackedWeight):
         """Store a dense weight.
 
         Args:
-            dense: [N, K] float32 or bfloat16, finite.
+            dense: [N, K] float32, bfloat16 or float16, finite.
             params: none; the layout has no choices.
 
         Returns:
@@ -58,4 +61,13 @@ class BitmaskWeight(PackedWeight):
     def unpack(self) -> Tensor:
         """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
         parts = (self.values[:, None], self.masks, self.rows, self.starts)
-        return unpack_strips(self.shape, 1, parts, words=WORDS[self.values.dtype])
+        return unpack_strips(self.shape, 1, parts, words=len(self.masks) // len(self.rows))
+
+    def gpu_form(self) -> tuple[Tensor, ...]:
+        """The masks in the order of the rows, 12 bytes for 64 entries.
+
+        Returns:
+            row_masks [C, N] int64, bit j of [c, n] set where W[n, 64 c + j] is not zero, and row_starts [C, N] int32,
+            where in `values` the first entry of that mask lies. C >= ceil(K / 64).
+        """
+        return masks_by_row(self.shape, self.masks, self.rows)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rmtkern.activations import apply_activation
+from rmtkern.layouts.base import CPU_DTYPES
 from rmtkern.layouts.cpu import MISSING
 from rmtkern.layouts.dense.weight import FORMS, NO_ONEDNN, DenseWeight
 from rmtkern.layouts.pairs import CHUNK
@@ -22,8 +23,8 @@ _ONEDNN = {  # activation -> (attr, algorithm) of mkldnn._linear_pointwise
 
 def supports(w: DenseWeight, x: Tensor) -> str | None:
     """Why the form's dense linear cannot compute x [T, K] times this weight, or None if they can."""
-    if x.dtype not in w.dtypes:
-        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes)}"
+    if x.dtype not in CPU_DTYPES:
+        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in CPU_DTYPES)}"
     weight = w.stored
     if weight.dtype != x.dtype:
         return f"x is {x.dtype}, the weight {weight.dtype}; cast one to the other's dtype"

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rmtkern.layouts.base import PackedWeight, check_dense
+from rmtkern.layouts.base import CPU_DTYPES, PackedWeight, check_dense
 from rmtkern.layouts.tiles import pack_tiles, unpack_tiles
 
 __all__ = ["FORMS", "NO_ONEDNN", "DenseWeight"]
@@ -31,7 +31,7 @@ NO_ONEDNN = _why_no_onednn()
 
 
 class DenseWeight(PackedWeight):
-    """A dense weight [N, K] float32 or bfloat16.
+    """A dense weight [N, K] float32, bfloat16 or float16 (the last on a GPU only).
 
     `params["form"]` is the index in `FORMS` of the library call that runs it: 0 `torch` (`F.linear`), 1 `onednn`
     (oneDNN's linear, which reorders the weight at every call), 2 `onednn_prepacked` (reordered once; the opaque tensor
@@ -42,7 +42,7 @@ class DenseWeight(PackedWeight):
 
     layout = "dense"
     parts = ("dense",)
-    dtypes = (torch.float32, torch.bfloat16)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     dense: Tensor | None
     reordered: Tensor | None
 
@@ -112,7 +112,7 @@ class DenseWeight(PackedWeight):
 
     def _reorder(self) -> None:
         plain = self.stored
-        if plain.device.type != "cpu" or plain.dtype not in self.dtypes:
+        if plain.device.type != "cpu" or plain.dtype not in CPU_DTYPES:
             return
         if self.params["form"] == _PREPACKED and NO_ONEDNN is None:
             self.reordered = torch.ops.mkldnn._reorder_linear_weight(plain, self.params["tokens"])

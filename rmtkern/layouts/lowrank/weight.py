@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rmtkern.layouts.base import PackedWeight, check_dense
 from rmtkern.layouts.factors import GAIN, check_factors, factor, reason_against_rank, tolerance, truncation_errors
@@ -21,13 +22,15 @@ class LowRankWeight(PackedWeight):
     kernel rounds the middle x Aᵀ to the dtype of x. `params["rank"]` is R.
 
     Parts:
-        a: [ceil(R / 32) * lanes of K, 32 * items of a lane] float32 or bfloat16, as `pack_tiles` stores A.
+        a: [ceil(R / 32) * lanes of K, 32 * items of a lane] float32, bfloat16 or float16 (the last on a GPU only), as
+            `pack_tiles` stores A.
         b: [ceil(N / 32) * lanes of R, 32 * items of a lane], B likewise.
     """
 
     layout = "lowrank"
     parts = ("a", "b")
-    dtypes = (torch.float32, torch.bfloat16)
+    gpu_parts = ("plain_a", "plain_b")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     a: Tensor
     b: Tensor
 
@@ -58,7 +61,7 @@ class LowRankWeight(PackedWeight):
         """Store a weight that has rank `rank` numerically.
 
         Args:
-            dense: [N, K] float32 or bfloat16, finite.
+            dense: [N, K] float32, bfloat16 or float16, finite.
             params: rank, 1 to min(N, K).
 
         Returns:
@@ -80,7 +83,7 @@ class LowRankWeight(PackedWeight):
         """Store the product of two factors as it is.
 
         Args:
-            b: [N, R] float32 or bfloat16, finite.
+            b: [N, R] float32, bfloat16 or float16, finite.
             a: [R, K], dtype of `b`, R at most min(N, K).
 
         Returns:
@@ -98,6 +101,12 @@ class LowRankWeight(PackedWeight):
         """(B [N, R], A [R, K]) in the packed dtype, bit for bit."""
         rank = self.params["rank"]
         return unpack_tiles(self.b, (self.shape[0], rank)), unpack_tiles(self.a, (rank, self.shape[1]))
+
+    def gpu_form(self) -> tuple[Tensor, ...]:
+        """A [R', K] and B [N, R'] row by row, R filled up with zeros to a multiple of 16 so that loads are wide."""
+        b, a = self.factors()
+        fill = -self.params["rank"] % 16
+        return F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
 
     def unpack(self) -> Tensor:
         """B A [N, K] summed in float64, rounded once to the packed dtype."""

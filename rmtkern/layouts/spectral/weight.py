@@ -5,10 +5,11 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rmtkern.layouts.base import PackedWeight, check_dense
 from rmtkern.layouts.factors import GAIN, check_factors, factor, reason_against_rank, tolerance
-from rmtkern.layouts.strips import pack_strips, unpack_strips
+from rmtkern.layouts.strips import masks_by_row, pack_strips, unpack_strips
 from rmtkern.layouts.tiles import pack_tiles, unpack_tiles
 
 __all__ = ["SpectralWeight"]
@@ -35,6 +36,7 @@ class SpectralWeight(PackedWeight):
 
     layout = "spectral"
     parts = ("values", "masks", "rows", "starts", "a", "b")
+    gpu_parts = ("row_masks", "row_starts", "plain_a", "plain_b")
     dtypes = (torch.float32, torch.bfloat16)
     values: Tensor
     masks: Tensor
@@ -130,11 +132,21 @@ class SpectralWeight(PackedWeight):
         factors = (pack_tiles(a.detach()), pack_tiles(b.detach(), STRIP))
         return cls(shape, {"rank": a.shape[0]}, (values[:, 0], *rest, *factors))
 
+    def gpu_form(self) -> tuple[Tensor, ...]:
+        """Masks and starts of S as `masks_by_row` puts them; A [R', K] and B [N, R'] row by row.
+
+        R is filled up with zeros to a power of two, at least 16, as the kernel takes it.
+        """
+        (n, k), rank = self.shape, self.params["rank"]
+        b, a = unpack_tiles(self.b, (n, rank), STRIP), unpack_tiles(self.a, (rank, k))
+        fill = max(16, 1 << (rank - 1).bit_length()) - rank
+        return *masks_by_row(self.shape, self.masks, self.rows), F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
+
     def split(self) -> tuple[Tensor, Tensor, Tensor]:
         """(B [N, R], A [R, K], S [N, K]) in the packed dtype, bit for bit (-0.0 in S has become 0.0)."""
         (n, k), rank = self.shape, self.params["rank"]
         sparse = (self.values[:, None], self.masks, self.rows, self.starts)
-        s = unpack_strips((n, k), 1, sparse, words=WORDS[self.values.dtype])
+        s = unpack_strips((n, k), 1, sparse, words=len(self.masks) // len(self.rows))
         return unpack_tiles(self.b, (n, rank), STRIP), unpack_tiles(self.a, (rank, k)), s
 
     def unpack(self) -> Tensor:

@@ -1,0 +1,154 @@
+"""Which tile a GPU kernel uses, by (layout, element size, architecture, shape class). It decides nothing else.
+
+The figures come from static analysis (registers, shared memory, instructions; docs/gpu.md), not from timing: no GPU has
+run them yet. It knows no kernel and imports no triton.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["ARCHITECTURES", "Config", "architecture", "candidates", "choose", "precision", "shape_class"]
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+"""What the kernels are compiled and checked for; others are refused."""
+
+SHAPE_CLASSES = {"row": 16, "image": 512, "batch": None}
+"""Class -> most tokens T in it: a class token or tiny batch, one or two images (ViT: 197 each), everything else."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to run a tile kernel.
+
+    Args:
+        bm: tokens of an output tile, a power of two >= 16.
+        bn: output features of a tile, likewise.
+        bk: input features of one step, likewise.
+        warps: warps of a program.
+        stages: buffers of the software pipeline.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+    @property
+    def label(self) -> str:
+        """Such as "128x128x64-w8-s3"."""
+        return f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}-s{self.stages}"
+
+
+_Table = dict[str, Config]
+
+# sm_86, 89 and 120 give a block 99 KiB of shared memory, sm_80 163, sm_90 and 100 227, gfx942 64 (so two stages).
+# "ragged": for more than a few tokens where N or K is no multiple of 16, when wider tiles spill registers.
+_DENSE_16: _Table = {
+    "row": Config(16, 64, 128, 4, 4),
+    "image": Config(64, 64, 64, 4, 4),
+    "batch": Config(128, 128, 64, 8, 3),
+    "ragged": Config(64, 64, 64, 4, 4),
+}
+_DENSE_32: _Table = {
+    "row": Config(16, 64, 64, 4, 3),
+    "image": Config(32, 64, 32, 4, 3),
+    "batch": Config(128, 64, 32, 8, 3),  # fewest instructions per product of those that do not spill
+    "ragged": Config(32, 64, 32, 4, 3),
+}
+_DENSE_16_AMD: _Table = {
+    "row": Config(16, 64, 128, 4, 2),
+    "image": Config(64, 64, 64, 4, 2),
+    "batch": Config(128, 128, 64, 8, 2),
+    "ragged": Config(64, 64, 64, 4, 2),
+}
+_DENSE_32_AMD: _Table = {
+    "row": Config(16, 64, 64, 4, 2),
+    "image": Config(32, 64, 32, 4, 2),
+    "batch": Config(64, 64, 32, 4, 2),
+    "ragged": Config(32, 64, 32, 4, 2),
+}
+# A bitmask tile is as deep as a mask is wide (bk = 64). It can pay for small T only; larger T stay correct.
+_BITMASK_16: _Table = {
+    "row": Config(16, 32, 64, 4, 2),
+    "image": Config(64, 64, 64, 4, 2),
+    "batch": Config(128, 64, 64, 8, 2),
+    "ragged": Config(64, 64, 64, 8, 2),
+}
+_BITMASK_32: _Table = {
+    "row": Config(16, 32, 64, 8, 2),
+    "image": Config(32, 32, 64, 8, 2),
+    "batch": Config(64, 32, 64, 8, 2),
+    "ragged": Config(16, 32, 64, 8, 2),
+}
+# The same with the middle of a low rank in registers besides.
+_SPECTRAL_16: _Table = {
+    "row": Config(16, 32, 64, 4, 2),
+    "image": Config(64, 64, 64, 8, 2),
+    "batch": Config(128, 64, 64, 8, 2),
+    "ragged": Config(64, 64, 64, 8, 2),
+}
+_SPECTRAL_32: _Table = {
+    "row": Config(16, 32, 64, 8, 2),
+    "image": Config(32, 32, 64, 8, 2),
+    "batch": Config(32, 32, 64, 8, 2),
+    "ragged": Config(16, 32, 64, 8, 2),
+}
+
+
+def _table(layout: str, itemsize: int, arch: str) -> _Table:
+    if layout == "bitmask":
+        return _BITMASK_16 if itemsize == 2 else _BITMASK_32
+    if layout == "spectral":
+        return _SPECTRAL_16 if itemsize == 2 else _SPECTRAL_32
+    if arch.startswith("gfx"):
+        return _DENSE_16_AMD if itemsize == 2 else _DENSE_32_AMD
+    return _DENSE_16 if itemsize == 2 else _DENSE_32
+
+
+def shape_class(tokens: int) -> str:
+    """The class of a call with `tokens` rows: "row", "image" or "batch"."""
+    return next(name for name, most in SHAPE_CLASSES.items() if most is None or tokens <= most)
+
+
+def choose(layout: str, itemsize: int, arch: str, tokens: int, aligned: bool = True) -> Config:
+    """The tile for a call.
+
+    Args:
+        layout: "dense", "bitmask" or "spectral".
+        itemsize: bytes of an element, 2 or 4.
+        arch: a name in `ARCHITECTURES`.
+        tokens: T >= 1.
+        aligned: whether N and K are multiples of 16.
+
+    Returns:
+        The table's entry for the shape class of `tokens`.
+    """
+    name = shape_class(tokens)
+    return _table(layout, itemsize, arch)[name if aligned or name == "row" else "ragged"]
+
+
+def candidates(layout: str, itemsize: int, arch: str, aligned: bool = True) -> tuple[Config, ...]:
+    """Every distinct tile that `choose` can return for a layout, element size, architecture and alignment."""
+    chosen = (choose(layout, itemsize, arch, most or 2**20, aligned) for most in SHAPE_CLASSES.values())
+    return tuple(dict.fromkeys(chosen))
+
+
+def architecture(backend: str, arch: int | str) -> str | None:
+    """The name in `ARCHITECTURES` whose code runs on a device, or None if none does.
+
+    Args:
+        backend: "cuda" or "hip".
+        arch: compute capability as an integer (86 for 8.6), or AMD's name such as "gfx942:sramecc+".
+    """
+    if backend == "hip":
+        name = str(arch).split(":")[0]
+    else:
+        number = int(arch)
+        same_family = {87: 86, 101: 100, 103: 100, 121: 120}
+        name = f"sm_{same_family.get(number, number)}"
+    return name if name in ARCHITECTURES else None
+
+
+def precision(itemsize: int, arch: str) -> str:
+    """How a dot product of float32 is summed: three TF32 products on NVIDIA's tensor cores, exactly elsewhere."""
+    return "tf32x3" if itemsize == 4 and arch.startswith("sm_") else "ieee"

@@ -1,0 +1,191 @@
+"""Compiles every shipped kernel and config for every architecture and holds the figures to rules and to a baseline.
+
+`python -m tests.gpu.matrix` checks, as make gpu-static does; `--update` rewrites baseline.json and says what got worse.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from rmtkern.layouts.gpu_configs import ARCHITECTURES, Config, candidates, precision
+from rmtkern.layouts.spectral.triton import RANK
+from rmtkern.layouts.triton import GROUP
+from rmtkern.layouts.triton_product import product_kernel
+from rmtkern.layouts.triton_strips import strips_kernel
+from tests.gpu import compiler
+
+BASELINE = Path(__file__).with_name("baseline.json")
+ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+RAGGED = ("sm_80", "sm_90", "sm_100")  # where N and K that are no multiples of 16 are compiled as well
+# figure -> how much of the baseline a new compilation may reach; blocks may not fall
+SLACK = {"registers": 1.05, "shared": 1.0, "loop": 1.05, "instructions": 1.10}
+# lowrank runs dense's, with its tiles
+KERNELS = {"dense": product_kernel, "bitmask": strips_kernel, "spectral": strips_kernel}
+WITHOUT = {"bitmask": ("a_ptr", "b_ptr")}  # pointers that a layout does not give
+DTYPES = {"spectral": ("fp32", "bf16")}
+INDICES = {"masks_ptr": "*i64", "starts_ptr": "*i32"}  # argument -> type where it is not the dtype of x
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: bias, GELU, scale and residual are all there, which needs the most registers."""
+
+    layout: str
+    dtype: str
+    arch: str
+    config: Config
+    aligned: bool
+    gated: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = ("" if self.aligned else "/ragged") + ("/gated" if self.gated else "")
+        return f"{self.layout}/{self.dtype}/{self.config.label}{kind}/{self.arch}"
+
+
+def cases() -> Iterator[Case]:
+    """Every shipped config of every kernel, whose tables know only the size of an element, and so fp16 once for each.
+
+    Gate-up pairs for one dtype of each size; ragged N and K likewise, on some architectures.
+    """
+    for layout in KERNELS:
+        for dtype in DTYPES.get(layout, ITEMSIZE):
+            itemsize = ITEMSIZE[dtype]
+            for arch in ARCHITECTURES:
+                tiles = candidates(layout, itemsize, arch)
+                for config in tiles[-1:] if dtype == "fp16" else tiles:
+                    yield Case(layout, dtype, arch, config, True)
+                    if dtype != "fp16":
+                        yield Case(layout, dtype, arch, config, True, True)
+                if dtype != "fp16" and arch in RAGGED:
+                    for config in candidates(layout, itemsize, arch, aligned=False):
+                        yield Case(layout, dtype, arch, config, False)
+
+
+def compile_case(case: Case) -> Any:
+    """Triton's compiled kernel of a case."""
+    config = case.config
+    kernel = KERNELS[case.layout]
+    constants = {
+        "BM": config.bm,
+        "BN": config.bn,
+        "BK": config.bk,
+        "GROUP": GROUP,
+        "EVEN_K": case.aligned,
+        "ACTIVATION": "gelu",
+        "GATED": case.gated,
+        "PRECISION": precision(ITEMSIZE[case.dtype], case.arch),
+    }
+    if kernel is strips_kernel:
+        constants |= {"RANK": RANK if case.layout == "spectral" else 0}
+    constants |= dict.fromkeys(WITHOUT.get(case.layout, ()))
+    types = {}
+    for name in kernel.arg_names:
+        if name not in constants:
+            types[name] = INDICES.get(name, f"*{case.dtype}") if name.endswith("_ptr") else "i32"
+    aligned = [name for name in types if name.endswith("_ptr") or (case.aligned and name != "T")]
+    return compiler.compile_kernel(
+        kernel, case.arch, types, constants, aligned, warps=config.warps, stages=config.stages
+    )
+
+
+def violations(case: Case, figures: compiler.Figures) -> list[str]:
+    """What a compilation breaks of the rules that hold without a baseline."""
+    found = []
+    if figures.spilled or figures.kinds.get("local"):
+        found.append(f"{figures.spilled} bytes spilled, {figures.kinds.get('local', 0)} local memory instructions")
+    if not figures.blocks:
+        found.append(f"{figures.shared} bytes of shared memory or the registers do not fit")
+    needed = ["tensor"]
+    if case.arch.startswith("sm_"):
+        if case.aligned:
+            needed.append("LDGSTS")  # the asynchronous copy of the pipeline
+        if case.config.bm >= 64 and case.arch in ("sm_90", "sm_100"):
+            needed.append("HGMMA" if case.arch == "sm_90" else "UTCMMA")
+        if not figures.loop:
+            found.append("no loop found in the machine code")
+    found += [f"no {kind} instruction" for kind in needed if not figures.kinds.get(kind)]
+    return found
+
+
+def regressions(now: dict[str, int], before: dict[str, int]) -> list[str]:
+    """Which figures are worse than the baseline allows."""
+    worse = [
+        f"{figure} {before[figure]} -> {now[figure]}"
+        for figure, slack in SLACK.items()
+        if now[figure] > before[figure] * slack
+    ]
+    if now["blocks"] < before["blocks"]:
+        worse.append(f"blocks {before['blocks']} -> {now['blocks']}")
+    return worse
+
+
+def _run(case: Case) -> tuple[Case, compiler.Figures | str]:
+    try:
+        return case, compiler.figures(compile_case(case), case.arch)
+    except Exception as error:
+        return case, f"does not compile: {error!r:.300}"
+
+
+def _start(cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def check(update: bool, jobs: int, only: str) -> int:
+    """Compile all cases whose name contains `only`, print a line for each and what is wrong; 0 if nothing is."""
+    began = time.perf_counter()
+    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"triton": None, "kernels": {}}
+    if baseline["triton"] not in (None, triton.__version__) and not update:
+        print(f"the baseline is of triton {baseline['triton']}, this is {triton.__version__}: install it or --update")
+        return 1
+    before = baseline["kernels"]
+    selected = [case for case in cases() if only in case.name]
+    bad, kernels = [], dict(before) if only else {}
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(jobs, get_context("spawn"), _start, (cache,)) as pool,
+    ):
+        for case, result in pool.map(_run, selected):
+            if isinstance(result, str):
+                bad.append(f"{case.name}: {result}")
+                continue
+            row = {k: v for k, v in asdict(result).items() if k in (*SLACK, "blocks")}
+            print(case.name, *(f"{key} {value}" for key, value in row.items()), result.code, flush=True)
+            bad += [f"{case.name}: {problem}" for problem in violations(case, result)]
+            if case.name in before:
+                worse = regressions(row, before[case.name])
+                if update and worse:
+                    print(f"worse than the baseline: {case.name}: {'; '.join(worse)}")
+                elif worse:
+                    bad += [f"{case.name}: {problem}" for problem in worse]
+            elif not update:
+                bad.append(f"{case.name}: not in the baseline; run with --update and commit it with the kernel")
+            kernels[case.name] = row
+    if not only and not update:
+        bad += [f"{name}: in the baseline but not compiled; run with --update" for name in set(before) - set(kernels)]
+    if update and not bad:
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(kernels.items()))
+        BASELINE.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{rows}\n}}}}\n')
+    print(f"{len(selected)} compilations, {len(bad)} problems, {time.perf_counter() - began:.0f} s")
+    print("\n".join(bad))
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--update", action="store_true", help="rewrite the baseline")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    options = parser.parse_args()
+    sys.exit(check(options.update, options.jobs, options.only))

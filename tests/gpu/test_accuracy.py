@@ -1,0 +1,251 @@
+"""Every kernel against float64 by the project's one accuracy rule: in Triton's interpreter, and on a device if any."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rmtkern import ops
+from rmtkern.layouts import LAYOUTS
+from rmtkern.layouts.pairs import interleave, separate
+from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
+
+DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+KERNELS = ["dense", "bitmask", "lowrank", "spectral"]
+# one token; prime and ragged; a tile exactly; one more than a tile in every direction; less than a tile; several
+# column blocks and steps of K with T over a tile; the class "batch" with whole and with ragged tiles
+SHAPES = [
+    (1, 96, 128),
+    (37, 53, 80),
+    (64, 64, 64),
+    (65, 65, 65),
+    (5, 7, 3),
+    (197, 80, 208),
+    (513, 128, 128),
+    (530, 17, 72),
+]
+
+everywhere = pytest.mark.parametrize("device", DEVICES)
+every_kernel = pytest.mark.parametrize("layout", KERNELS)
+every_number = pytest.mark.parametrize(
+    ("layout", "dtype"), [(layout, dtype) for layout in KERNELS for dtype in LAYOUTS[layout].dtypes], ids=str
+)
+
+
+def pack(layout, w):
+    """(packed, the weight that it holds): factors are cut from `w`, and `w` is the sparse part of spectral."""
+    if layout in ("dense", "bitmask"):
+        return LAYOUTS[layout].pack(w), w
+    rank = min(5, *w.shape)
+    factors = w[:, :rank].contiguous(), w[:rank] / rank**0.5
+    packed = LAYOUTS[layout].from_factors(*factors) if layout == "lowrank" else LAYOUTS[layout].from_parts(*factors, w)
+    return packed, packed.unpack()
+
+
+def parts_of(layout, packed):
+    if layout == "dense":
+        return list(packed.tensors())
+    return [*([] if layout == "lowrank" else [packed.values]), *packed.gpu_tensors()]
+
+
+def problem(t, n, k, dtype, device, sparsity=0.5):
+    w = random_sparse(n, k, sparsity).to(device, dtype)
+    generator = torch.Generator().manual_seed(t)
+    shapes = ((t, k), (n,), (n,), (t, n))
+    return w, *(torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes)
+
+
+def pair(layout, t, features, k, dtype, device):
+    """(x, packed pair, gate, up, their biases)."""
+    w, x, bias, *_ = problem(t, 2 * features, k, dtype, device)
+    packed, both = pack(layout, interleave(w[:features], w[features:]))
+    return x, packed, *separate(both, features), bias.view(2, -1)
+
+
+@everywhere
+@every_number
+@pytest.mark.parametrize(("t", "n", "k"), SHAPES)
+def test_ragged_shapes(layout, dtype, device, t, n, k):
+    w, x, bias, scale, residual = problem(t, n, k, dtype, device)
+    packed, w = pack(layout, w)
+    y = ops.linear(x, packed, bias, activation="gelu", scale=scale, residual=residual, backend="triton")
+    assert_as_accurate_as_dense(y, x, w, bias, "gelu", residual, scale)
+
+
+@everywhere
+@every_number
+def test_every_epilogue(layout, dtype, device):
+    w, x, b, s, r = problem(21, 40, 72, dtype, device)
+    packed, w = pack(layout, w)
+    for activation, bias, scale, residual in itertools.product(ops.ACTIVATIONS, (None, b), (None, s), (None, r)):
+        y = ops.linear(x, packed, bias, activation=activation, scale=scale, residual=residual, backend="triton")
+        assert_as_accurate_as_dense(y, x, w, bias, activation, residual, scale)
+
+
+@everywhere
+@every_number
+@pytest.mark.parametrize(("t", "features", "k"), [(1, 8, 64), (37, 53, 80), (65, 64, 64), (5, 3, 7), (197, 72, 208)])
+def test_gated(layout, dtype, device, t, features, k):
+    x, packed, gate, up, biases = pair(layout, t, features, k, dtype, device)
+    *_, scale, residual = problem(t, features, k, dtype, device)
+    both = interleave(*biases)
+    for activation in ops.ACTIVATIONS:
+        y = ops.gated_linear(
+            x, packed, both, activation=activation, scale=scale, residual=residual, features=features, backend="triton"
+        )
+        assert_as_accurate_as_dense(y, x, gate, biases[0], activation, residual, scale, (up, biases[1]))
+    y = ops.gated_linear(x, packed, features=features, backend="triton")
+    assert_as_accurate_as_dense(y, x, gate, None, "silu", up=(up, None))
+
+
+@everywhere
+@every_number
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
+def test_sparsity(layout, sparsity, dtype, device):
+    w, x, bias, *_ = problem(33, 131, 208, dtype, device, sparsity)
+    packed, w = pack(layout, w)
+    y = ops.linear(x, packed, bias, activation="silu", backend="triton")
+    assert_as_accurate_as_dense(y, x, w, bias, "silu")
+
+
+@everywhere
+@pytest.mark.parametrize("layout", ["dense", "bitmask"])
+def test_nan_and_infinity_pass_through(layout, device):
+    w, x, *_ = problem(4, 16, 32, torch.float32, device, 0.0)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    y = ops.linear(x, LAYOUTS[layout].pack(w), activation="relu", backend="triton")
+    expected = torch.relu(x @ w.t())
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+
+
+@everywhere
+@every_kernel
+def test_shapes_and_strides(layout, device):
+    w = random_sparse(24, 64, 0.5).to(device)
+    packed, w = pack(layout, w)
+    inputs = [torch.randn(64), torch.randn(2, 3, 64), torch.randn(64, 7).t(), torch.randn(2, 5, 65)[..., 1:]]
+    for x in (x.to(device) for x in inputs):
+        y = ops.linear(x, packed, backend="triton")
+        assert y.shape == (*x.shape[:-1], 24)
+        assert_as_accurate_as_dense(y, x, w)
+    assert ops.linear(torch.randn(0, 64, device=device), packed, backend="triton").shape == (0, 24)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("which", ["x", "w", "y"])
+def test_offsets_of_more_than_32_bits(which):
+    # 17 rows, 2^27 + 16 elements apart: the last is beyond 2^31 elements; untouched memory is never allocated
+    from rmtkern.layouts.triton_product import product_kernel
+
+    stride = 2**27 + 16
+    x, w, y = torch.randn(17, 32).half(), torch.randn(17, 32).half(), torch.zeros(17, 17).half()
+    expected = x @ w.t()
+    tensors = {"x": x, "w": w, "y": y}
+    far = torch.empty(16 * stride + 64, dtype=torch.float16).as_strided(tensors[which].shape, (stride, 1))
+    far.copy_(tensors[which])
+    tensors[which] = far
+    strides = [t.stride(0) for t in tensors.values()]
+    # tiles of 16: the second one holds the far row
+    product_kernel[(4,)](
+        tensors["x"], tensors["w"], None, None, None, tensors["y"], 17, 17, 17, 32, *strides,
+        BM=16, BN=16, BK=32, GROUP=8, EVEN_K=True, ACTIVATION=None, GATED=False, PRECISION="ieee",
+    )  # fmt: skip
+    assert_as_accurate_as_dense(tensors["y"].clone(), x, w)
+    assert torch.allclose(tensors["y"], expected, atol=0.05)
+
+
+@everywhere
+@every_kernel
+def test_the_op_keeps_pytorchs_contract(layout, device):
+    w, x, bias, scale, residual = problem(5, 24, 64, torch.bfloat16, device)
+    parts = parts_of(layout, pack(layout, w)[0])
+    op = torch.ops.rmtkern.triton_linear.default
+    torch.library.opcheck(op, (layout, x, 24, parts, bias, "gelu", residual, scale))
+    torch.library.opcheck(op, (layout, x, 24, parts, None, None, None))
+    x, packed, *_ = pair(layout, 5, 9, 64, torch.bfloat16, device)
+    torch.library.opcheck(op, (layout, x, 9, parts_of(layout, packed), None, "silu", None, None, True))
+
+
+@everywhere
+@every_kernel
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(layout, device, dynamic):
+    w, x, bias, *_ = problem(5, 24, 64, torch.bfloat16, device)
+    packed, w = pack(layout, w)
+    for name, tensor in zip(packed.gpu_parts, packed.gpu_form(), strict=True):
+        setattr(packed, name, tensor)  # as on a device
+    ops.load_kernels(layout)  # as PackedLinear does: an import cannot be traced
+    torch.compiler.reset()
+
+    def call(x):
+        return ops.linear(x, packed, bias, activation="silu", backend="triton")
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (x, x[:3]):
+        assert torch.equal(compiled(rows), call(rows))
+
+
+@everywhere
+@every_kernel
+def test_reasons_against_a_call(layout, device):
+    packed, _ = pack(layout, random_sparse(16, 64, 0.5).to(device))
+    with pytest.raises(
+        ops.KernelUnavailable, match=r"triton: x is torch.float64; cast to torch.float32 or torch.float16"
+    ):
+        ops.linear(torch.randn(3, 64, device=device).double(), packed, backend="triton")
+    with pytest.raises(ops.KernelUnavailable, match=r"triton: x is torch.float16, the weight torch.float32; cast one"):
+        ops.linear(torch.randn(3, 64, device=device).half(), packed, backend="triton")
+    with pytest.raises(ValueError, match=r"bias: expected a tensor on (cpu|cuda:0) like x, got meta; move it"):
+        ops.linear(torch.randn(3, 64, device=device), packed, torch.ones(16, device="meta"), backend="triton")
+    with pytest.raises(ops.KernelUnavailable, match=r"triton: x is on (cpu|cuda:0), the weight on meta; move both"):
+        ops.linear(torch.randn(3, 64, device=device), packed.to("meta"), backend="triton")
+
+
+@everywhere
+def test_sizes_that_offsets_could_not_hold_are_refused(device):
+    from rmtkern.layouts.triton import supports
+
+    packed = LAYOUTS["dense"].pack(torch.ones(2, 2, device=device))
+    x = torch.zeros(1, device=device).expand(2**31, 2)
+    assert supports(packed, x) == "tokens or stored values reach 2^31; split the call"
+    packed.shape = (2**23, 2)
+    assert supports(packed, x[:1]) == f"the weight is ({2**23}, 2); N and K must be less than 2^23"
+
+
+@pytest.mark.interpreted
+def test_a_cast_bitmask_weight_keeps_its_masks():
+    # bfloat16 masks have two words for a segment, and stay so when the values are cast
+    w, x, *_ = problem(9, 20, 200, torch.bfloat16, "cpu")
+    packed = LAYOUTS["bitmask"].pack(w).half()
+    assert torch.equal(packed.unpack(), w.half())
+    assert_as_accurate_as_dense(ops.linear(x.half(), packed, backend="triton"), x.half(), w.half())
+
+
+@pytest.mark.gpu
+def test_a_bitmask_weight_on_a_device_holds_its_masks_by_row():
+    w = random_sparse(131, 200, 0.7)
+    packed = LAYOUTS["bitmask"].pack(w)
+    before = packed.nbytes
+    assert packed.row_masks is None
+    there = packed.cuda()
+    assert there.row_masks.is_cuda and there.nbytes == before + 12 * 4 * 131
+    assert "row_masks" not in there.state_dict()
+    assert there.cpu().row_masks is None and torch.equal(there.unpack(), w)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("rank", [1, 16, 17, 64])
+def test_spectral_takes_ranks_up_to_64(rank):
+    w, x, *_ = problem(9, 70, 90, torch.float32, "cpu", 0.9)
+    packed = LAYOUTS["spectral"].from_parts(torch.randn(70, rank) / 8, torch.randn(rank, 90) / 8, w)
+    assert_as_accurate_as_dense(ops.linear(x, packed, backend="triton"), x, packed.unpack())
+
+
+@pytest.mark.interpreted
+def test_spectral_refuses_a_larger_rank():
+    w, x, *_ = problem(9, 70, 90, torch.float32, "cpu", 0.9)
+    packed = LAYOUTS["spectral"].from_parts(torch.randn(70, 65), torch.randn(65, 90), w)
+    with pytest.raises(ops.KernelUnavailable, match=r"triton: the rank is 65, more than 64; use lowrank, or dense"):
+        ops.linear(x, packed, backend="triton")
