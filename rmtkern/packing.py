@@ -298,7 +298,8 @@ def _measure(group: _Group, budget_ms: float, timer: Timer, log: DecisionLog) ->
     log.add(key, group.ms, fresh=fresh)
     if not fresh:
         group.notes.append("times reused from saved decisions")
-    kept = set.intersection(*(set(times) for times in group.ms.values()))
+    first = next(iter(group.ms.values()))
+    kept = [label for label in first if all(label in times for times in group.ms.values())]  # in order: ties too
     group.ms = {tokens: {label: times[label] for label in kept} for tokens, times in group.ms.items()}
     group.recipes = {label: recipe for label, recipe in recipes.items() if label in kept}
 
