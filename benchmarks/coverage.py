@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import rmtkern
 from rmtkern.models import prunable_weights
+from rmtkern.pruning.calibrate import tensors_of
 from rmtkern.tables import Table
 
 __all__ = ["MODELS", "Covered", "cover", "table"]
@@ -161,20 +162,13 @@ def _bitmask_first(calls: Mapping[str, Callable[[], object]], budget_ms: float) 
     return {name: cost.get(name, 1.0 if "bitmask" in name else 2.0) for name in calls}
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else []
-    return [tensor for value in values for tensor in _tensors(value)]
-
-
 def _run(model: nn.Module, example: Example) -> list[Tensor]:
     with torch.no_grad():
-        return _tensors(model(example) if isinstance(example, Tensor) else model(**example))
+        return tensors_of(model(example) if isinstance(example, Tensor) else model(**example))
 
 
 def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    pairs = [(a.double(), b.double()) for a, b in zip(got, want, strict=True) if b.is_floating_point() and b.numel()]
+    pairs = [(a.double(), b.double()) for a, b in zip(got, want, strict=True) if b.numel()]
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
 
 
