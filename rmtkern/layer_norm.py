@@ -48,17 +48,16 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         eps: added to the variance, which is the mean square distance from the mean; >= 0.
 
     Returns:
-        [..., K], dtype of `x`. Sums are in float32, of distances from the row's first value and with the mean's
-        rounding corrected, so rows far from zero keep their digits and a constant row gives the bias. NaN or Inf makes
-        its row NaN, and so does a difference or a sum of differences that overflows float32. No gradient flows through
-        it. Computed on torch.get_num_threads() threads.
+        [..., K], dtype of `x`. Sums are in float32; a row whose mean is large beside its deviation is summed again
+        around its mean, so rows far from zero keep their digits and a constant row gives the bias. NaN or Inf makes its
+        row NaN. No gradient flows through it. Computed on torch.get_num_threads() threads.
 
     Raises:
         TypeError: `x` is no tensor.
         ValueError: a shape, dtype or `eps` does not match.
         KernelUnavailable: no kernel runs this dtype or device.
 
-    Source: Ba, Kiros & Hinton (2016); the two-pass variance of Chan, Golub & LeVeque (1983).
+    Source: Ba, Kiros & Hinton (2016); shifted sums as in Chan, Golub & LeVeque (1983).
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a Tensor [..., K], got {type(x).__name__}")
