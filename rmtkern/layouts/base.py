@@ -33,6 +33,7 @@ class PackedWeight(nn.Module):
     layout: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
+    gpu_stored: ClassVar[tuple[str, ...]] = ()
     gpu_parts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shape: tuple[int, int], params: Mapping[str, int], parts: tuple[Tensor, ...]) -> None:
@@ -69,9 +70,14 @@ class PackedWeight(nn.Module):
         return ()
 
     def gpu_tensors(self) -> tuple[Tensor, ...]:
-        """`gpu_form`, which is made once when the weight arrives on a GPU; elsewhere it is made on the spot."""
+        """What GPU kernels take: the parts in `gpu_stored`, and `gpu_form`.
+
+        That is made once when the weight arrives on a GPU; elsewhere it is made on the spot.
+        """
         held = tuple(getattr(self, name) for name in self.gpu_parts)
-        return self.gpu_form() if any(tensor is None for tensor in held) else held
+        form = self.gpu_form() if any(tensor is None for tensor in held) else held
+        stored = dict(zip(self.parts, self.tensors(), strict=True))
+        return (*(stored[name] for name in self.gpu_stored), *form)
 
     def _arrive(self) -> None:
         """Make or drop the GPU form, as the device of the parts asks."""

@@ -215,7 +215,6 @@ def _(
 def linear(
     x: Tensor,
     w: PackedWeight,
-    parts: Sequence[Tensor],
     bias: Tensor | None,
     activation: str | None,
     residual: Tensor | None,
@@ -230,7 +229,6 @@ def linear(
     Args:
         x: [T, K] float32, float16 or bfloat16, contiguous.
         w: packed [N, K], dtype and device of `x`.
-        parts: the tensors of `w` that its layout's `launch` takes.
         bias: [N] or None, dtype and device of `x` as all others.
         activation: None, "gelu" (exact), "gelu_tanh", "relu" or "silu".
         residual: [T, N] ([T, F] if gated) or None, contiguous, added last.
@@ -249,5 +247,5 @@ def linear(
             raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {tensor.device}; move it")
     features = gated or w.shape[0]
     return torch.ops.rmtkern.triton_linear(
-        w.layout, x, features, list(parts), bias, activation, residual, scale, gated > 0
+        w.layout, x, features, list(w.gpu_tensors()), bias, activation, residual, scale, gated > 0
     )

@@ -100,7 +100,7 @@ def main(arch: int, layout: str) -> None:
     __import__(f"rmtkern.layouts.{layout}.triton")
     for dtype in (torch.bfloat16, torch.float32):
         w = LAYOUTS[layout].pack(random_sparse(80, 64, 0.5).to(dtype))
-        parts = list(w.tensors()) if layout == "dense" else [w.values, *w.gpu_tensors()]
+        parts = list(w.gpu_tensors())
         row = torch.ones(80, dtype=dtype)
         x, residual, half = (torch.ones(300, columns, dtype=dtype) for columns in (64, 80, 40))
         torch.ops.rmtkern.triton_linear(layout, x, 80, parts, row, "gelu", residual, row)

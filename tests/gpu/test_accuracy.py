@@ -44,12 +44,6 @@ def pack(layout, w):
     return packed, packed.unpack()
 
 
-def parts_of(layout, packed):
-    if layout == "dense":
-        return list(packed.tensors())
-    return [*([] if layout == "lowrank" else [packed.values]), *packed.gpu_tensors()]
-
-
 def problem(t, n, k, dtype, device, sparsity=0.5):
     w = random_sparse(n, k, sparsity).to(device, dtype)
     generator = torch.Generator().manual_seed(t)
@@ -160,12 +154,12 @@ def test_offsets_of_more_than_32_bits(which):
 @every_kernel
 def test_the_op_keeps_pytorchs_contract(layout, device):
     w, x, bias, scale, residual = problem(5, 24, 64, torch.bfloat16, device)
-    parts = parts_of(layout, pack(layout, w)[0])
+    parts = list(pack(layout, w)[0].gpu_tensors())
     op = torch.ops.rmtkern.triton_linear.default
     torch.library.opcheck(op, (layout, x, 24, parts, bias, "gelu", residual, scale))
     torch.library.opcheck(op, (layout, x, 24, parts, None, None, None))
     x, packed, *_ = pair(layout, 5, 9, 64, torch.bfloat16, device)
-    torch.library.opcheck(op, (layout, x, 9, parts_of(layout, packed), None, "silu", None, None, True))
+    torch.library.opcheck(op, (layout, x, 9, list(packed.gpu_tensors()), None, "silu", None, None, True))
 
 
 @everywhere

@@ -42,6 +42,7 @@ class DenseWeight(PackedWeight):
 
     layout = "dense"
     parts = ("dense",)
+    gpu_stored = parts
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     dense: Tensor | None
     reordered: Tensor | None

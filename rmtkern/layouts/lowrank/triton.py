@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rmtkern.layouts import triton as shared
-from rmtkern.layouts.lowrank.weight import LowRankWeight
-from rmtkern.layouts.triton import supports
+from rmtkern.layouts.triton import linear, supports
 from rmtkern.layouts.triton_product import product
 
 __all__ = ["launch", "linear", "supports"]
@@ -22,21 +20,8 @@ def launch(
     scale: Tensor | None,
     gated: bool,
 ) -> None:
-    """Write y [T, N] ([T, F] if gated); parts: what `LowRankWeight.gpu_form` returns. All else as in `linear`."""
+    """Write y [T, N] ([T, F] if gated); parts: `LowRankWeight.gpu_tensors`. All else as in `linear`."""
     a, b = parts
     middle = x.new_empty(x.shape[0], a.shape[0])
     product(middle, x, a, None, None, None, None, False)
     product(y, middle, b, bias, activation, residual, scale, gated)
-
-
-def linear(
-    x: Tensor,
-    w: LowRankWeight,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None = None,
-    gated: int = 0,
-) -> Tensor:
-    """Apply a low-rank weight; see `rmtkern.layouts.triton.linear`."""
-    return shared.linear(x, w, w.gpu_tensors(), bias, activation, residual, scale, gated)

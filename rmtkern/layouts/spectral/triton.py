@@ -6,6 +6,7 @@ from torch import Tensor
 
 from rmtkern.layouts import triton as shared
 from rmtkern.layouts.spectral.weight import SpectralWeight
+from rmtkern.layouts.triton import linear
 from rmtkern.layouts.triton_strips import strips_product
 
 __all__ = ["launch", "linear", "supports"]
@@ -30,18 +31,5 @@ def launch(
     scale: Tensor | None,
     gated: bool,
 ) -> None:
-    """Write y [T, N] ([T, F] if gated); parts: the values and what `SpectralWeight.gpu_form` returns."""
+    """Write y [T, N] ([T, F] if gated); parts: `SpectralWeight.gpu_tensors`."""
     strips_product("spectral", y, x, parts, bias, activation, residual, scale, gated)
-
-
-def linear(
-    x: Tensor,
-    w: SpectralWeight,
-    bias: Tensor | None,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None = None,
-    gated: int = 0,
-) -> Tensor:
-    """Apply a spectral weight; see `rmtkern.layouts.triton.linear`."""
-    return shared.linear(x, w, (w.values, *w.gpu_tensors()), bias, activation, residual, scale, gated)
