@@ -57,6 +57,30 @@ void dense_thread(const void* arg, int i, int n) {
     }
 }
 
+// Splits rows x columns of work over at most `threads` threads so that the busiest has the least. Returns how many share
+// the rows; threads becomes how many there are.
+inline int grid(int& threads, int64_t rows, int64_t columns) {
+    const int most = threads;
+    if (threads > rows * columns) threads = int(rows * columns);
+    int64_t least = INT64_MAX;
+    int best = 1;
+    for (int d = threads; d >= 1; --d) {
+        const int r = threads / d;
+        if (d * r != threads || d > rows || r > columns) continue;
+        const int64_t busiest = ((rows + d - 1) / d) * ((columns + r - 1) / r);
+        if (busiest < least) {
+            least = busiest;
+            best = d;
+        }
+    }
+    if (least == INT64_MAX) {  // no grid of that many threads fits: fall back to the larger side
+        threads = int(rows > columns ? (threads < rows ? threads : rows) : columns);
+        best = rows > columns ? threads : 1;
+        if (threads > most) threads = most;
+    }
+    return best;
+}
+
 // y = epilogue(x W^T) with the weight in tiles.
 template <class Number>
 void run_dense(const LinearArgs& a, const float* tiles) {

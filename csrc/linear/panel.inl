@@ -114,7 +114,6 @@ struct Panels {
     const LinearArgs& a;
     const Source& source;
     int64_t col_blocks, row_blocks, vectors, panels;
-    int panel_threads;  // threads form a grid: panel_threads x (threads / panel_threads) over panels x row blocks
 };
 
 // Rows [rb0, rb1) in blocks, tokens of one panel: columns outside, rows inside, so that a slice of P stays in L1.
@@ -154,61 +153,40 @@ void run_panel_of(int wanted, const Panels<Source>& job, int64_t t0, int64_t rb0
     if constexpr (V > 1) run_panel_of<Number, V - 1>(wanted, job, t0, rb0, rb1, P, C);
 }
 
+// Threads take equal runs of (panel, row block), row blocks inside: they end together, and only a panel that two of them
+// share is packed by both.
 template <class Source>
 void panels_thread(const void* arg, int i, int n) {
     const auto& job = *static_cast<const Panels<Source>*>(arg);
-    const int row_threads = n / job.panel_threads, pi = i % job.panel_threads, ri = i / job.panel_threads;
-    const int64_t rb0 = job.row_blocks * ri / row_threads, rb1 = job.row_blocks * (ri + 1) / row_threads;
-    if (rb0 == rb1) return;
-    const int64_t p0 = job.panels * pi / job.panel_threads, p1 = job.panels * (pi + 1) / job.panel_threads;
+    const int64_t pieces = job.panels * job.row_blocks, end = pieces * (i + 1) / n;
+    int64_t at = pieces * i / n;
+    const int64_t rows = (job.row_blocks < end - at ? job.row_blocks : end - at) * block_rows;
     const int64_t widest = (job.vectors + job.panels - 1) / job.panels * W;
     const int64_t p_floats = job.col_blocks * block_lanes<Source> * widest;
     int64_t c_floats = c_bytes / 4 > block_rows * widest ? c_bytes / 4 : block_rows * widest;
-    if (c_floats > (rb1 - rb0) * block_rows * widest) c_floats = (rb1 - rb0) * block_rows * widest;
+    if (c_floats > rows * widest) c_floats = rows * widest;
     const int64_t room = middle_blocks(job.source) * 64 * widest;
     if (c_floats < room) c_floats = room;
     float* P = scratch(size_t(p_floats + c_floats));
-    for (int64_t p = p0; p < p1; ++p) {
+    while (at < end) {
+        const int64_t p = at / job.row_blocks, rb0 = at % job.row_blocks;
+        const int64_t rb1 = job.row_blocks - rb0 < end - at ? job.row_blocks : rb0 + end - at;
         const int64_t v0 = job.vectors * p / job.panels, v1 = job.vectors * (p + 1) / job.panels;
         const int V = int(v1 - v0);
         if (pack_source(job.a, job.source, v0 * W, V, P, P + p_floats))
             run_panel_of<typename Source::Special, Source::most_V>(V, job, v0 * W, rb0, rb1, P, P + p_floats);
         else
             run_panel_of<typename Source::Number, Source::most_V>(V, job, v0 * W, rb0, rb1, P, P + p_floats);
+        at += rb1 - rb0;
     }
-}
-
-// Splits rows x columns of work over at most `threads` threads so that the busiest has the least. Returns how many share
-// the rows; threads becomes how many there are.
-inline int grid(int& threads, int64_t rows, int64_t columns) {
-    const int most = threads;
-    if (threads > rows * columns) threads = int(rows * columns);
-    int64_t least = INT64_MAX;
-    int best = 1;
-    for (int d = threads; d >= 1; --d) {
-        const int r = threads / d;
-        if (d * r != threads || d > rows || r > columns) continue;
-        const int64_t busiest = ((rows + d - 1) / d) * ((columns + r - 1) / r);
-        if (busiest < least) {
-            least = busiest;
-            best = d;
-        }
-    }
-    if (least == INT64_MAX) {  // no grid of that many threads fits: fall back to the larger side
-        threads = int(rows > columns ? (threads < rows ? threads : rows) : columns);
-        best = rows > columns ? threads : 1;
-        if (threads > most) threads = most;
-    }
-    return best;
 }
 
 template <class Source>
 void run_panels(const LinearArgs& a, const Source& source) {
     constexpr int64_t columns = block_lanes<Source> * Source::Number::per_lane;
     const int64_t col_blocks = (a.K + columns - 1) / columns + middle_blocks(source);
-    Panels<Source> job{a, source, col_blocks, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0, 1};
+    Panels<Source> job{a, source, col_blocks, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0};
     job.panels = (job.vectors + Source::most_V - 1) / Source::most_V;
-    int threads = a.threads;
-    job.panel_threads = grid(threads, job.panels, job.row_blocks);
-    parallel(threads, panels_thread<Source>, &job);
+    const int64_t pieces = job.panels * job.row_blocks;
+    parallel(a.threads < pieces ? a.threads : int(pieces), panels_thread<Source>, &job);
 }

@@ -51,7 +51,7 @@ int64_t middle_blocks(const Spectral<Sparse>& source) {
     return (source.lanes + 63) / 64;
 }
 
-// The middle is rounded to the dtype of x. With threads over outputs each of them computes it.
+// The middle is rounded to the dtype of x. Threads that share a panel compute it each.
 template <class Sparse>
 bool pack_source(const LinearArgs& a, const Spectral<Sparse>& source, int64_t t0, int V, float* P, float* room) {
     using Number = typename Sparse::Number;
