@@ -168,9 +168,9 @@ def models(model: str = "", batch: str = "", threads: str = "") -> Table:
     return Table(columns, cells, [note])
 
 
-def growth() -> Table:
-    """Time and bytes as tokens, sparsity and layer grow, one thread, unstructured; and where that stops being flat."""
-    found = [row for row in rows(f"growth-{CPU}.csv") if row["threads"] == "1" and row["layout"] == "bitmask"]
+def growth(threads: str = "1") -> Table:
+    """Time and bytes as tokens, sparsity and layer grow, unstructured; and where that stops being flat."""
+    found = [row for row in rows(f"growth-{CPU}.csv") if row["threads"] == threads and row["layout"] == "bitmask"]
     cells = [
         [
             row["sweep"],
@@ -262,6 +262,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "models": lambda: models("vit_base_patch16_224", "8", "1"),
     "models-all": models,
     "growth": growth,
+    "growth-2-threads": lambda: growth("2"),
     "accuracy": accuracy,
     "calibrated": calibrated,
     "finetuned": finetuned,
