@@ -23,18 +23,20 @@ def reason_against(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     if q.dtype not in DTYPES:
         return f"q is {q.dtype}; cast to torch.float32 or torch.bfloat16"
     for tensor in (q, k, v) if mask is None else (q, k, v, mask):
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"device {tensor.device}; move q, k, v and the mask to the cpu"
     return None
 
 
-@torch.library.custom_op("rmtkern::cpu_attention", mutates_args=(), device_types="cpu")
-def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     batch, heads, tokens, d = q.shape
     y = torch.empty(batch, tokens, heads, d, dtype=q.dtype)
     arrays = [None if t is None else cpu.as_array(t) for t in (q, k, v, mask, y)]
     cpu.extension().attention(*arrays, scale, torch.get_num_threads())
     return y
+
+
+_cpu_attention = torch.library.custom_op("rmtkern::cpu_attention", _run, mutates_args=(), device_types="cpu")
 
 
 @_cpu_attention.register_fake
@@ -100,7 +102,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
             mask = mask.contiguous()
     if 0 in (batch, heads, tokens):
         return torch.empty_like(q)
-    y = torch.ops.rmtkern.cpu_attention(
-        _rows(q), _rows(k), _rows(v), mask, 1 / math.sqrt(d) if scale is None else scale
-    )
+    run = _run if cpu.unwatched(q) else torch.ops.rmtkern.cpu_attention
+    y: Tensor = run(_rows(q), _rows(k), _rows(v), mask, 1 / math.sqrt(d) if scale is None else scale)
     return y.transpose(1, 2)

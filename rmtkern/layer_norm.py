@@ -20,17 +20,19 @@ def reason_against(x: Tensor) -> str | None:
         return cpu.MISSING
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; cast to torch.float32 or torch.bfloat16"
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"device {x.device}; move x to the cpu"
     return None
 
 
-@torch.library.custom_op("rmtkern::cpu_layer_norm", mutates_args=(), device_types="cpu")
-def _cpu_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     y = torch.empty_like(x)
     arrays = [None if t is None else cpu.as_array(t) for t in (x, weight, bias, y)]
     cpu.extension().layernorm(*arrays, eps, torch.get_num_threads())
     return y
+
+
+_cpu_layer_norm = torch.library.custom_op("rmtkern::cpu_layer_norm", _run, mutates_args=(), device_types="cpu")
 
 
 @_cpu_layer_norm.register_fake
@@ -75,5 +77,6 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     if x.numel() == 0:
         return torch.empty_like(x)
     weight, bias = (None if row is None else row.detach().contiguous() for row in (weight, bias))
-    y: Tensor = torch.ops.rmtkern.cpu_layer_norm(x.detach().reshape(-1, k).contiguous(), weight, bias, eps)
+    run = _run if cpu.unwatched(x) else torch.ops.rmtkern.cpu_layer_norm
+    y: Tensor = run(x.detach().reshape(-1, k).contiguous(), weight, bias, eps)
     return y.reshape(x.shape)

@@ -1,8 +1,10 @@
 import json
 import logging
+import warnings
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from rmtkern import ops
 from rmtkern.errors import KernelUnavailable
@@ -172,3 +174,32 @@ def test_random_sparse():
         random_sparse(8, 8, 2)
     with pytest.raises(ValueError, match=r"k: expected a multiple of m = 4, got 6"):
         random_sparse(8, 6, 0, nofm=(2, 4))
+
+
+def test_the_dispatcher_is_passed_by_only_where_nobody_looks(packed):
+    x = torch.randn(3, 64)
+    plain = ops.linear(x, packed)
+    with torch.profiler.profile() as seen:
+        assert torch.equal(ops.linear(x, packed), plain)
+    assert "rmtkern::cpu_linear" in {event.name for event in seen.events()}
+    graph = make_fx(lambda x: ops.linear(x, packed))(x)
+    assert any("cpu_linear" in str(node.target) for node in graph.graph.nodes)
+    assert torch.equal(graph(2 * x), ops.linear(2 * x, packed))
+    with warnings.catch_warnings(action="ignore"):
+        traced = torch.jit.trace(lambda x: ops.linear(x, packed), x)
+    assert torch.equal(traced(2 * x), ops.linear(2 * x, packed))
+    assert cpu.unwatched(x) and not cpu.unwatched(torch.nn.Parameter(x))
+    assert not torch.func.vmap(lambda row: row * cpu.unwatched(row))(x).any()
+
+
+def test_a_call_reads_the_parts_where_they_lie_now(packed):
+    x = torch.randn(3, 64)
+    ops.linear(x, packed)
+    packed.values.mul_(2)  # in place
+    assert torch.equal(ops.linear(x, packed), ops.linear(x, LAYOUTS["bitmask"].pack(packed.unpack())))
+    packed.share_memory()  # the same tensors in other memory
+    packed.values.mul_(2)
+    assert torch.equal(ops.linear(x, packed), ops.linear(x, LAYOUTS["bitmask"].pack(packed.unpack())))
+    other = LAYOUTS["bitmask"].pack(2 * packed.unpack())
+    packed.load_state_dict(other.state_dict(), assign=True)  # other tensors
+    assert torch.equal(ops.linear(x, packed), ops.linear(x, other))

@@ -153,31 +153,31 @@ void run_panel_of(int wanted, const Panels<Source>& job, int64_t t0, int64_t rb0
     if constexpr (V > 1) run_panel_of<Number, V - 1>(wanted, job, t0, rb0, rb1, P, C);
 }
 
-// Threads take equal runs of (panel, row block), row blocks inside: they end together, and only a panel that two of them
-// share is packed by both.
+// Threads take equal runs of vectors of tokens x row blocks, panel by panel: they end together, and only a panel that two of
+// them share is packed by both.
 template <class Source>
 void panels_thread(const void* arg, int i, int n) {
     const auto& job = *static_cast<const Panels<Source>*>(arg);
-    const int64_t pieces = job.panels * job.row_blocks, end = pieces * (i + 1) / n;
-    int64_t at = pieces * i / n;
-    const int64_t rows = (job.row_blocks < end - at ? job.row_blocks : end - at) * block_rows;
+    const int64_t all = job.vectors * job.row_blocks, from = all * i / n, to = all * (i + 1) / n;
     const int64_t widest = (job.vectors + job.panels - 1) / job.panels * W;
     const int64_t p_floats = job.col_blocks * block_lanes<Source> * widest;
     int64_t c_floats = c_bytes / 4 > block_rows * widest ? c_bytes / 4 : block_rows * widest;
-    if (c_floats > rows * widest) c_floats = rows * widest;
+    if (c_floats > job.row_blocks * block_rows * widest) c_floats = job.row_blocks * block_rows * widest;
     const int64_t room = middle_blocks(job.source) * 64 * widest;
     if (c_floats < room) c_floats = room;
     float* P = scratch(size_t(p_floats + c_floats));
-    while (at < end) {
-        const int64_t p = at / job.row_blocks, rb0 = at % job.row_blocks;
-        const int64_t rb1 = job.row_blocks - rb0 < end - at ? job.row_blocks : rb0 + end - at;
-        const int64_t v0 = job.vectors * p / job.panels, v1 = job.vectors * (p + 1) / job.panels;
-        const int V = int(v1 - v0);
-        if (pack_source(job.a, job.source, v0 * W, V, P, P + p_floats))
-            run_panel_of<typename Source::Special, Source::most_V>(V, job, v0 * W, rb0, rb1, P, P + p_floats);
+    for (int64_t p = 0; p < job.panels; ++p) {
+        const int64_t v0 = job.vectors * p / job.panels, v1 = job.vectors * (p + 1) / job.panels, V = v1 - v0;
+        const auto rows_before = [&](int64_t place) {  // a place in the run -> the panel's row blocks before it
+            const int64_t inside = place - v0 * job.row_blocks;
+            return inside <= 0 ? 0 : inside >= V * job.row_blocks ? job.row_blocks : inside / V;
+        };
+        const int64_t rb0 = rows_before(from), rb1 = rows_before(to);
+        if (rb0 == rb1) continue;
+        if (pack_source(job.a, job.source, v0 * W, int(V), P, P + p_floats))
+            run_panel_of<typename Source::Special, Source::most_V>(int(V), job, v0 * W, rb0, rb1, P, P + p_floats);
         else
-            run_panel_of<typename Source::Number, Source::most_V>(V, job, v0 * W, rb0, rb1, P, P + p_floats);
-        at += rb1 - rb0;
+            run_panel_of<typename Source::Number, Source::most_V>(int(V), job, v0 * W, rb0, rb1, P, P + p_floats);
     }
 }
 
