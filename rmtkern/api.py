@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern import evaluation
+from rmtkern.errors import NoGradientsError
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.pruning.budget import HILL
 from rmtkern.pruning.calibrate import Moments, calibrate
@@ -18,6 +19,7 @@ from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.permute import permute_
 from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
+from rmtkern.pruning.presets import AUTO_NO_GRADIENTS
 from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
 from rmtkern.pruning.target import Target, search
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
@@ -122,7 +124,7 @@ def prune_(
             None: 0.5, or with `max_drop` whatever that allows.
         method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "alphapruning", "wanda", "ser", "ser-gradient",
             "hybrid", "obs", "admm", "sensitivity" or "random"; see PruneConfig and PRESETS. "auto" with calibration
-            images is "admm".
+            images is "sensitivity", or "admm" for a model that cannot run backward.
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
             outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
@@ -179,13 +181,19 @@ def prune_(
 def _prune_(
     model: nn.Module, config: PruneConfig, calibration: Tensor | Iterable[Any] | None, show_progress: bool | None
 ) -> PrunePlan:
-    config = config.resolve(calibration is not None)
+    asked, config = config, config.resolve(calibration is not None)
     weights = _selected(model, config)
     if config.needs_calibration and isinstance(calibration, Iterator):
         calibration = list(calibration)  # which may be read twice
     costs = None
     if (config.measured or config.permute) and calibration is not None:
-        costs = sensitivities(model, weights, calibration, show_progress=show_progress)
+        try:
+            costs = sensitivities(model, weights, calibration, show_progress=show_progress)
+        except NoGradientsError as error:
+            config = replace(asked, method=AUTO_NO_GRADIENTS).resolve(True)
+            if asked.method != "auto" or config.measured or config.permute:
+                raise
+            _log.warning("%s; pruning by method %r instead", error, config.method)
     if costs is None or not config.permute or calibration is None:
         return _choose_(model, weights, config, calibration, costs, show_progress)
     dense = _values(model)

@@ -1,6 +1,6 @@
 """The exceptions of rmtkern that are not plain ValueError or TypeError, and how a message shows what came."""
 
-__all__ = ["KernelUnavailable", "PackedModelError", "short"]
+__all__ = ["KernelUnavailable", "NoGradientsError", "PackedModelError", "short"]
 
 
 class KernelUnavailable(RuntimeError):
@@ -9,6 +9,10 @@ class KernelUnavailable(RuntimeError):
 
 class PackedModelError(RuntimeError):
     """A packed model was asked for something only the unpacked model can do, such as training."""
+
+
+class NoGradientsError(ValueError):
+    """A model's outputs have no gradients, so that what its weights cost them cannot be measured."""
 
 
 def short(value: object) -> str:

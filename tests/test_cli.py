@@ -17,6 +17,7 @@ import rmtkern
 from rmtkern import cli
 from rmtkern.cli import main
 from rmtkern.pruning.plan import PrunePlan
+from rmtkern.pruning.presets import AUTO_CALIBRATED
 
 TOYS = """
 import torch
@@ -182,7 +183,7 @@ def test_prune_with_calibration(work, images, capsys):
     argv = ["prune", "clitoys:toy", "--calibration", "images", "--calibration-images", "4", "-o", "p.safetensors", *FC]
     assert main([*argv, "--json"]) == 0
     plan = strict_json(capsys.readouterr().out)["plan"]
-    assert plan["config"]["method"] == "admm" and plan["calibration_images"] == 4
+    assert plan["config"]["method"] == AUTO_CALIBRATED and plan["calibration_images"] == 4
 
 
 def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):

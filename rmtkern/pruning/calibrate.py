@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from rmtkern.errors import NoGradientsError
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.stages import Call, Stage
@@ -166,7 +167,8 @@ def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images
 
     Raises:
         TypeError: a batch of another type.
-        ValueError: no image, no gradient, a gradient that is NaN or Inf, or a weight that no image reached.
+        NoGradientsError: the outputs have no gradients, or the model cannot run backward.
+        ValueError: no image, a gradient that is NaN or Inf, or a weight that no image reached.
 
     Source: Hutchinson 1990, the squared Frobenius norm of a Jacobian from random signs.
     """
@@ -435,12 +437,17 @@ class _Outputs(_Watch):
         if not outputs:
             return
         if not found:
-            raise ValueError(
+            raise NoGradientsError(
                 "calibration: expected a model whose outputs have gradients, got none (does it run under no_grad?); "
                 "take budget='uniform'"
             )
         signs = [torch.randint(0, 2, one.shape, generator=generator).to(one) * 2 - 1 for one in found]
-        gradients = torch.autograd.grad(found, [y for *_, y in outputs], signs, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(found, [y for *_, y in outputs], signs, allow_unused=True)
+        except RuntimeError as error:  # an operator without a derivative, a value that was overwritten
+            raise NoGradientsError(
+                f"calibration: the model cannot run backward ({error}); take budget='uniform'"
+            ) from error
         for (weight, rows, axis, y), gradient in zip(outputs, gradients, strict=True):
             total = self.energies.setdefault(weight.name, torch.zeros(weight.shape[0], dtype=torch.float64))
             self.uses[weight.name] += 1
@@ -456,7 +463,10 @@ class _Outputs(_Watch):
             )
         energy = self.energies[weight.name]
         if not bool(torch.isfinite(energy).all()):
-            raise ValueError(f"calibration: the gradients at {weight.name} have NaN or Inf; take budget='uniform'")
+            raise ValueError(
+                f"calibration: the gradients at {weight.name} have NaN or Inf; check the images and the model, or take "
+                "budget='uniform'"
+            )
         return energy
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["AUTO", "AUTO_CALIBRATED", "AUTO_NM", "HYBRID_UNTIL", "PRESETS", "RESTORES", "Preset"]
+__all__ = ["AUTO", "AUTO_CALIBRATED", "AUTO_NM", "AUTO_NO_GRADIENTS", "HYBRID_UNTIL", "PRESETS", "RESTORES", "Preset"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,11 @@ HYBRID_UNTIL = 0.20
 AUTO = "row"
 """What method="auto" means without calibration images."""
 
-AUTO_CALIBRATED = "admm"
-"""What method="auto" means with calibration images."""
+AUTO_CALIBRATED = "sensitivity"
+"""What method="auto" means with calibration images (docs/calibrated.md has what it was chosen by)."""
+
+AUTO_NO_GRADIENTS = "admm"
+"""What it means for a model that cannot run backward."""
 
 AUTO_NM = "magnitude"
 """What method="auto" means for an n:m pattern without calibration images: it leaves a budget nothing to decide."""

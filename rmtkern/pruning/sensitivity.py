@@ -67,8 +67,9 @@ def sensitivities(
 
     Raises:
         TypeError: a batch of another type.
-        ValueError: no image, inputs or gradients with NaN or Inf, no gradient, a weight that no image reaches, batches
-            that the model treats differently.
+        NoGradientsError: the model's outputs have no gradients.
+        ValueError: no image, inputs or gradients with NaN or Inf, a weight that no image reaches, batches that the
+            model treats differently.
 
     Source: docs/calibrated.md; one entry's loss w^2 / [H^-1]_kk is Hassibi and Stork 1993.
     """

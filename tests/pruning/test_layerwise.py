@@ -205,8 +205,8 @@ def test_dead_inputs_few_images_and_constant_images():
     (torch.empty(0, 3, 32, 32), ValueError, "expected at least one image, got none"),
     ([], ValueError, "expected at least one image, got none"),
     (torch.randn(2, 3, 40, 40), (RuntimeError, AssertionError), "."),
-    (torch.full((2, 3, 32, 32), torch.nan), ValueError, r"the inputs of blocks.0.attn.qkv.weight have NaN or Inf"),
-    ([IMAGES, IMAGES.mul(torch.inf)], ValueError, r"the inputs of blocks.0.attn.qkv.weight have NaN or Inf"),
+    (torch.full((2, 3, 32, 32), torch.nan), ValueError, r"the (inputs of|gradients at) blocks.0.attn.qkv.weight "),
+    ([IMAGES, IMAGES.mul(torch.inf)], ValueError, r"the (inputs of|gradients at) blocks.0.attn.qkv.weight "),
     ([np.zeros((2, 3, 32, 32))], TypeError, "expected batches that are tensors of images"),
     ("folder", TypeError, "expected a tensor or an iterable of batches, got str"),
 ])  # fmt: skip

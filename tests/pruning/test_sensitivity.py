@@ -12,6 +12,7 @@ from rmtkern.api import prune_
 from rmtkern.models import prunable_weights
 from rmtkern.pruning.calibrate import output_gradients
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
+from rmtkern.pruning.presets import AUTO_NO_GRADIENTS
 from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
 from tests.pruning.test_layerwise import PATTERNS
 from tests.pruning.test_stages import waiting_threads
@@ -174,6 +175,38 @@ def test_zeros_stay_and_all_ways_to_pass_images_give_the_same():
     assert plans[0].sparsity == pytest.approx(0.6, abs=1e-4)
 
 
+def test_auto_takes_what_needs_no_gradients_where_there_are_none_and_says_so(caplog):
+    model = nn.Sequential(nn.Linear(8, 8), NoGrad(), nn.Linear(8, 8))
+    plan = prune_(model, 0.5, targets="all", calibration=torch.randn(64, 8))
+    assert plan.config.method == "sensitivity" and not caplog.text
+    model.append(NoGrad())
+    plan = prune_(model, 0.75, targets="all", calibration=torch.randn(64, 8))
+    assert plan.config.method == AUTO_NO_GRADIENTS == "admm" and plan.config.budget == "uniform"
+    assert "got none (does it run under no_grad?)" in caplog.text and "pruning by method 'admm' instead" in caplog.text
+    with pytest.raises(ValueError, match="expected a model whose outputs have gradients, got none"):
+        prune_(model, 0.8, budget="sensitivity", targets="all", calibration=torch.randn(64, 8))
+    plan.verify(model)
+
+
+class NoGrad(nn.Module):
+    """Nothing behind it has a gradient."""
+
+    def forward(self, x):
+        return x.detach()
+
+
+class NoBackward(torch.autograd.Function):
+    """The mean of x, which needs a gradient and cannot give one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no way back")
+
+
 def test_bad_input_changes_nothing():
     model = MODELS["timm vit"]()
     before = state(model)
@@ -182,6 +215,9 @@ def test_bad_input_changes_nothing():
     forward = model.forward
     model.forward = torch.no_grad()(forward)
     with pytest.raises(ValueError, match="expected a model whose outputs have gradients, got none"):
+        prune_(model, 0.5, "sensitivity", calibration=IMAGES)
+    model.forward = lambda x: NoBackward.apply(forward(x))
+    with pytest.raises(ValueError, match=r"the model cannot run backward \(.*no way back"):
         prune_(model, 0.5, "sensitivity", calibration=IMAGES)
     model.forward = lambda x: forward(x) * torch.inf
     with pytest.raises(ValueError, match=r"the gradients at blocks.0.attn.qkv.weight have NaN or Inf"):
