@@ -102,7 +102,7 @@ def prune_(
     score: str | None = None,
     repair: str | None = None,
     restore: str | None = None,
-    permute: bool = False,
+    permute: bool | None = None,
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
@@ -140,7 +140,8 @@ def prune_(
         restore: overrides the method's restore: "none", "movement" or "gradient" (3 % more than asked is removed, and
             what is missed most comes back).
         permute: with mini-blocks and calibration images, first let hidden units, and channels within a head, change
-            places (weights and biases) so that mini-blocks hold what costs alike; the model computes the same.
+            places (weights and biases) so that mini-blocks hold what costs alike; the model computes the same. None:
+            where method "auto" has both.
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
@@ -190,7 +191,7 @@ def _prune_(
         try:
             costs = sensitivities(model, weights, calibration, show_progress=show_progress)
         except NoGradientsError as error:
-            config = replace(asked, method=AUTO_NO_GRADIENTS).resolve(True)
+            config = replace(asked, method=AUTO_NO_GRADIENTS).resolve(True)  # which permutes only if asked to
             if asked.method != "auto" or config.measured or config.permute:
                 raise
             _log.warning("%s; pruning by method %r instead", error, config.method)

@@ -24,8 +24,8 @@ from rmtkern.progress import progress
 from rmtkern.pruning.stages import Call, Stage
 
 __all__ = [
-    "Moments", "calibrate", "evaluating", "forward_passes", "output_gradients", "second_moment", "tensors_of",
-    "weights_in_order",
+    "Moments", "calibrate", "evaluating", "forward_passes", "output_gradients", "second_moment", "second_moments",
+    "tensors_of", "weights_in_order",
 ]  # fmt: skip
 
 _BATCH = 32
@@ -149,6 +149,19 @@ def second_moment(
         except _Enough:
             pass
     return watch.moment(weight)
+
+
+def second_moments(stage: Stage, calls: Iterable[Call]) -> dict[str, Tensor]:
+    """`second_moment` of every weight of a stage, by name, in one run of each call, while none of them changes.
+
+    Raises:
+        ValueError: inputs with NaN or Inf, or a weight that no call uses.
+    """
+    watch = _Watch(stage.weights, products=True)
+    for call in calls:
+        with watch:
+            stage.module(*call.args, **call.kwargs)
+    return {weight.name: watch.moment(weight) for weight in stage.weights}
 
 
 def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images: Tensor | Iterable[Any]) -> Moments:

@@ -52,7 +52,8 @@ class PruneConfig:
         score: key of SCORES, which entries matter; None: the method's.
         repair: key of REPAIRS, what becomes of the entries that stay; None: the method's.
         permute: first let channels change places where the model allows it, so that mini-blocks hold what costs alike
-            (see permute.permute_); for patterns of mini-blocks and calibration images.
+            (see permute.permute_); for patterns of mini-blocks and calibration images. None: where method "auto" has
+            both.
         pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; n:mxr such as "2:4x4": the
             same for r outputs that share their inputs; or rxc such as "4x1": mini-blocks of 4 outputs x 1 input that go
             or stay whole (the sparsity is then met to one mini-block).
@@ -84,7 +85,7 @@ class PruneConfig:
     seed: int = 0
     repair: str | None = None
     restore: str | None = None
-    permute: bool = False
+    permute: bool | None = None
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -121,8 +122,8 @@ class PruneConfig:
             raise ValueError(f"haar: expected a finite number >= 0, got {self.haar}")
         if not isinstance(self.alpha_regime, bool):
             raise TypeError(f"alpha_regime: expected a bool, got {type(self.alpha_regime).__name__}")
-        if not isinstance(self.permute, bool):
-            raise TypeError(f"permute: expected a bool, got {type(self.permute).__name__}")
+        if not isinstance(self.permute, bool | None):
+            raise TypeError(f"permute: expected a bool or None, got {type(self.permute).__name__}")
         if self.permute and unit_of(params) == (1, 1):
             raise ValueError(
                 f"permute: pattern {self.pattern!r} has no mini-blocks to fill; take '4x1' or the like, or no permute"
@@ -132,7 +133,7 @@ class PruneConfig:
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
 
     def resolve(self, calibrated: bool) -> Self:
-        """The same request with method, budget, score, repair and restore named.
+        """The same request with method, budget, score, repair, restore and permute named.
 
         Args:
             calibrated: whether calibration images are at hand.
@@ -142,8 +143,10 @@ class PruneConfig:
                 entries shall come back where a score is known only layer by layer, or an n:m pattern says itself how
                 many go.
         """
-        method = self.method
+        method, permute = self.method, bool(self.permute)
         if method == "auto":
+            if self.permute is None and calibrated and ":" not in self.pattern:
+                permute = unit_of(parse_pattern(self.pattern)[1]) != (1, 1)
             method = AUTO_CALIBRATED if calibrated else AUTO_NM if ":" in self.pattern else AUTO
         elif method == "hybrid":
             method = "magnitude" if self.sparsity <= HYBRID_UNTIL else "ser"
@@ -155,6 +158,7 @@ class PruneConfig:
             score=self.score or preset.score,
             repair=self.repair or preset.repair,
             restore=self.restore or preset.restore,
+            permute=permute,
         )
         if resolved.restore != "none" and (":" in self.pattern or resolved.score in LAYERWISE):
             raise ValueError(
@@ -180,7 +184,7 @@ class PruneConfig:
     def needs_calibration(self) -> bool:
         """Whether a resolved config needs calibration images."""
         named = self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS or self.budget in MEASURED
-        return named or self.permute or self.needs_labels
+        return named or bool(self.permute) or self.needs_labels
 
     @property
     def needs_labels(self) -> bool:

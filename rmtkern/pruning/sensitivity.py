@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
-from rmtkern.pruning.calibrate import evaluating, forward_passes, output_gradients, second_moment, weights_in_order
+from rmtkern.pruning.calibrate import evaluating, forward_passes, output_gradients, second_moments
 from rmtkern.pruning.repair import damped
 from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 
@@ -79,8 +79,9 @@ def sensitivities(
     steps = iter(progress(range(len(weights)), "measure layer by layer", show=show_progress))
 
     def visit(stage: Stage, calls: list[Call]) -> None:
-        for weight, uses in weights_in_order(stage, calls[0]):
-            columns[weight.name] = _columns(damped(second_moment(stage, weight, uses, calls)))
+        moments = second_moments(stage, calls)
+        for name in list(moments):
+            columns[name] = _columns(damped(moments.pop(name)))
             next(steps, None)
 
     with torch.no_grad(), evaluating(model):

@@ -167,7 +167,7 @@ def test_bad_input_and_failures_change_nothing(monkeypatch):
             prune_(model, 0.5, pattern=pattern, calibration=IMAGES, permute=True)
     with pytest.raises(ValueError, match=r"method 'row' with permute=True needs images; pass calibration="):
         prune_(model, 0.5, pattern="4x1", permute=True)
-    with pytest.raises(TypeError, match="permute: expected a bool, got int"):
+    with pytest.raises(TypeError, match="permute: expected a bool or None, got int"):
         prune_(model, 0.5, pattern="4x1", calibration=IMAGES, permute=1)
 
     def fail(*args, **kwargs):
@@ -178,3 +178,12 @@ def test_bad_input_and_failures_change_nothing(monkeypatch):
     with pytest.raises(Injected):
         prune_(model, 0.5, pattern="4x1", calibration=IMAGES, permute=True)
     assert unchanged(model, before) and waiting_threads() == 0
+
+
+def test_auto_permutes_where_there_are_mini_blocks_to_fill():
+    def permuted(pattern, method="auto", images=IMAGES, **how):
+        return prune_(MODELS["timm vit"]().eval(), 0.5, method, pattern, calibration=images, **how).config.permute
+
+    assert permuted("4x1") and permuted("1x2")
+    assert not permuted("4x1", permute=False) and not permuted("4x1", images=None)
+    assert not permuted("unstructured") and not permuted("2:4") and not permuted("4x1", "sensitivity")
