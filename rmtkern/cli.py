@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rmtkern.advice import PATTERNS, advise
 from rmtkern.api import analyze, prune_
+from rmtkern.certificates import certify
 from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate, folder_batches, preprocessing_of
@@ -24,7 +25,7 @@ from rmtkern.gradual import CYCLE, DROP_THRESHOLD, GRID, prune_gradually_
 from rmtkern.loading import SHRUNK, input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
-from rmtkern.pruning.plan import PruneConfig
+from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.presets import PRESETS
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    names = "{demo,analyze,advise,shrink,prune,sweep,finetune,gradual,bench,info}"
+    names = "{demo,analyze,advise,shrink,prune,sweep,certify,finetune,gradual,bench,info}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -174,6 +175,22 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--calibration-images", type=int, default=128, help="how many of them")
     many.add_argument("--picture", type=Path, help="draw accuracy against sparsity there (png, pdf or svg)")
     many.add_argument("-o", "--output", type=Path, required=True, help="the CSV; its rows are not computed again")
+
+    proof = verb("certify", "bound what pruning did to logits, labels and loss, and say what each bound is worth")
+    _model_arguments(proof)
+    which = proof.add_mutually_exclusive_group(required=True)
+    which.add_argument("--pruned", type=Path, help="checkpoint of the pruned model; the model itself is the dense one")
+    which.add_argument("--plan", type=Path, help="plan of prune without --calibration, to repeat on the dense model: "
+                       "the JSON that prune --json printed, or a checkpoint that holds one")  # fmt: skip
+    proof.add_argument("--images", type=Path, required=True, help="folder of a few hundred images in sub-folders")
+    proof.add_argument("--limit", type=int, help="use only so many of them, evenly over the sub-folders")
+    proof.add_argument("--no-labels", action="store_true", help="the sub-folders are not the classes of the model")
+    proof.add_argument("--l2", type=float, default=0.0, help="weight of the sum of squares in the objective")
+    proof.add_argument("--l1", type=float, default=0.0, help="weight of the sum of absolute values in the objective")
+    proof.add_argument("--restore", action="store_true", help="also measure the model with each weight restored")
+    proof.add_argument("--local", action="store_true", help="also estimate each step from gradients")
+    proof.add_argument("--dtype", choices=("float32", "float64"), help="run both models in it; default: in their own")
+    proof.add_argument("--batch", type=int, default=32, help="images at a time")
 
     tune = verb("finetune", "train the surviving weights of a pruned model; the zeros of its checkpoint stay zero")
     _model_arguments(tune)
@@ -375,6 +392,56 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
+def _certify(args: argparse.Namespace) -> int:
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    if args.pruned is not None and args.random_weights and args.checkpoint is None and ":" not in args.model:
+        raise ValueError(
+            "--random-weights draws other weights than those that were pruned; give --checkpoint FILE with the dense "
+            "ones, or --plan"
+        )
+    dense = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    reference: nn.Module | PrunePlan = dense
+    model = dense
+    if args.pruned is not None:
+        model = load_model(args.model, checkpoint=args.pruned)
+        if _stored(args.pruned, "rmtkern") is not None:
+            load_plan(args.pruned).verify(model)
+    else:
+        reference = load_plan(args.plan) if args.plan.suffix == ".safetensors" else _plan_of_json(args.plan)
+    images: Iterable[Any] = folder_batches(
+        args.images, preprocessing_of(dense), batch_size=args.batch, limit=args.limit
+    )
+    found = certify(
+        model,
+        reference,
+        (x for x, _ in images) if args.no_labels else images,
+        l2=args.l2,
+        l1=args.l1,
+        restore=args.restore,
+        local=args.local,
+        dtype=None if args.dtype is None else getattr(torch, args.dtype),
+        batch_size=args.batch,
+        show_progress=False if args.json else None,
+    )
+    print(found.to_json() if args.json else found)
+    return 0
+
+
+def _plan_of_json(path: Path) -> PrunePlan:
+    """The plan in a file that PrunePlan.to_json or `rmtkern prune --json` wrote."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected the JSON of a plan, or a checkpoint that holds one")
+    try:
+        text = path.read_text()
+        record = json.loads(text)
+        if isinstance(record, dict) and isinstance(record.get("plan"), dict):
+            text = json.dumps(record["plan"])
+        return PrunePlan.from_json(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; expected the JSON of a plan, or a checkpoint that holds one") from error
+
+
 def _finetune(args: argparse.Namespace) -> int:
     _check_folder(args.output)
     config = FinetuneConfig(**{name: getattr(args, name) for name in SETTINGS})
@@ -502,7 +569,7 @@ def _info(args: argparse.Namespace) -> int:
 
 VERBS = {
     "demo": _demo, "analyze": _analyze, "advise": _advise, "shrink": _shrink, "prune": _prune, "sweep": _sweep,
-    "finetune": _finetune, "gradual": _gradual, "bench": _bench, "info": _info,
+    "certify": _certify, "finetune": _finetune, "gradual": _gradual, "bench": _bench, "info": _info,
 }  # fmt: skip
 
 

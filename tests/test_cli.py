@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 import rmtkern
 from rmtkern import cli
 from rmtkern.cli import main
+from rmtkern.evaluation import folder_batches, preprocessing_of
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.pruning.presets import AUTO_CALIBRATED
+from rmtkern.storage import read_metadata
 
 TOYS = """
 import torch
@@ -170,7 +172,6 @@ def test_prune_json_evaluates_and_carries_the_plan(work, images, capsys):
     assert found["output"] == "p.safetensors"
     assert found["before"]["count"] == found["after"]["count"] == 6
     from rmtkern.loading import load_model
-    from rmtkern.storage import read_metadata
 
     stored = PrunePlan.from_json(read_metadata("p.safetensors")["rmtkern"])
     assert json.loads(stored.to_json()) == found["plan"]
@@ -208,6 +209,84 @@ def test_sweep_errors(work, images, capsys):
     fails(capsys, [*argv, "-o", "s.csv", "--picture", "no/p.png"], 2, "no: no such folder to write p.png into")
     fails(capsys, [*argv, "-o", "s.csv", "--methods", "wanda"], 2, "needs images; pass calibration=")
     assert not (work / "s.csv").exists()
+
+
+CERTIFY = ["certify", "clitoys:toy", "--images"]
+
+
+@pytest.fixture
+def pruned(work, images, capsys):
+    """pruned.safetensors, plan.json as prune --json prints it, and what certify says of them in Python."""
+    argv = ["prune", "clitoys:toy", "--method", "magnitude", "--json", *FC, "-o", "pruned.safetensors"]
+    assert main(argv) == 0
+    (work / "plan.json").write_text(capsys.readouterr().out)
+    import clitoys
+
+    model, dense = (clitoys.toy().eval() for _ in range(2))
+    model.load_state_dict(load_file("pruned.safetensors"))
+    seen = list(folder_batches(images, preprocessing_of(dense)))
+    return lambda **options: rmtkern.certify(model, dense, seen, **options)
+
+
+def test_certify_says_what_the_function_says(pruned, images, capsys):
+    argv = [*CERTIFY, str(images), "--pruned", "pruned.safetensors"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    for words in ("end to end, osc", "proof for these images", "fc1.weight", "fc2.weight", "6 images, 3 classes"):
+        assert words in out
+    assert main([*argv, "--json"]) == 0
+    found = strict_json(capsys.readouterr().out)
+    assert found == json.loads(pruned().to_json())
+    assert found["measured"]["accuracy"] is not None and [step["name"] for step in found["steps"]] == [
+        "fc1.weight", "fc2.weight"
+    ]  # fmt: skip
+
+
+def test_certify_options(pruned, images, capsys):
+    argv = [*CERTIFY, str(images), "--pruned", "pruned.safetensors", "--json"]
+    assert main([*argv, "--l2", "0.1", "--l1", "0.01", "--restore", "--local", "--dtype", "float64"]) == 0
+    wanted = pruned(l2=0.1, l1=0.01, restore=True, local=True, dtype=torch.float64)
+    assert strict_json(capsys.readouterr().out) == json.loads(wanted.to_json())
+    assert main([*argv, "--limit", "3", "--batch", "2", "--no-labels"]) == 0
+    found = strict_json(capsys.readouterr().out)
+    assert found["images"] == 3 and found["measured"]["accuracy"] is None
+
+
+@pytest.mark.parametrize("plan", ["plan.json", "pruned.safetensors"])
+def test_certify_repeats_a_plan(pruned, images, capsys, plan):
+    assert main([*CERTIFY, str(images), "--plan", plan, "--json"]) == 0
+    assert strict_json(capsys.readouterr().out) == json.loads(pruned().to_json())
+
+
+def test_certify_refuses_what_is_no_pair(pruned, work, images, capsys):
+    argv = [*CERTIFY, str(images)]
+    fails(capsys, [*argv, "--plan", "gone.json"], 2, "gone.json: no such file; expected the JSON of a plan")
+    (work / "bad.json").write_text("[1]")
+    fails(capsys, [*argv, "--plan", "bad.json"], 2, "bad.json: not the JSON of a PrunePlan")
+    other = ["certify", "demo", "--images", str(images), "--limit", "1"]
+    fails(capsys, [*other, "--plan", "plan.json"], 2, "the plan cannot be repeated on this model (the zeros of fc1")
+    fails(capsys, [*other, "--pruned", "pruned.safetensors"], 2, "pruned.safetensors: does not fit demo")
+    state = load_file("pruned.safetensors")
+    save_file({**state, "fc1.weight": torch.ones_like(state["fc1.weight"])}, "full.safetensors",
+              read_metadata("pruned.safetensors"))  # fmt: skip
+    fails(capsys, [*argv, "--pruned", "full.safetensors"], 2, "the zeros of fc1.weight (1 of 2 weights) differ")
+    same = [*argv, "--checkpoint", "pruned.safetensors", "--pruned", "pruned.safetensors"]
+    fails(capsys, same, 2, "the two models have the same weights")
+    name = ["certify", "vit_tiny_patch16_224", "--random-weights", "--images", str(images)]
+    fails(capsys, [*name, "--pruned", "pruned.safetensors"], 2, "--random-weights draws other weights")
+
+
+def test_certify_refuses_no_images(pruned, work, capsys):
+    (work / "empty" / "a").mkdir(parents=True)
+    end = ["--pruned", "pruned.safetensors"]
+    fails(capsys, [*CERTIFY, "empty", *end], 2, "empty: found no image")
+    fails(capsys, [*CERTIFY, "none", *end], 2, "none: no such folder; expected one with a sub-folder of images")
+    fails(capsys, [*CERTIFY, "images", *end, "--limit", "0"], 2, "--limit must be at least 1, got 0")
+    fails(capsys, [*CERTIFY, "images", *end, "--batch", "0"], 2, "batch_size: expected an integer of at least 1")
+    for words in ([], [*end, "--plan", "plan.json"]):
+        with pytest.raises(SystemExit):
+            main([*CERTIFY, "images", *words])
+        assert "--pruned" in capsys.readouterr().err
 
 
 def test_prune_n_of_m(work, capsys):
@@ -378,7 +457,7 @@ def test_usage_errors(argv, capsys):
     assert stopped.value.code == 2 and "usage: rmtkern" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [[], ["demo"], ["analyze"], ["prune"], ["bench"], ["info"]])
+@pytest.mark.parametrize("verb", [[], ["demo"], ["analyze"], ["prune"], ["certify"], ["bench"], ["info"]])
 def test_help_tells_the_exit_codes(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*verb, "--help"])
