@@ -12,6 +12,7 @@ from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.files import load, save
 from rmtkern.gradual import Gradual, prune_gradually_
 from rmtkern.loading import load_plan
+from rmtkern.macs import MacReport, count_macs
 from rmtkern.ops import available
 from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_decisions import Decisions
@@ -21,6 +22,7 @@ from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
 from rmtkern.speed import SpeedReport, prune_to_speed_
+from rmtkern.token_merging import TokenMerging, merge_tokens_, unmerge_tokens_
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
 
@@ -34,6 +36,7 @@ __all__ = [
     "FinetuneConfig",
     "Gradual",
     "KernelUnavailable",
+    "MacReport",
     "PackReport",
     "PackedModelError",
     "PruneConfig",
@@ -42,21 +45,25 @@ __all__ = [
     "SpectralFit",
     "SpectralFits",
     "SpeedReport",
+    "TokenMerging",
     "advise",
     "analyze",
     "available",
     "certify",
+    "count_macs",
     "evaluate",
     "finetune_",
     "fit_spectra",
     "fit_spectrum",
     "load",
     "load_plan",
+    "merge_tokens_",
     "pack_",
     "prune_",
     "prune_gradually_",
     "prune_to_speed_",
     "save",
     "shrink_",
+    "unmerge_tokens_",
     "unpack_",
 ]

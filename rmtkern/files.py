@@ -30,6 +30,7 @@ from rmtkern.packing_norm import NormForward
 from rmtkern.packing_sites import KernelForward, enable
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.storage import read_metadata, read_tensors, write_tensors
+from rmtkern.token_merging import merge_tokens_, merging_of, unmerge_tokens_
 
 __all__ = ["load", "save"]
 
@@ -100,6 +101,7 @@ def save(
             " example) first, or write model.state_dict() with safetensors"
         )
     cast = cast_record(model)
+    merging = merging_of(model)
     record = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -114,6 +116,7 @@ def save(
         else {"inside": _name(cast.inside), "outside": _name(cast.outside), "names": list(cast.names)},
         "plan": None if plan is None else json.loads(plan.to_json()),
         "shrunk": None if shrunk is None else json.loads(shrunk.to_json()),
+        "merging": None if merging is None else {key: getattr(merging, key) for key in _MERGING},
     }
     state = model.state_dict()
     record["checksums"] = {name: _checksum(tensor) for name, tensor in state.items()}
@@ -137,6 +140,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 _NAMES = {_name(dtype): dtype for dtype in DTYPES}
+_MERGING = {"r": int, "protected": int, "restore": bool}
+"""What a file says of how the model merges tokens."""
 _SITES: dict[str, type[KernelForward]] = {"attention": AttentionForward, "norms": NormForward}
 
 
@@ -424,6 +429,30 @@ def _as_small_(model: nn.Module, record: Record) -> Callable[[], None] | None:
         raise _Damaged(str(error)) from error
 
 
+def _as_merged_(model: nn.Module, record: Record) -> bool:
+    """Let a model merge tokens as the one in the file; whether it did not before."""
+    wanted, have = record.get("merging"), merging_of(model)
+    if wanted is not None:
+        known = isinstance(wanted, dict) and set(wanted) == set(_MERGING)
+        fits = known and all(type(wanted[key]) is kind and wanted[key] >= 0 for key, kind in _MERGING.items())
+        _expect(fits, "merging", "r, protected and restore", wanted)
+    if have is not None:
+        if wanted != {key: getattr(have, key) for key in _MERGING}:
+            theirs = "merges none" if wanted is None else f"{wanted['r']} (protected: {wanted['protected']})"
+            raise _Damaged(
+                f"the model merges {have.r} tokens (protected: {have.protected}) and the one in the file {theirs}; "
+                "call rmtkern.unmerge_tokens_(model) first"
+            )
+        return False
+    if wanted is None:
+        return False
+    try:
+        merge_tokens_(model, wanted["r"], protected=wanted["protected"], restore=wanted["restore"])
+    except ValueError as error:
+        raise _Damaged(f"{error}; give the model that was packed") from error
+    return True
+
+
 def _refuse_empty_buffers(model: nn.Module) -> None:
     state = model.state_dict()
     empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
@@ -442,8 +471,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 
     Args:
         path: of the file.
-        model: the same architecture (as it was before `shrink_`), not packed, changed in place; its weights do not
-            matter, so it may be built on the meta device, and no dense weight is made for its packed linears.
+        model: the same architecture (as it was before `shrink_` and `merge_tokens_`), not packed, changed in place; its
+            weights do not matter, so it may be built on the meta device, and no dense weight is made for its packed
+            linears.
 
     Returns:
         `model`, in eval mode.
@@ -459,13 +489,16 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     if is_packed(model):
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first, or build a new one")
     source = Path(path)
-    take_back = None
+    take_back, merged = None, False
     try:
         record = _record(source)
         take_back = _as_small_(model, record)
+        merged = _as_merged_(model, record)
         loaded = _Loaded(model, source, record)
         _refuse_empty_buffers(model)
     except BaseException as error:
+        if merged:
+            unmerge_tokens_(model)
         if take_back is not None:
             take_back()
         if isinstance(error, _Damaged):

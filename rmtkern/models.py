@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rmtkern.errors import PackedModelError
 
 __all__ = [
+    "ATTENTION_WORDS",
     "GROUPS",
     "HEAD_COUNTS",
     "HEAD_WIDTHS",
@@ -56,7 +57,8 @@ HEAD_COUNTS: tuple[str, ...] = ("num_heads", "num_attention_heads", "n_heads", "
 HEAD_WIDTHS: tuple[str, ...] = ("attn_dim", "all_head_size", "inner_dim", "attention_dim")
 """Attributes of attention modules that hold the number of heads times their size."""
 
-_ATTENTION_WORDS = ("attn", "attention")
+ATTENTION_WORDS = ("attn", "attention")
+"""What the name or the class of an attention module contains."""
 _MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "intermediate")
 _EMBED_WORDS = ("patch_embed", "patch_embedding", "patch_embeddings", "stem", "embeddings")
 _HEAD_WORDS = ("head", "heads", "classifier", "head_dist", "fc", "cls_classifier", "distillation_classifier",
@@ -312,7 +314,7 @@ def _context(words: Sequence[str], modules: Mapping[str, nn.Module]) -> tuple[st
             return "", -1
         if any(part in word or part in cls for part in _MLP_WORDS):
             return "mlp", at
-        if any(part in word or part in cls for part in _ATTENTION_WORDS):
+        if any(part in word or part in cls for part in ATTENTION_WORDS):
             return "attn", at
     return "", -1
 

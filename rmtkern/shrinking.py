@@ -18,6 +18,7 @@ from rmtkern.pruning.repair import damped
 from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 from rmtkern.pruning.units import loss_share, norm_units, remove_units
 from rmtkern.shrink_plan import BlockPlan, ShrinkPlan
+from rmtkern.token_merging import merging_of
 
 __all__ = ["shrink_"]
 
@@ -60,7 +61,8 @@ def shrink_(
     Raises:
         TypeError: an argument of the wrong type.
         ValueError: a share out of range, nothing to remove, NaN or Inf weights or inputs, weights on the meta device,
-            no images, batches that the model treats differently, or a smaller model that computes something else.
+            no images, batches that the model treats differently, heads of a model that merges tokens, or a smaller
+            model that computes something else.
         PackedModelError: the model is packed.
     """
     for name, share in (("mlp", mlp), ("heads", heads)):
@@ -72,6 +74,11 @@ def shrink_(
         raise ValueError(f"multiple: expected an integer of at least 1, got {multiple!r}")
     if mlp == heads == 0:
         raise ValueError("shrink_: mlp and heads are both 0, so nothing would go; give a share of one of them")
+    if heads and merging_of(model) is not None:
+        raise ValueError(
+            "heads: the model merges tokens by the keys of all of its heads; call rmtkern.unmerge_tokens_(model), "
+            "remove heads, then merge tokens again"
+        )
     kept = {weight.name for weight in prunable_weights(model, "all", ignore)}
     found, left = find_blocks(model, [kind for kind, share in (("mlp", mlp), ("heads", heads)) if share])  # type: ignore[misc]
     blocks = [block for block in found if kept.issuperset((*block.producers, block.consumer))]

@@ -354,6 +354,15 @@ CHANGES = {
     "norms kind": (lambda t, r: r.update(norms=["1"]), "1 is no nn.LayerNorm in the model"),
     "absorbed": (lambda t, r: r.update(absorbed=["3"]), "3 is no activation in the model"),
     "cast": (lambda t, r: r.update(cast={"inside": "int8", "outside": "float32", "names": []}), "cast: expected"),
+    "merging": (lambda t, r: r.update(merging={"r": 8}), "merging: expected r, protected and restore, got"),
+    "merging less": (
+        lambda t, r: r.update(merging={"r": -1, "protected": 0, "restore": True}),
+        "merging: expected r, protected and restore, got",
+    ),
+    "merging where nothing can": (
+        lambda t, r: r.update(merging={"r": 8, "protected": 1, "restore": False}),
+        "Sequential has no blocks of norm1, attn, .* cannot be merged; give the model that was packed",
+    ),
     "module": (lambda t, r: r["linears"].update({"7": r["linears"]["0"]}), "the model has no module '7'"),
     "kind": (lambda t, r: r["linears"].update({"3": r["linears"]["0"]}), "3 is .* and LayerNorm in the model"),
     "shape": (lambda t, r: r["linears"]["0"].update(features=[96, 65]), r"0 is \[96, 65\] with a bias in the file"),

@@ -168,7 +168,9 @@ def _sites_of(stage: Stage, call: Call, order: Sequence[PrunableWeight], unit: t
 
 def _double(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        wide = value.double() if value.is_floating_point() else value
+        vars(wide).update(vars(value))  # what a module gave its output along, such as the sizes of merged tokens
+        return wide
     if isinstance(value, dict):
         return {key: _double(part) for key, part in value.items()}
     return type(value)(map(_double, value)) if type(value) in (tuple, list) else value
