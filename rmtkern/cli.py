@@ -31,7 +31,7 @@ from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
 from rmtkern.speed import prune_to_speed_
 from rmtkern.storage import read_metadata
-from rmtkern.sweep import sweep
+from rmtkern.sweep import PACK, sweep
 from rmtkern.tables import Table
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
     prune.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
 
-    many = verb("sweep", "prune copies of a model by several methods and score them, as CSV and as a picture")
+    many = verb("sweep", "prune copies of a model by several methods and score (and time) them, as CSV and pictures")
     _model_arguments(many)
     many.add_argument("--images", type=Path, required=True, help="folder of images (a sub-folder per class) to score")
     many.add_argument("--limit", type=int, help="score only so many of them")
@@ -173,7 +173,10 @@ def _parser() -> argparse.ArgumentParser:
     many.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
     many.add_argument("--calibration", type=Path, help="folder of images for the methods that use them")
     many.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    many.add_argument("--pack", choices=tuple(PACK), help="also pack each point in it, score and time it against dense")
+    many.add_argument("--batch", type=int, default=8, help="batch size for --pack")
     many.add_argument("--picture", type=Path, help="draw accuracy against sparsity there (png, pdf or svg)")
+    many.add_argument("--speed-picture", type=Path, help="with --pack, draw accuracy against measured speed-up there")
     many.add_argument("-o", "--output", type=Path, required=True, help="the CSV; its rows are not computed again")
 
     proof = verb("certify", "bound what pruning did to logits, labels and loss, and say what each bound is worth")
@@ -260,13 +263,18 @@ def _advise(args: argparse.Namespace) -> int:
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
-    example = torch.randn(input_size_of(model, args.batch), generator=torch.Generator().manual_seed(0))
+    example = _example(model, args.batch)
     advice = advise(model, example, patterns=args.pattern, sparsities=args.sparsity)
     if args.json:
         _print_json({"environment": environment(), **json.loads(advice.to_json())})
     else:
         print(f"{environment_line()}\n\n{advice}")
     return 0
+
+
+def _example(model: nn.Module, batch: int) -> Tensor:
+    """Random images to time a model on."""
+    return torch.randn(input_size_of(model, batch), generator=torch.Generator().manual_seed(0))
 
 
 def _check_folder(output: Path | None) -> None:
@@ -330,7 +338,7 @@ def _prune(args: argparse.Namespace) -> int:
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
     if args.speedup is not None:
-        example = torch.randn(input_size_of(model, args.batch), generator=torch.Generator().manual_seed(0))
+        example = _example(model, args.batch)
         asked = PruneConfig(method=args.method, pattern=args.pattern, targets=targets, ignore=ignore)
         found = prune_to_speed_(model, args.speedup, example, asked, calibration)
         plan = found.plan
@@ -364,6 +372,11 @@ def _calibration(args: argparse.Namespace, model: nn.Module) -> list[tuple[Tenso
 def _sweep(args: argparse.Namespace) -> int:
     _check_folder(args.output)
     _check_folder(args.picture)
+    _check_folder(args.speed_picture)
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    if args.speed_picture is not None and args.pack is None:
+        raise ValueError("--speed-picture needs speeds: give --pack float32 or --pack bfloat16 too")
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     chosen = " ".join([*(args.targets or []), *(f"not {word}" for word in args.ignore)])
     scored = f"{args.images.name}{'' if args.limit is None else f'[{args.limit}]'}"
@@ -380,15 +393,25 @@ def _sweep(args: argparse.Namespace) -> int:
         data=f"{scored} ({chosen})" if chosen else scored,
         calibration_data="" if args.calibration is None else f"{args.calibration.name}[{args.calibration_images}]",
         limit=args.limit,
+        pack=args.pack,
+        example=None if args.pack is None else _example(model, args.batch),
     )
+    first = found.rows[0]
     if args.picture is not None:
         from rmtkern.plots import accuracy_figure
 
-        accuracy_figure(found.curves, found.rows[0].images).savefig(args.picture)
+        accuracy_figure(found.curves, first.images).savefig(args.picture)
+    if args.speed_picture is not None:
+        from rmtkern.plots import speed_figure
+
+        how = f"{first.pack}, input {first.example}, {first.threads} thread(s), {first.cpu}"
+        speed_figure(found.speed_curves, first.images, how).savefig(args.speed_picture)
     if args.json:
-        _print_json({"rows": [asdict(row) for row in found.rows], "computed": found.computed})
+        rows = [{**asdict(row), "speedup": row.speedup} for row in found.rows]
+        _print_json({"rows": rows, "computed": found.computed})
     else:
-        print(f"{found}\nwrote {args.output}{'' if args.picture is None else f' and {args.picture}'}")
+        written = [str(path) for path in (args.output, args.picture, args.speed_picture) if path is not None]
+        print(f"{found}\nwrote {' and '.join(written)}")
     return 0
 
 

@@ -1,6 +1,7 @@
-"""Pictures as matplotlib figures: a spectrum under its fitted law, accuracy against sparsity. Data in, figure out.
+"""Pictures as matplotlib figures: a spectrum under its fitted law, accuracy against sparsity or speed.
 
-matplotlib is an extra (`rmtkern[report]`) and is imported only here, only when a function is called.
+Data in, figure out. matplotlib is an extra (`rmtkern[report]`) and is imported only here, only when a function is
+called.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_figure", "demo_figure", "draw_accuracy", "draw_spectrum"]
+__all__ = ["accuracy_figure", "demo_figure", "draw_accuracy", "draw_spectrum", "draw_speed", "speed_figure"]
 
 # Okabe & Ito's colours: told apart with any colour vision
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -81,13 +82,33 @@ def draw_accuracy(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float
         curves: method -> points (sparsity in [0, 1), top-1 in [0, 1]).
         images: number of images behind each point, for the axis label.
     """
+    _draw_curves(axes, {name: [(100 * x, y) for x, y in points] for name, points in curves.items()}, images)
+    axes.set_title("One-shot pruning, no fine-tuning", fontsize=10)
+    axes.set_xlabel("sparsity of the attention and MLP weights [%]")
+
+
+def draw_speed(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]], images: int, how: str) -> None:
+    """Top-1 accuracy of packed models against their measured speed-up, one line per method.
+
+    Args:
+        axes: matplotlib axes to draw on.
+        curves: method -> points (times as fast as the strongest dense model, top-1 in [0, 1]).
+        images: number of images behind each point, for the axis label.
+        how: dtype, input and machine of the measurement, for the axis label.
+    """
+    _draw_curves(axes, curves, images)
+    axes.axvline(1, color=GREY, lw=1)
+    axes.set_title("One-shot pruning, no fine-tuning, packed", fontsize=10)
+    axes.set_xlabel(f"times as fast as the strongest dense form\n{how}")
+
+
+def _draw_curves(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]], images: int) -> None:
+    """Top-1 in [0, 1] against anything, one line per method."""
     styles = [(BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (RED, "d:"), (GREY, "v-"), (PURPLE, "x--"), (SKY, "*-.")]
     for index, (name, points) in enumerate(curves.items()):
         color, style = styles[index % len(styles)]
         x, y = zip(*points, strict=True)
-        axes.plot(100 * np.array(x), 100 * np.array(y), style, color=color, label=name, ms=5)
-    axes.set_title("One-shot pruning, no fine-tuning", fontsize=10)
-    axes.set_xlabel("sparsity of the attention and MLP weights [%]")
+        axes.plot(np.array(x), 100 * np.array(y), style, color=color, label=name, ms=5)
     axes.set_ylabel(f"top-1 on {images:,} test images [%]")
     axes.grid(color=GREY, alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
@@ -97,6 +118,13 @@ def accuracy_figure(curves: Mapping[str, Sequence[tuple[float, float]]], images:
     """`draw_accuracy` alone; arguments as its own."""
     figure = _figure_class()(figsize=(6, 4.2), layout="constrained")
     draw_accuracy(figure.subplots(), curves, images)
+    return figure
+
+
+def speed_figure(curves: Mapping[str, Sequence[tuple[float, float]]], images: int, how: str) -> "Figure":
+    """`draw_speed` alone; arguments as its own."""
+    figure = _figure_class()(figsize=(6, 4.2), layout="constrained")
+    draw_speed(figure.subplots(), curves, images, how)
     return figure
 
 

@@ -1,6 +1,6 @@
 """prune_to_speed_: the lowest sparsity whose packed model reaches a speed-up over dense that is measured here.
 
-It joins prune_ and pack_ and times nothing itself; what is fastest it does not know either.
+It joins prune_ and pack_ and times nothing itself; what is fastest it does not know either. sweep.py packs through it.
 """
 
 import copy
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from rmtkern.api import prune_
 from rmtkern.packing import pack_
 from rmtkern.packing_decisions import Decisions
+from rmtkern.packing_report import EndToEnd
 from rmtkern.packing_timing import Timer
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.tables import Table
 
-__all__ = ["SpeedReport", "SpeedTrial", "prune_to_speed_"]
+__all__ = ["SpeedReport", "SpeedTrial", "packed_copy", "prune_to_speed_"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,24 @@ class SpeedReport:
 
     def __str__(self) -> str:
         return self.table().to_text()
+
+
+def packed_copy(model: nn.Module, example: Any, **options: Any) -> tuple[nn.Module, tuple[EndToEnd, ...]]:
+    """A packed copy of a model, and its times against the strongest dense one, one entry for each example.
+
+    Args:
+        model: as `pack_` takes it; not changed.
+        example: as `pack_` takes it.
+        options: as `pack_` takes them.
+
+    Raises:
+        ValueError: the model could not be timed as a whole; also as pack_ raises it, as TypeError and PackedModelError.
+    """
+    packed = copy.deepcopy(model)
+    report = pack_(packed, example, **options)
+    if not report.end_to_end:
+        raise ValueError("the packed model could not be timed as a whole, so no speed-up is known; see pack_")
+    return packed, report.end_to_end
 
 
 def prune_to_speed_(
@@ -119,11 +138,9 @@ def prune_to_speed_(
         pruned = copy.deepcopy(model)
         images = calibration if asked.needs_calibration else None
         plan = prune_(pruned, asked, calibration=images, show_progress=show_progress)
-        packed = copy.deepcopy(pruned)
-        report = pack_(packed, example, dtype=dtype, decisions=known, timer=timer, show_progress=show_progress)
-        if not report.end_to_end:
-            raise ValueError("the packed model could not be timed as a whole, so no speed-up is known; see pack_")
-        reached = min(times.speedup for times in report.end_to_end)
+        options = {"dtype": dtype, "decisions": known, "timer": timer, "show_progress": show_progress}
+        _, end_to_end = packed_copy(pruned, example, **options)
+        reached = min(times.speedup for times in end_to_end)
         trials.append(SpeedTrial(asked.sparsity, reached, plan.config.method))
         return pruned, plan, reached >= speedup
 

@@ -203,6 +203,32 @@ def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):
     assert found["computed"] == 2 and len(found["rows"]) == 5 and found["rows"][0]["method"] == "dense"
 
 
+def test_sweep_packs_and_times(work, images, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def cheap(calls, budget_ms):
+        for call in calls.values():
+            call()
+        return {name: 2.0 if name == "original" or name.startswith("dense") else 1.0 for name in calls}
+
+    monkeypatch.setattr("rmtkern.packing.interleaved_ms", cheap)
+    argv = ["sweep", "clitoys:toy", "--images", str(images), "--sparsities", "0.9", "--methods", "row", *FC, "-o",
+            "sweep.csv", "--batch", "2"]  # fmt: skip
+    assert main(argv) == 0
+    capsys.readouterr()
+    assert main([*argv, "--pack", "bfloat16", "--picture", "a.png", "--speed-picture", "b.png"]) == 0
+    out = capsys.readouterr().out
+    assert "packed in bfloat16, input 2x3x8x8, " in out and "wrote sweep.csv and a.png and b.png" in out
+    assert (work / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*argv, "--pack", "bfloat16", "--json"]) == 0
+    found = strict_json(capsys.readouterr().out)
+    assert found["computed"] == 0 and [row["speedup"] for row in found["rows"]] == [pytest.approx(1), 2.0]
+    assert all(0 <= row["packed_top1"] <= 1 for row in found["rows"])
+    fails(capsys, [*argv, "--speed-picture", "b.png"], 2, "--speed-picture needs speeds: give --pack float32 or")
+    fails(capsys, [*argv, "--pack", "float32", "--batch", "0"], 2, "--batch must be at least 1, got 0")
+    fails(capsys, [*argv, "--pack", "float32", "--speed-picture", "no/b.png"], 2, "no: no such folder to write b.png")
+
+
 def test_sweep_errors(work, images, capsys):
     argv = ["sweep", "clitoys:toy", "--images", str(images)]
     fails(capsys, [*argv, "-o", "no/sweep.csv"], 2, "no: no such folder to write sweep.csv into")

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from rmtkern.plots import accuracy_figure, demo_figure, draw_accuracy, draw_spectrum
+from rmtkern.plots import accuracy_figure, demo_figure, draw_accuracy, draw_spectrum, speed_figure
 from rmtkern.spectrum.fit import fit_spectrum
 
 figure_module = pytest.importorskip("matplotlib.figure")
@@ -63,6 +63,16 @@ def test_accuracy_figure_tells_seven_methods_apart():
     figure = accuracy_figure({str(i): [(0.0, 0.9), (0.5, i / 10)] for i in range(7)}, 100)
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines}
     assert len(looks) == 7
+
+
+def test_speed_figure():
+    curves = {"one": [(1.1, 0.9), (1.6, 0.8)], "two": [(1.1, 0.9), (1.5, 0.7)]}
+    axes = speed_figure(curves, 2_000, "bfloat16, 8").axes[0]
+    assert [line.get_label() for line in axes.lines[:2]] == ["one", "two"]
+    assert axes.lines[1].get_xdata() == pytest.approx([1.1, 1.5])
+    assert axes.lines[1].get_ydata() == pytest.approx([90, 70])
+    assert "strongest dense form\nbfloat16, 8" in axes.get_xlabel() and "2,000" in axes.get_ylabel()
+    assert [list(line.get_xdata()) for line in axes.lines[2:]] == [[1, 1]]  # as fast as dense
 
 
 def test_demo_figure_is_written(tmp_path, spiked):

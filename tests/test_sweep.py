@@ -2,16 +2,21 @@
 
 import copy
 import csv
+import functools
 import itertools
 import sys
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+import rmtkern
 from rmtkern.api import prune_
+from rmtkern.environment import cpu_model
 from rmtkern.evaluation import evaluate
-from rmtkern.sweep import sweep
+from rmtkern.packing import pack_
+from rmtkern.sweep import ASKED, COLUMNS, sweep
 
 module = sys.modules["rmtkern.sweep"]  # the name may also be the function
 
@@ -88,6 +93,18 @@ def test_another_model_data_or_calibration_is_another_row(path, counted):
     assert len(lines(path)) == 7
 
 
+def test_a_model_that_merges_tokens_is_another_model(path):
+    options = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 4}
+    model, data = timm.create_model("vit_tiny_patch16_224", **options), (torch.randn(6, 3, 32, 32), Y[:6])
+    once = {"methods": ("row",), "sparsities": (0.5,)}
+    assert [sweep(model, data, path, **once).computed for _ in range(2)] == [2, 0]
+    rmtkern.merge_tokens_(model, 2)
+    found = sweep(model, data, path, **once)
+    assert found.computed == 2 and found.rows[0].loss == evaluate(model, data).loss
+    rmtkern.unmerge_tokens_(model)
+    assert sweep(model, data, path, **once).computed == 0
+
+
 def test_an_interrupted_sweep_goes_on(path, monkeypatch, counted):
     options = {"methods": ("row",), "sparsities": (0.2, 0.4, 0.6)}
     real, seen = evaluate, []
@@ -127,10 +144,118 @@ def test_a_file_that_is_no_sweep_is_left_alone(path):
     path.unlink()
     sweep(net(), (X, Y), path, methods=("row",), sparsities=(0.2,))
     text = path.read_text()
-    for damage in (text.replace(",50\n", ",many\n"), text[:-8]):
+    packed = text.replace(",50,,", ",50,float32,8x16")  # without times
+    for damage in (text.replace(",50,", ",many,"), text[: text.rindex(",50") + 2], packed):
         path.write_text(damage)
         with pytest.raises(ValueError, match=r"sweep.csv, line \d: not a row of a sweep .*; remove it"):
             sweep(net(), (X, Y), path)
+
+
+def clock(calls, budget_ms):
+    """Sparse forms and the packed model are twice as fast as dense ones."""
+    for call in calls.values():
+        call()
+    return {name: 2.0 if name == "original" or name.startswith("dense") else 1.0 for name in calls}
+
+
+PACK = {"methods": ("row",), "sparsities": (0.3, 0.9), "example": X[:8], "timer": clock}
+
+
+@pytest.mark.parametrize("pack", ["float32", "bfloat16"])
+def test_points_are_packed_and_timed(path, pack):
+    model = net()
+    found = sweep(model, (X, Y), path, pack=pack, **PACK)
+    assert not rmtkern.packing.is_packed(model) and model[0].weight.dtype == torch.float32
+    for row in found.rows:
+        pruned = net()
+        if row.method != "dense":
+            prune_(pruned, row.sparsity, row.method)
+        assert row.top1 == evaluate(pruned, (X, Y)).top1
+        times = pack_(pruned, X[:8], dtype=getattr(torch, pack), timer=clock).end_to_end[0]
+        assert row.packed_top1 == evaluate(pruned, (X, Y)).top1
+        assert (row.original_ms, row.dense_ms, row.packed_ms) == (times.original_ms, times.dense_ms, times.packed_ms)
+        assert row.speedup == times.speedup
+        assert (row.pack, row.example, row.threads, row.cpu) == (pack, "8x16", torch.get_num_threads(), cpu_model())
+    assert found.rows[2].speedup == 2.0 and found.computed == 3
+    cells = lines(path)[2]
+    assert float(cells["packed_ms"]) == found.rows[2].packed_ms and cells["pack"] == pack
+    assert found.speed_curves["row"] == [(row.speedup, row.packed_top1) for row in found.rows]
+    for word in ("packed top-1 %", "speed-up", f"packed in {pack}, input 8x16, "):
+        assert word in str(found)
+
+
+def test_measured_for_real_on_a_tiny_vit(path, monkeypatch):
+    options = {"img_size": 32, "depth": 1, "embed_dim": 48, "num_heads": 2, "num_classes": 4}
+    model, x = timm.create_model("vit_tiny_patch16_224", **options), torch.randn(6, 3, 32, 32)
+    monkeypatch.setattr(rmtkern.speed, "pack_", functools.partial(pack_, budget_ms=5))
+    found = sweep(model, (x, Y[:6]), path, methods=("row",), sparsities=(0.9,), pack="float32", example=x)
+    assert model.training and all(row.speedup > 0 and row.packed_top1 == row.top1 for row in found.rows)
+
+
+def test_packing_can_be_added_and_is_measured_once(path, counted):
+    scored = []
+
+    def count(*args, **options):
+        scored.append(1)
+        return evaluate(*args, **options)
+
+    plain = {"methods": ("row",), "sparsities": (0.3, 0.9)}
+    first = sweep(net(), (X, Y), path, **plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "evaluate", count)
+        packed = sweep(net(), (X, Y), path, pack="float32", **PACK)
+        assert packed.computed == 3 and len(counted) == 4 and len(scored) == 3  # only what is packed is scored again
+        again = sweep(net(), (X, Y), path, pack="float32", **PACK)
+        assert again.computed == 0 and again.rows == packed.rows and len(lines(path)) == 3
+        assert sweep(net(), (X, Y), path, **plain).rows == first.rows  # without what was not asked for
+        assert first.speed_curves == {} and "speed-up" not in str(first)
+        for other in ({"pack": "bfloat16"}, {"pack": "float32", "example": X[:4]}):
+            assert sweep(net(), (X, Y), path, **{**PACK, **other}).computed == 3
+        patch.setattr(module, "cpu_model", lambda: "another")
+        assert sweep(net(), (X, Y), path, pack="float32", **PACK).computed == 3
+    assert len(scored) == 12 and len(lines(path)) == 12
+
+
+def test_an_older_file_is_gone_on_from(path, counted):
+    found = sweep(net(), (X, Y), path, methods=("row",), sparsities=(0.3,))
+    rows = [{name: line[name] for name in ASKED} for line in lines(path)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ASKED)
+        writer.writeheader()
+        writer.writerows(rows)
+    again = sweep(net(), (X, Y), path, methods=("row",), sparsities=(0.3,))
+    assert again.computed == 0 and again.rows == found.rows and list(lines(path)[0]) == ASKED
+    more = sweep(net(), (X, Y), path, pack="float32", **PACK)
+    assert more.computed == 3 and list(lines(path)[0]) == COLUMNS and more.rows[0].top1 == found.rows[0].top1
+
+
+def test_an_interrupted_packing_goes_on(path, monkeypatch):
+    real, seen = rmtkern.speed.pack_, []
+
+    def fail(*args, **options):
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(rmtkern.speed, "pack_", fail)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(net(), (X, Y), path, pack="float32", **PACK)
+    assert len(lines(path)) == 1 and [entry.name for entry in path.parent.iterdir()] == ["sweep.csv"]
+    assert sweep(net(), (X, Y), path, pack="float32", **PACK).computed == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"pack": "int8", "example": X}, ValueError, "pack: expected float32 or bfloat16 or None, got 'int8'"),
+        ({"pack": "float32"}, TypeError, r"example: expected a tensor of images \[B, ...\] .*, got NoneType"),
+    ],
+)
+def test_bad_packing_is_refused_before_anything_is_computed(path, counted, options, error, message):
+    with pytest.raises(error, match=message):
+        sweep(net(), (X, Y), path, **options)
+    assert not counted and not path.exists()
 
 
 @pytest.mark.parametrize(
