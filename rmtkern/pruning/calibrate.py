@@ -5,6 +5,7 @@ watches the calls that use a weight rather than modules, so that weights used by
 """
 
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -151,8 +152,13 @@ def second_moment(
     return watch.moment(weight)
 
 
-def second_moments(stage: Stage, calls: Iterable[Call]) -> dict[str, Tensor]:
+def second_moments(stage: Stage, calls: Iterable[Call], *, enough: float = math.inf) -> dict[str, Tensor]:
     """`second_moment` of every weight of a stage, by name, in one run of each call, while none of them changes.
+
+    Args:
+        stage: owns the weights.
+        calls: one for each batch.
+        enough: no more calls once every weight has seen so many inputs x for each entry of x.
 
     Raises:
         ValueError: inputs with NaN or Inf, or a weight that no call uses.
@@ -161,6 +167,8 @@ def second_moments(stage: Stage, calls: Iterable[Call]) -> dict[str, Tensor]:
     for call in calls:
         with watch:
             stage.module(*call.args, **call.kwargs)
+        if all(watch.seen(weight) >= enough * weight.shape[1] for weight in stage.weights):
+            break
     return {weight.name: watch.moment(weight) for weight in stage.weights}
 
 
@@ -319,7 +327,7 @@ class _Watch(TorchFunctionMode):
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         if self.constant:
             flat = F.pad(flat, (0, 1), value=1.0)
-        return flat.t() @ flat
+        return _gram(flat)
 
     def _attention(self, call: dict[str, Any]) -> None:
         inputs = [call[name] for name in ("query", "key", "value")]
@@ -373,6 +381,10 @@ class _Watch(TorchFunctionMode):
         self.uses[name] += 1
         if self.uses[name] == self.stop_at:
             raise _Enough
+
+    def seen(self, weight: PrunableWeight) -> int:
+        """How many inputs the rows of the weight that have seen the fewest have seen."""
+        return min(self.counts[weight.name].values(), default=0)
 
     def moment(self, weight: PrunableWeight) -> Tensor:
         """[G, K] or [G, K, K]: one entry for each block of the weight's rows that saw inputs of its own."""
@@ -481,6 +493,22 @@ class _Outputs(_Watch):
                 "budget='uniform'"
             )
         return energy
+
+
+_SPLIT = 512
+
+
+def _gram(flat: Tensor) -> Tensor:
+    """flatᵀ flat [K, K] of a tall [T, K]; of a wide one half above the diagonal is computed and half copied."""
+    k = flat.shape[1]
+    if k < 2 * _SPLIT:
+        return flat.t() @ flat
+    products = flat.new_empty(k, k)
+    for first in range(0, k, _SPLIT):
+        part, rest = slice(first, first + _SPLIT), slice(first + _SPLIT, k)
+        products[part, first:] = flat[:, part].t() @ flat[:, first:]
+        products[rest, part] = products[part, rest].t()
+    return products
 
 
 def _named(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

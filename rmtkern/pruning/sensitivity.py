@@ -19,6 +19,7 @@ from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 __all__ = ["Sensitivity", "sensitivities"]
 
 _FLOOR = 1e-3
+_ENOUGH = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,8 @@ def sensitivities(
 ) -> dict[str, Sensitivity]:
     """Measure on calibration images what the entries of some weights cost the outputs of the model.
 
-    One pass backward over a part of the images, and one forward over all, block by block. The model is not changed.
+    One pass backward over a part of the images, and one forward over all, block by block, in which a block looks at
+    inputs until it has seen 8 for each entry. The model is not changed.
 
     Args:
         model: runs its layers in one order, whatever the batch; differentiable.
@@ -79,7 +81,7 @@ def sensitivities(
     steps = iter(progress(range(len(weights)), "measure layer by layer", show=show_progress))
 
     def visit(stage: Stage, calls: list[Call]) -> None:
-        moments = second_moments(stage, calls)
+        moments = second_moments(stage, calls, enough=_ENOUGH)
         for name in list(moments):
             columns[name] = _columns(damped(moments.pop(name)))
             next(steps, None)

@@ -1,5 +1,7 @@
 """Second moments against a direct computation in float64, and a model that is left as it was."""
 
+import math
+
 import numpy as np
 import pytest
 import timm
@@ -10,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from rmtkern.models import prunable_weights
-from rmtkern.pruning.calibrate import calibrate
+from rmtkern.pruning.calibrate import calibrate, second_moments
+from rmtkern.pruning.stages import Call, Stage
 
 RTOL = 1e-5  # squares in float32, summed in float64
 
@@ -191,3 +194,17 @@ def test_refusals():
         moments(model, [np.zeros((2, 4))])
     with pytest.raises(ValueError, match=r"the inputs of used.weight have NaN or Inf"):
         moments(model, torch.full((2, 4), torch.nan), "used")
+
+
+def test_second_moments_of_a_stage_in_one_run_and_in_part():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1200, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    stage = Stage("", model, tuple(prunable_weights(model, "all")))
+    batches = [torch.randn(50, 1200, dtype=torch.float64) for _ in range(3)]
+    for enough, used in ((math.inf, 3), (0.05, 2)):  # of 1,200 inputs 60
+        x = torch.cat(batches[:used])
+        found = second_moments(stage, [Call((batch,), {}) for batch in batches], enough=enough)
+        hidden = model[1](model[0](x)).detach()
+        for name, inputs in (("0.weight", x), ("2.weight", hidden)):
+            expected = (inputs.t() @ inputs / len(inputs))[None]
+            torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)  # float64, another order of sums

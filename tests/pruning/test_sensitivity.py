@@ -99,7 +99,7 @@ def test_random_signs_give_the_frobenius_norm_of_the_jacobian():
 def test_one_entry_costs_what_the_best_of_the_others_leaves():
     x = torch.randn(300, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
     model = nn.Sequential(nn.Linear(6, 4)).double()
-    (found,) = sensitivities(model, prunable_weights(model, "all"), x).values()
+    (found,) = sensitivities(model, prunable_weights(model, "all"), [x]).values()  # one batch, all of which counts
     moment = (x.t() @ x / 300).numpy()
     moment += 0.01 * np.diag(moment).mean() * np.eye(6)
     matrix = model[0].weight.detach()
