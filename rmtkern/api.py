@@ -18,7 +18,7 @@ from rmtkern.pruning.cycles import Pruned, layer_weights, make_masks, matrices
 from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.permute import permute_
-from rmtkern.pruning.plan import Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
+from rmtkern.pruning.plan import GIVEN, PRIORS, Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
 from rmtkern.pruning.presets import AUTO_NO_GRADIENTS
 from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
 from rmtkern.pruning.target import Target, search
@@ -103,6 +103,8 @@ def prune_(
     repair: str | None = None,
     restore: str | None = None,
     permute: bool | None = None,
+    prior: str | Mapping[str, Tensor] | None = None,
+    alpha: float = 0.5,
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
@@ -123,8 +125,8 @@ def prune_(
         sparsity: fraction of the selected weights to be zero, [0, 1), met to the single weight; or a PruneConfig.
             None: 0.5, or with `max_drop` whatever that allows.
         method: "auto", "magnitude", "uniform", "row", "seb", "rmt", "alphapruning", "wanda", "ser", "ser-gradient",
-            "hybrid", "obs", "admm", "sensitivity" or "random"; see PruneConfig and PRESETS. "auto" with calibration
-            images is "sensitivity", or "admm" for a model that cannot run backward.
+            "hybrid", "obs", "admm", "cast" (n:m patterns only), "sensitivity" or "random"; see PruneConfig and PRESETS.
+            "auto" with calibration images is "sensitivity", or "admm" for a model that cannot run backward.
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
             outputs x inputs such as "4x1".
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
@@ -142,6 +144,13 @@ def prune_(
         permute: with mini-blocks and calibration images, first let hidden units, and channels within a head, change
             places (weights and biases) so that mini-blocks hold what costs alike; the model computes the same. None:
             where method "auto" has both.
+        prior: for method "cast", a mask that the pattern stays close to: the name of a method without labels and
+            layer-by-layer choice, whose unstructured mask of the same sparsity it is; or tensors by parameter name (the
+            state dict of a pruned model), whose zeros it is. Their other values are not used: to project a pruned and
+            trained model with free restoration, fill its zeros with the dense weights and pass its state dict of
+            before.
+        alpha: what that is worth, >= 0: each entry that differs costs `alpha` mean costs of its group's patterns.
+            Without a prior it has no effect.
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
@@ -161,29 +170,39 @@ def prune_(
         TypeError: an argument of the wrong type, or `max_drop` with a sparsity or without `evaluate`.
         ValueError: a value out of range or an unknown name; nothing to prune; NaN or Inf weights; weights on the meta
             device; K not divisible by m; calibration images missing; `max_drop` with an n:m pattern, no images to
-            evaluate, a model that has no more accuracy than `max_drop`, or a drop that no sparsity keeps.
+            evaluate, a model that has no more accuracy than `max_drop`, or a drop that no sparsity keeps; a score that
+            needs an n:m pattern, a prior that it does not take, or tensors that do not fit the model.
         PackedModelError: the model is packed.
     """
     given = {
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
-        "repair": repair, "restore": restore, "permute": permute,
+        "repair": repair, "restore": restore, "permute": permute, "prior": prior, "alpha": alpha,
     }  # fmt: skip
+    tensors = None if prior is None or isinstance(prior, str) else prior
+    if tensors is not None:
+        given["prior"] = None if config is not None or isinstance(sparsity, PruneConfig) else GIVEN
     config = _config(given, config)
+    _check_prior(config, tensors)
     if max_drop is not None:
         target = Target(max_drop, tolerance, accuracy=0.0, images=0)
         _check_search(sparsity, config, calibration, evaluate)
         return _search_(model, config, calibration, target, evaluate, show_progress)
     if evaluate is not None or tolerance != 0.01:
         raise TypeError("prune_: evaluate= and tolerance= are for the search with max_drop=; pass max_drop too")
-    return _prune_(model, config, calibration, show_progress)
+    return _prune_(model, config, calibration, show_progress, tensors)
 
 
 def _prune_(
-    model: nn.Module, config: PruneConfig, calibration: Tensor | Iterable[Any] | None, show_progress: bool | None
+    model: nn.Module,
+    config: PruneConfig,
+    calibration: Tensor | Iterable[Any] | None,
+    show_progress: bool | None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> PrunePlan:
     asked, config = config, config.resolve(calibration is not None)
     weights = _selected(model, config)
+    priors = None if tensors is None else _zeros(weights, tensors)
     if config.needs_calibration and isinstance(calibration, Iterator):
         calibration = list(calibration)  # which may be read twice
     costs = None
@@ -196,11 +215,11 @@ def _prune_(
                 raise
             _log.warning("%s; pruning by method %r instead", error, config.method)
     if costs is None or not config.permute or calibration is None:
-        return _choose_(model, weights, config, calibration, costs, show_progress)
+        return _choose_(model, weights, config, calibration, costs, priors, show_progress)
     dense = _values(model)
     try:
         costs = permute_(model, weights, costs, unit_of(parse_pattern(config.pattern)[1]), calibration)
-        return _choose_(model, weights, config, calibration, costs, show_progress)
+        return _choose_(model, weights, config, calibration, costs, priors, show_progress)
     except BaseException:
         _set_(model, dense)
         raise
@@ -212,26 +231,17 @@ def _choose_(
     config: PruneConfig,
     calibration: Tensor | Iterable[Any] | None,
     costs: Mapping[str, Sensitivity] | None,
+    priors: Sequence[Tensor] | None,
     show_progress: bool | None,
 ) -> PrunePlan:
     if not config.measured:
         costs = None
-    moments = Moments()
-    if config.score == "activation" and calibration is not None:
-        moments = calibrate(model, weights, calibration, show_progress=show_progress)
-    elif calibration is not None and not config.needs_calibration:
+    if calibration is not None and not config.needs_calibration:
         _log.warning(
             "method %s with score %s uses no calibration images; they were ignored", config.method, config.score
         )
-
-    def fit(found: Mapping[str, Tensor]) -> SpectralFits:
-        return fit_spectra(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
-
-    fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
-    masks_of = partial(
-        make_masks, weights, config, fits, moments.features, fit, sensitivities=costs, show_progress=show_progress
-    )
-    pruned, images = masks_of(), moments.images
+    masks_of, fits, images = _masks_of(model, weights, config, calibration, costs, show_progress)
+    pruned = masks_of()
     if config.needs_labels:
         unit = unit_of(parse_pattern(config.pattern)[1])
         count = sum(int(whole_units(mask, unit).sum()) for mask, _ in pruned)
@@ -247,13 +257,85 @@ def _choose_(
         )  # fmt: skip
     if config.layerwise and calibration is not None:
         masks = [mask for mask, _ in pruned]
+        if config.prior in PRIORS:
+            priors = _prior_masks(model, weights, config, calibration, show_progress)
         found, images = prune_layerwise(
-            model, weights, config, masks, calibration, sensitivities=costs, show_progress=show_progress
-        )
+            model, weights, config, masks, calibration,
+            sensitivities=costs, priors=priors, show_progress=show_progress,
+        )  # fmt: skip
         pruned = list(found)
     plan = _plan(model, config, weights, pruned, fits, images)
     _write_(weights, pruned)
     return plan
+
+
+def _masks_of(
+    model: nn.Module,
+    weights: Sequence[PrunableWeight],
+    config: PruneConfig,
+    calibration: Tensor | Iterable[Any] | None,
+    costs: Mapping[str, Sensitivity] | None,
+    show_progress: bool | None,
+) -> tuple[Callable[..., list[Pruned]], SpectralFits, int]:
+    """make_masks with all that a config needs of the model, the spectra that it goes by, and the images it saw."""
+    moments = Moments()
+    if config.score == "activation" and calibration is not None:
+        moments = calibrate(model, weights, calibration, show_progress=show_progress)
+
+    def fit(found: Mapping[str, Tensor]) -> SpectralFits:
+        return fit_spectra(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
+
+    fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
+    masks_of = partial(
+        make_masks, weights, config, fits, moments.features, fit, sensitivities=costs, show_progress=show_progress
+    )
+    return masks_of, fits, moments.images
+
+
+def _prior_masks(
+    model: nn.Module,
+    weights: Sequence[PrunableWeight],
+    config: PruneConfig,
+    calibration: Tensor | Iterable[Any],
+    show_progress: bool | None,
+) -> list[Tensor]:
+    """What the method that a config names as prior would remove, without a pattern, at the same sparsity."""
+    asked = PruneConfig(config.sparsity, config.prior or "", theta=config.theta, seed=config.seed).resolve(True)
+    masks_of, _, _ = _masks_of(model, weights, asked, calibration, None, show_progress)
+    zeros = sum(int((weight.parameter == 0).sum()) for weight in weights)
+    goal = round(config.sparsity * sum(weight.parameter.numel() for weight in weights))
+    return [mask for mask, _ in masks_of(goal=max(zeros, goal))]
+
+
+def _check_prior(config: PruneConfig, tensors: Any) -> None:
+    if tensors is None and config.prior == GIVEN:
+        raise TypeError(f"prior: a config with prior={GIVEN!r} needs the tensors too; pass prior= a state dict")
+    if tensors is None:
+        return
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise TypeError(
+            "prior: expected the name of a method or tensors by parameter name, such as the state dict of a pruned "
+            f"model, got {type(tensors).__name__}"
+        )
+    if config.prior != GIVEN:
+        raise TypeError(f"prior: got tensors and a PruneConfig with prior={config.prior!r}; give it prior={GIVEN!r}")
+
+
+def _zeros(weights: Sequence[PrunableWeight], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Where the tensors of the weights' names are zero, bool [N, K] each."""
+    masks = []
+    for weight in weights:
+        found = next((tensors[name] for name in (weight.name, *weight.tied) if name in tensors), None)
+        if found is None or found.shape != weight.parameter.shape:
+            got = "nothing" if found is None else f"shape {tuple(found.shape)}"
+            raise ValueError(
+                f"prior: expected a tensor of shape {tuple(weight.parameter.shape)} for {weight.name}, got {got}; pass "
+                "the state dict of a pruned copy of this model"
+            )
+        masks.append(replace(weight, parameter=nn.Parameter(found.detach() == 0, requires_grad=False)).as_matrix())
+    if not any(bool(mask.any()) for mask in masks):
+        raise ValueError("prior: the tensors have no zero in the selected weights; pass those of a pruned model")
+    return [mask.to(weight.parameter.device) for weight, mask in zip(weights, masks, strict=True)]
 
 
 def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:

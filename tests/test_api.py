@@ -19,8 +19,10 @@ from rmtkern.errors import PackedModelError
 from rmtkern.models import PrunableWeight, prunable_weights
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, PRESETS
+from rmtkern.pruning.score import GROUPED
 
-DATA_FREE = [name for name in PRESETS if not PruneConfig(method=name).resolve(True).needs_calibration]
+UNSTRUCTURED = [name for name, preset in PRESETS.items() if preset.score not in GROUPED]
+DATA_FREE = [name for name in UNSTRUCTURED if not PruneConfig(method=name).resolve(True).needs_calibration]
 IMAGES = torch.randn(4, 3, 32, 32)
 LABELLED = IMAGES, torch.tensor([0, 1, 1, 0])
 HF = {
@@ -115,7 +117,7 @@ def test_masks_only_grow_over_cumulative_cycles(sparsities, methods):
         assert zeros(model) == round(sparsity * total(model))
 
 
-@pytest.mark.parametrize("method", PRESETS)
+@pytest.mark.parametrize("method", UNSTRUCTURED)
 def test_the_same_request_gives_the_same_zeros(method):
     first = MODELS["timm vit"]()
     second = copy.deepcopy(first)
@@ -159,11 +161,11 @@ def test_zeros_stay_zero_under_training_with_their_gradient_masked():
 @pytest.mark.parametrize("name", MODELS)
 def test_every_method_on_real_models(name):
     model = MODELS[name]().eval()
-    for step, method in enumerate(PRESETS):
+    for step, method in enumerate(UNSTRUCTURED):
         images = None if method in DATA_FREE else LABELLED
         if name == "hf clip" and PRESETS[method].restore != "none":
             continue  # it has no classes
-        sparsity = 0.2 + 0.7 * step / len(PRESETS)
+        sparsity = 0.2 + 0.7 * step / len(UNSTRUCTURED)
         plan = prune_(model, sparsity, method, calibration=images)
         assert zeros(model) == round(sparsity * total(model))
         plan.verify(model)

@@ -12,6 +12,7 @@ from rmtkern.evaluation import evaluate
 from rmtkern.models import prunable_weights
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.presets import PRESETS
+from rmtkern.pruning.score import GROUPED
 
 IMAGES = torch.randn(120, 16)
 
@@ -50,7 +51,8 @@ def equal(model, before):
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-METHODS = [(method, "unstructured") for method in PRESETS] + [("magnitude", "4x1"), ("uniform", "1x2"), ("seb", "2x2")]
+METHODS = [(method, "unstructured") for method, preset in PRESETS.items() if preset.score not in GROUPED]
+METHODS += [("magnitude", "4x1"), ("uniform", "1x2"), ("seb", "2x2")]
 
 
 @pytest.mark.parametrize(("method", "pattern"), METHODS)

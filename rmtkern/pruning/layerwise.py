@@ -3,7 +3,7 @@
 It joins stages, second moments, obs and repair; what goes from each layer is decided before (cycles).
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.admm import admm_mask
 from rmtkern.pruning.calibrate import evaluating, forward_passes, second_moment, weights_in_order
+from rmtkern.pruning.cast import cast_mask
 from rmtkern.pruning.obs import obs_mask
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.plan import PruneConfig
@@ -23,8 +24,12 @@ from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 
 __all__ = ["MASKS", "prune_layerwise"]
 
-MASKS = {"obs": obs_mask, "admm": admm_mask}
-"""Score that is known layer by layer -> function(matrix, moment, start, counts, kind, params) -> mask [N, K]."""
+MASKS: dict[str, Callable[..., Tensor]] = {"obs": obs_mask, "admm": admm_mask, "cast": cast_mask}
+"""Score that is known layer by layer -> function(matrix, moment, start, counts, kind, params) -> mask [N, K]; those of
+score.GROUPED take prior and alpha too."""
+
+_UNDAMPED = ("cast",)
+"""The scores that invert no second moment and take it as it is."""
 
 
 def prune_layerwise(
@@ -35,9 +40,10 @@ def prune_layerwise(
     images: Tensor | Iterable[Any],
     *,
     sensitivities: Mapping[str, Sensitivity] | None = None,
+    priors: Sequence[Tensor] | None = None,
     show_progress: bool | None = None,
 ) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """Choose (scores "obs" and "admm") and repair every weight for the inputs that the layers pruned before it give.
+    """Choose (scores of MASKS) and repair every weight for the inputs that the layers pruned before it give.
 
     The model runs once over the images, block by block. Between two weights it holds pruned weights; at the end, and
     if anything fails, it is bit for bit as it was.
@@ -50,6 +56,8 @@ def prune_layerwise(
             budget "row", from each row).
         images: as for calibrate.calibrate.
         sensitivities: weight name -> what its outputs are worth against each other; None: all the same.
+        priors: bool [N, K] for each weight, true where a mask to stay close to lets it go, for a score of
+            score.GROUPED; None: no prior.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
@@ -61,6 +69,7 @@ def prune_layerwise(
             differently.
     """
     masks = {weight.name: mask for weight, mask in zip(weights, chosen, strict=True)}
+    near = {weight.name: prior for weight, prior in zip(weights, priors or [], strict=priors is not None)}
     stages = find_stages(model, weights)
     steps = iter(progress(range(len(weights)), "prune layer by layer", show=show_progress))
     seen = 0
@@ -74,8 +83,9 @@ def prune_layerwise(
     def visit(stage: Stage, calls: list[Call]) -> None:
         for weight, uses in weights_in_order(stage, calls[0]):
             cost = (sensitivities or {}).get(weight.name)
+            chosen, prior = masks[weight.name], near.get(weight.name)
             masks[weight.name], matrix = _prune(
-                weight, masks[weight.name], second_moment(stage, weight, uses, calls), config, cost
+                weight, chosen, second_moment(stage, weight, uses, calls), config, cost, prior
             )
             weight.parameter.copy_(weight.to_parameter(matrix))
             next(steps, None)
@@ -106,17 +116,25 @@ def _restored(weights: Sequence[PrunableWeight]) -> Iterator[Any]:
 
 
 def _prune(
-    weight: PrunableWeight, chosen: Tensor, moments: Tensor, config: PruneConfig, cost: Sensitivity | None
+    weight: PrunableWeight,
+    chosen: Tensor,
+    moments: Tensor,
+    config: PruneConfig,
+    cost: Sensitivity | None,
+    prior: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One weight's mask and repaired matrix, block by block of the rows that see inputs of their own."""
     matrix, kind_params = weight.as_matrix(), parse_pattern(config.pattern)
-    mask, moments = chosen, damped(moments)
+    mask, undamped, moments = chosen, moments if config.score in _UNDAMPED else None, damped(moments)
     if config.score in MASKS:
+        seen = moments if undamped is None else undamped
         r, _ = unit_of(kind_params[1])
-        aligned = moments if len(matrix) // len(moments) % r == 0 else moments.mean(0, keepdim=True)
+        aligned = seen if len(matrix) // len(seen) % r == 0 else seen.mean(0, keepdim=True)
         valued = matrix if cost is None else cost.weighted(matrix)
-        parts = zip(valued.chunk(len(aligned)), chosen.chunk(len(aligned)), aligned, strict=True)
-        mask = torch.cat([_choose(part, gone, moment, config, *kind_params) for part, gone, moment in parts])
+        count = len(aligned)
+        priors = [None] * count if prior is None else prior.chunk(count)
+        parts = zip(valued.chunk(count), chosen.chunk(count), aligned, priors, strict=True)
+        mask = torch.cat([_choose(*part, config, *kind_params) for part in parts])
     repaired = [
         REPAIRS[config.repair or ""](part, gone, moment)
         for part, gone, moment in zip(matrix.chunk(len(moments)), mask.chunk(len(moments)), moments, strict=True)
@@ -128,8 +146,15 @@ def _prune(
 
 
 def _choose(
-    matrix: Tensor, chosen: Tensor, moment: Tensor, config: PruneConfig, kind: str, params: dict[str, int]
+    matrix: Tensor,
+    chosen: Tensor,
+    moment: Tensor,
+    prior: Tensor | None,
+    config: PruneConfig,
+    kind: str,
+    params: dict[str, int],
 ) -> Tensor:
     goes = whole_units(chosen, unit_of(params))
     counts = goes.sum(1) if config.budget == "row" else goes.sum()[None]
-    return MASKS[config.score or ""](matrix, moment, matrix == 0, counts, kind, params)
+    more = {} if prior is None else {"prior": prior, "alpha": config.alpha}
+    return MASKS[config.score or ""](matrix, moment, matrix == 0, counts, kind, params, **more)

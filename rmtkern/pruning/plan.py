@@ -16,16 +16,26 @@ from torch import Tensor, nn
 from rmtkern.models import PrunableWeight, prunable_weights
 from rmtkern.pruning.budget import BUDGETS, MEASURED, SPECTRAL
 from rmtkern.pruning.pattern import parse_pattern, unit_of
-from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, HYBRID_UNTIL, PRESETS, RESTORES
+from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, HYBRID_UNTIL, PRESETS, RESTORES, Preset
 from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
-from rmtkern.pruning.score import CALIBRATED, LAYERWISE, SCORES
+from rmtkern.pruning.score import CALIBRATED, GROUPED, LAYERWISE, SCORES
 from rmtkern.pruning.target import Target, Trial
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits
 from rmtkern.tables import Table
 
-__all__ = ["Count", "LayerPlan", "PruneConfig", "PrunePlan", "mask_hash"]
+__all__ = ["GIVEN", "PRIORS", "Count", "LayerPlan", "PruneConfig", "PrunePlan", "mask_hash"]
 
 THETAS = ("haar", "legacy")
+
+PRIORS = tuple(
+    name
+    for name, preset in PRESETS.items()
+    if preset.score not in LAYERWISE and preset.budget not in MEASURED and preset.restore == "none"
+)
+"""The methods whose mask can be a prior: known before any layer is pruned, and without labels."""
+
+GIVEN = "given"
+"""The prior of a config whose mask was passed to prune_ as tensors."""
 
 
 def _one_of(name: str, value: Any, valid: Iterable[str]) -> None:
@@ -66,6 +76,10 @@ class PruneConfig:
         seed: of score "random", and of the order of the images with `restore`.
         restore: one of RESTORES, by what entries come back after 3 % more than asked were removed: "movement" (training
             these alone) or "gradient" (|g W|); both need calibration images with labels. None: the method's.
+        prior: for score "cast", whose mask the pattern stays close to: one of PRIORS (its unstructured mask of the same
+            sparsity) or "given" (the zeros of tensors that prune_ gets); None: no prior.
+        alpha: how close: what an entry that differs from the prior costs, in mean costs of the group's patterns;
+            finite, >= 0. Without a prior it has no effect.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -86,6 +100,8 @@ class PruneConfig:
     repair: str | None = None
     restore: str | None = None
     permute: bool | None = None
+    prior: str | None = None
+    alpha: float = 0.5
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -128,6 +144,16 @@ class PruneConfig:
             raise ValueError(
                 f"permute: pattern {self.pattern!r} has no mini-blocks to fill; take '4x1' or the like, or no permute"
             )
+        if self.prior is not None:
+            _one_of("prior", self.prior, (*PRIORS, GIVEN))
+        if self.prior == GIVEN and self.permute:
+            raise ValueError(
+                "permute: channels change places, and a prior that is given as tensors does not; take prior= a method "
+                "or no permute"
+            )
+        _number("alpha", self.alpha)
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ValueError(f"alpha: expected a finite number >= 0, got {self.alpha}")
         _one_of("theta", self.theta, THETAS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
@@ -141,7 +167,7 @@ class PruneConfig:
         Raises:
             ValueError: the score, the repair, the restore or the budget needs calibration images and there are none; or
                 entries shall come back where a score is known only layer by layer, or an n:m pattern says itself how
-                many go.
+                many go; or the score needs an n:m pattern, or the prior another score.
         """
         method, permute = self.method, bool(self.permute)
         if method == "auto":
@@ -165,6 +191,15 @@ class PruneConfig:
                 f"restore {resolved.restore!r}: expected a pattern without n:m and a score that is known before any "
                 f"layer is pruned, got pattern {self.pattern!r} and score {resolved.score!r}; take restore='none'"
             )
+        if resolved.score in GROUPED and ":" not in self.pattern:
+            raise ValueError(
+                f"score {resolved.score!r} compares whole n:m groups, got pattern {self.pattern!r}; take pattern='2:4' "
+                "or another n:m, or another method"
+            )
+        if self.prior is not None and resolved.score not in GROUPED:
+            raise ValueError(
+                f"prior {self.prior!r}: score {resolved.score!r} takes no prior; take score='cast' or prior=None"
+            )
         if resolved.needs_calibration and not calibrated:
             what = "permute=True" if resolved.permute else f"restore {resolved.restore!r}"
             if resolved.score in CALIBRATED:
@@ -173,7 +208,7 @@ class PruneConfig:
                 what = f"budget {resolved.budget!r}"
             elif resolved.repair in CALIBRATED_REPAIRS:
                 what = f"repair {resolved.repair!r}"
-            without = [name for name in PRESETS if not PruneConfig(method=name).resolve(True).needs_calibration]
+            without = [name for name, preset in PRESETS.items() if not _uses_images(preset)]
             raise ValueError(
                 f"method {method!r} with {what} needs images; pass calibration=, or take a method "
                 f"without: {', '.join(without)}"
@@ -183,8 +218,7 @@ class PruneConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether a resolved config needs calibration images."""
-        named = self.score in CALIBRATED or self.repair in CALIBRATED_REPAIRS or self.budget in MEASURED
-        return named or bool(self.permute) or self.needs_labels
+        return _uses_images(self) or bool(self.permute)
 
     @property
     def needs_labels(self) -> bool:
@@ -205,6 +239,11 @@ class PruneConfig:
     def needs_fits(self) -> bool:
         """Whether a resolved config needs the layers' spectra."""
         return self.budget in SPECTRAL or self.haar > 0
+
+
+def _uses_images(asked: PruneConfig | Preset) -> bool:
+    named = asked.score in CALIBRATED or asked.repair in CALIBRATED_REPAIRS or asked.budget in MEASURED
+    return named or asked.restore not in (None, "none")
 
 
 @dataclass(frozen=True)
@@ -320,7 +359,8 @@ class PrunePlan:
                  ("all parameters", self.parameters)]  # fmt: skip
         notes = [
             f"method {config.method} (budget {config.budget}, score {config.score}, repair {config.repair}"
-            f"{f', restore {config.restore}' if config.needs_labels else ''}), "
+            f"{f', restore {config.restore}' if config.needs_labels else ''}"
+            f"{f', prior {config.prior} x {config.alpha:g}' if config.prior else ''}), "
             f"pattern {config.pattern}, asked sparsity {config.sparsity:g}",
             *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
         ]

@@ -28,6 +28,7 @@ PRESETS: dict[str, Preset] = {
     "ser-gradient": Preset("edge", "magnitude", restore="gradient"),
     "obs": Preset("uniform", "obs", "obs"),
     "admm": Preset("uniform", "admm", "obs"),
+    "cast": Preset("uniform", "cast"),
     "sensitivity": Preset("sensitivity", "admm", "obs"),
 }
 """Method -> preset."""

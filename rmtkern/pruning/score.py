@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["CALIBRATED", "LAYERWISE", "SCORES"]
+__all__ = ["CALIBRATED", "GROUPED", "LAYERWISE", "SCORES"]
 
 
 def magnitude(matrix: Tensor, moments: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -50,12 +50,16 @@ SCORES: dict[str, Callable[[Tensor, Tensor | None, torch.Generator], Tensor]] = 
     "activation": activation,
     "obs": later,
     "admm": later,
+    "cast": later,
     "random": random,
 }
 """Name -> function(matrix [N, K], moments [G, K] | None, generator) -> score [N, K] float32, >= 0."""
 
-CALIBRATED: tuple[str, ...] = ("activation", "obs", "admm")
+CALIBRATED: tuple[str, ...] = ("activation", "obs", "admm", "cast")
 """The scores that need calibration images."""
 
-LAYERWISE: tuple[str, ...] = ("obs", "admm")
+LAYERWISE: tuple[str, ...] = ("obs", "admm", "cast")
 """The scores that no budget can compare: it says how much goes from each layer, and layerwise.MASKS which."""
+
+GROUPED: tuple[str, ...] = ("cast",)
+"""The scores that compare whole groups, so that they need an n:m pattern; they alone take a prior."""

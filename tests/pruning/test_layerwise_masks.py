@@ -12,10 +12,11 @@ from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.repair import REPAIRS, damped
 from tests.pruning.test_repair import layer, loss
 
+ANY_PATTERN = ("obs", "admm")
 BLOCKS = ["1x2", "2x1", "4x1", "4x2", "8x1", "1x4"]
 
 
-@pytest.mark.parametrize("score", MASKS)
+@pytest.mark.parametrize("score", ANY_PATTERN)
 @pytest.mark.parametrize("pattern", ["unstructured", *BLOCKS])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_counts_are_exact(score, pattern, by_row):
@@ -45,7 +46,7 @@ def test_n_of_m_in_every_group(score, pattern, n, m):
     assert gone.flatten()[1:].eq(m - n).all()
 
 
-@pytest.mark.parametrize("score", MASKS)
+@pytest.mark.parametrize("score", ANY_PATTERN)
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
 def test_nothing_and_everything(score, sparsity):
     weight, _, moment = layer()
@@ -92,6 +93,6 @@ def test_a_singular_moment_is_refused_and_a_damped_one_is_not():
     with pytest.raises(ValueError, match="the second moments are singular; pass more calibration images"):
         obs_mask(weight, torch.zeros(12, 12), start, torch.tensor([36]), "unstructured", {})
     x = torch.randn(2, 12, dtype=torch.float64)  # two tokens for twelve inputs
-    for score in MASKS:
+    for score in ANY_PATTERN:
         mask = MASKS[score](weight, damped(x.t() @ x), start, torch.tensor([36]), "unstructured", {})
         assert int(mask.sum()) == 36
