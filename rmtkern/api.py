@@ -141,9 +141,9 @@ def prune_(
             layer's outputs on the calibration images).
         restore: overrides the method's restore: "none", "movement" or "gradient" (3 % more than asked is removed, and
             what is missed most comes back).
-        permute: with mini-blocks and calibration images, first let hidden units, and channels within a head, change
-            places (weights and biases) so that mini-blocks hold what costs alike; the model computes the same. None:
-            where method "auto" has both.
+        permute: with mini-blocks or an n:m pattern and calibration images, first let hidden units, and channels within
+            a head, change places (weights and biases) so that mini-blocks hold what costs alike, or n:m groups dear and
+            cheap inputs each; the model computes the same. None: for mini-blocks where method "auto" has images.
         prior: for method "cast", a mask that the pattern stays close to: the name of a method without labels and
             layer-by-layer choice, whose unstructured mask of the same sparsity it is; or tensors by parameter name (the
             state dict of a pruned model), whose zeros it is. Their other values are not used: to project a pruned and
@@ -218,7 +218,7 @@ def _prune_(
         return _choose_(model, weights, config, calibration, costs, priors, show_progress)
     dense = _values(model)
     try:
-        costs = permute_(model, weights, costs, unit_of(parse_pattern(config.pattern)[1]), calibration)
+        costs = permute_(model, weights, costs, config.pattern, calibration)
         return _choose_(model, weights, config, calibration, costs, priors, show_progress)
     except BaseException:
         _set_(model, dense)

@@ -1,4 +1,4 @@
-"""Channels that may change places while a model computes the same, so that weights that go together are one block.
+"""Channels that may change places while a model computes the same, so that a pattern finds weights that go together.
 
 Which ones may is found by trying: outputs of one weight and inputs of the next are shuffled and the block is run.
 """
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from rmtkern.models import PrunableWeight
 from rmtkern.pruning.calibrate import evaluating, forward_passes, tensors_of, weights_in_order
+from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.sensitivity import Sensitivity
+from rmtkern.pruning.spread import spread_columns
 from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 
 __all__ = ["Site", "find_sites", "group_rows", "permute_"]
@@ -65,19 +67,20 @@ def permute_(
     model: nn.Module,
     weights: Sequence[PrunableWeight],
     costs: Mapping[str, Sensitivity],
-    unit: tuple[int, int],
+    pattern: str,
     images: Tensor | Iterable[Any],
 ) -> dict[str, Sensitivity]:
-    """Let channels of a model change places so that mini-blocks hold weights that cost alike; it computes the same.
+    """Let channels of a model change places so that a pattern loses less; it computes the same.
 
-    Hidden units of an MLP, value channels within a head, and query with key channels within a head, wherever the model
-    is found to allow it. Where it does not, nothing changes.
+    Mini-blocks, and outputs that share an n:m pattern, get weights that cost alike; groups of n:m get dear and cheap
+    inputs each. What moves are hidden units of an MLP, value channels within a head, and for mini-blocks query with key
+    channels within a head, wherever the model is found to allow it. Where it does not, nothing changes.
 
     Args:
         model: changed in place, biases of the weights included.
         weights: of the model, to be pruned.
         costs: of the weights.
-        unit: (outputs, inputs) of a mini-block; (1, 1) leaves all as it is.
+        pattern: as pattern.parse_pattern takes it; "unstructured" leaves all as it is.
         images: as for calibrate.calibrate; the first few are used to try.
 
     Returns:
@@ -87,12 +90,17 @@ def permute_(
         Exception: whatever the model raises.
     """
     found = dict(costs)
+    _, params = parse_pattern(pattern)
+    unit = unit_of(params)
+    spread = "m" in params and unit == (1, 1)
+    if spread:
+        unit = (1, params["m"])
     if unit == (1, 1):
         return found
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for site in find_sites(model, weights, unit, images):
-            order = _order(site, found, unit)
+            order = _spread(site, found, params["n"], params["m"]) if spread else _order(site, found, unit)
             site.move_(order, parameters)
             for weight, first in site.producers:
                 rows = found[weight.name].rows.clone()
@@ -112,7 +120,7 @@ def find_sites(
     Args:
         model: not changed; runs block by block on the first few images.
         weights: of the model.
-        unit: (outputs, inputs) of a mini-block.
+        unit: (outputs, inputs) of a mini-block; (1, m) for n:m.
         images: as for calibrate.calibrate.
     """
     found: list[Site] = []
@@ -248,6 +256,14 @@ def _order(site: Site, costs: Mapping[str, Sensitivity], unit: tuple[int, int]) 
             order = order.reshape(-1, step)[group_rows(summed, r // step)].flatten()
         orders.append(order + first)
     return torch.cat(orders)
+
+
+def _spread(site: Site, costs: Mapping[str, Sensitivity], n: int, m: int) -> Tensor:
+    """Where the channels go so that groups of m of the consumer's inputs lose little."""
+    assert site.consumer is not None  # two producers alone put out nothing that n:m groups
+    taken = costs[site.consumer.name].of(site.consumer.as_matrix())
+    parts = taken.split(site.block, 1)
+    return torch.cat([spread_columns(part, n, m) + at * site.block for at, part in enumerate(parts)])
 
 
 def _features(cost: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class PruneConfig:
         score: key of SCORES, which entries matter; None: the method's.
         repair: key of REPAIRS, what becomes of the entries that stay; None: the method's.
         permute: first let channels change places where the model allows it, so that mini-blocks hold what costs alike
-            (see permute.permute_); for patterns of mini-blocks and calibration images. None: where method "auto" has
-            both.
+            and n:m groups do not (see permute.permute_); for all patterns but "unstructured", with calibration images.
+            None: for mini-blocks where method "auto" has images.
         pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; n:mxr such as "2:4x4": the
             same for r outputs that share their inputs; or rxc such as "4x1": mini-blocks of 4 outputs x 1 input that go
             or stay whole (the sparsity is then met to one mini-block).
@@ -140,9 +140,10 @@ class PruneConfig:
             raise TypeError(f"alpha_regime: expected a bool, got {type(self.alpha_regime).__name__}")
         if not isinstance(self.permute, bool | None):
             raise TypeError(f"permute: expected a bool or None, got {type(self.permute).__name__}")
-        if self.permute and unit_of(params) == (1, 1):
+        if self.permute and not params:
             raise ValueError(
-                f"permute: pattern {self.pattern!r} has no mini-blocks to fill; take '4x1' or the like, or no permute"
+                f"permute: pattern {self.pattern!r} has no mini-blocks and no groups to fill; take '4x1', '2:4' or the "
+                "like, or no permute"
             )
         if self.prior is not None:
             _one_of("prior", self.prior, (*PRIORS, GIVEN))

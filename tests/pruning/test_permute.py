@@ -60,16 +60,18 @@ def test_sites_are_found_without_names_and_the_model_computes_the_same(name):
     torch.manual_seed(0)
     model, x = randomised(MODELS[name]()), IMAGES.double()
     weights, before, expected = prunable_weights(model), state(model), outputs(model, IMAGES.double())
-    for unit in ((4, 1), (4, 2), (1, 2)):
+    for unit in ((4, 1), (4, 2), (1, 2), (1, 4)):
         sites = [one for one in EXPECTED[name] if unit[0] > 1 or one[1]]
         assert names(find_sites(model, weights, unit, x)) == sites
         assert unchanged(model, before) and waiting_threads() == 0
-    costs = permute_(model, weights, sensitivities(model, weights, x), (4, 2), x)
-    assert not unchanged(model, before)
-    torch.testing.assert_close(outputs(model, x), expected, rtol=1e-10, atol=1e-10)  # float64, other order of sums
-    for cost, again in zip(costs.values(), sensitivities(model, weights, x).values(), strict=True):
-        torch.testing.assert_close(cost.rows, again.rows, rtol=1e-4, atol=1e-12)  # sums and inverses in another order
-        torch.testing.assert_close(cost.columns, again.columns, rtol=1e-4, atol=1e-12)
+    for pattern in ("4x2", "2:4"):
+        before = state(model)
+        costs = permute_(model, weights, sensitivities(model, weights, x), pattern, x)
+        assert not unchanged(model, before)
+        torch.testing.assert_close(outputs(model, x), expected, rtol=1e-10, atol=1e-10)  # float64, other order of sums
+        for cost, again in zip(costs.values(), sensitivities(model, weights, x).values(), strict=True):
+            torch.testing.assert_close(cost.rows, again.rows, rtol=1e-4, atol=1e-12)  # sums and inverses, reordered
+            torch.testing.assert_close(cost.columns, again.columns, rtol=1e-4, atol=1e-12)
 
 
 class Gated(nn.Module):
@@ -149,6 +151,39 @@ def test_mini_blocks_lose_less_with_exact_counts(method):
     assert lost[True] < 0.95 * lost[False]
 
 
+class Uneven(nn.Module):
+    """Hidden units of two sizes, the large ones side by side; fc1 has the pattern already, so that only fc2 loses."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.fc1.weight.data *= 1 + 5 * (torch.arange(64) % 16 < 8)[:, None]
+        self.fc1.weight.data[:, torch.arange(16) % 4 < 2] = 0
+
+    def forward(self, x):
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+@pytest.mark.parametrize("method", ["cast", "admm", "wanda"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_groups_of_n_of_m_lose_less(method, pattern):
+    torch.manual_seed(0)
+    dense, x = nn.Sequential(Uneven(), Uneven()).eval(), torch.randn(512, 16)
+    lost = {}
+    for permute in (False, True):
+        model = copy.deepcopy(dense)
+        plan = prune_(model, 0.5, method, pattern, targets="*fc2.weight", calibration=x, permute=permute)
+        plan.verify(model)
+        assert plan.sparsity == 0.5
+        lost[permute] = float((outputs(model, x) - outputs(dense, x)).square().mean())
+    assert lost[True] == pytest.approx(lost[False])  # alone, fc2 has no partner that may move with it
+    for permute in (False, True):
+        model = copy.deepcopy(dense)
+        prune_(model, 0.5, method, pattern, targets="*.weight", calibration=x, permute=permute).verify(model)
+        lost[permute] = float((outputs(model, x) - outputs(dense, x)).square().mean())
+    assert lost[True] < 0.9 * lost[False]
+
+
 @pytest.mark.parametrize("method", ["admm", "sensitivity"])
 def test_outputs_that_share_an_n_of_m_pattern(method):
     model = MODELS["timm vit"]()
@@ -162,9 +197,8 @@ def test_outputs_that_share_an_n_of_m_pattern(method):
 def test_bad_input_and_failures_change_nothing(monkeypatch):
     model = MODELS["timm vit"]()
     before = state(model)
-    for pattern in ("unstructured", "2:4"):
-        with pytest.raises(ValueError, match=rf"permute: pattern '{pattern}' has no mini-blocks to fill"):
-            prune_(model, 0.5, pattern=pattern, calibration=IMAGES, permute=True)
+    with pytest.raises(ValueError, match="permute: pattern 'unstructured' has no mini-blocks and no groups to fill"):
+        prune_(model, 0.5, calibration=IMAGES, permute=True)
     with pytest.raises(ValueError, match=r"method 'row' with permute=True needs images; pass calibration="):
         prune_(model, 0.5, pattern="4x1", permute=True)
     with pytest.raises(TypeError, match="permute: expected a bool or None, got int"):
