@@ -300,7 +300,9 @@ def _prior_masks(
     show_progress: bool | None,
 ) -> list[Tensor]:
     """What the method that a config names as prior would remove, without a pattern, at the same sparsity."""
-    asked = PruneConfig(config.sparsity, config.prior or "", theta=config.theta, seed=config.seed).resolve(True)
+    asked = PruneConfig(
+        config.sparsity, config.prior or "", alpha_regime=config.alpha_regime, theta=config.theta, seed=config.seed
+    ).resolve(True)
     masks_of, _, _ = _masks_of(model, weights, asked, calibration, None, show_progress)
     zeros = sum(int((weight.parameter == 0).sum()) for weight in weights)
     goal = round(config.sparsity * sum(weight.parameter.numel() for weight in weights))

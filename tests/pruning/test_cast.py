@@ -307,6 +307,13 @@ def test_tensors_as_prior_and_free_restoration():
     assert prune_(again, config=config, calibration=IMAGES, prior=prior).layers == plan.layers
 
 
+def test_a_method_as_prior_with_channels_that_change_places():
+    model = vit()
+    plan = prune_(model, 0.5, "cast", "2:4", calibration=IMAGES, prior="magnitude", permute=True)
+    plan.verify(model)
+    assert PrunePlan.from_json(plan.to_json()).config == plan.config and plan.config.permute
+
+
 def test_zeros_stay_and_a_prior_of_fewer_zeros_than_the_model_has():
     model = vit()
     prune_(model, 0.6, "magnitude")
