@@ -100,7 +100,10 @@ def permute_(
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for site in find_sites(model, weights, unit, images):
-            order = _spread(site, found, params["n"], params["m"]) if spread else _order(site, found, unit)
+            if spread and site.consumer is not None:
+                order = _spread(site.consumer, site.block, found[site.consumer.name], params)
+            else:
+                order = _order(site, found, unit)
             site.move_(order, parameters)
             for weight, first in site.producers:
                 rows = found[weight.name].rows.clone()
@@ -258,12 +261,11 @@ def _order(site: Site, costs: Mapping[str, Sensitivity], unit: tuple[int, int]) 
     return torch.cat(orders)
 
 
-def _spread(site: Site, costs: Mapping[str, Sensitivity], n: int, m: int) -> Tensor:
-    """Where the channels go so that groups of m of the consumer's inputs lose little."""
-    assert site.consumer is not None  # two producers alone put out nothing that n:m groups
-    taken = costs[site.consumer.name].of(site.consumer.as_matrix())
-    parts = taken.split(site.block, 1)
-    return torch.cat([spread_columns(part, n, m) + at * site.block for at, part in enumerate(parts)])
+def _spread(consumer: PrunableWeight, block: int, cost: Sensitivity, params: Mapping[str, int]) -> Tensor:
+    """Where the channels go, block by block, so that the n:m groups of a weight that takes them in lose little."""
+    parts = cost.of(consumer.as_matrix()).split(block, 1)
+    orders = [spread_columns(part, params["n"], params["m"]) + at * block for at, part in enumerate(parts)]
+    return torch.cat(orders)
 
 
 def _features(cost: Tensor) -> Tensor:
