@@ -19,6 +19,7 @@ from rmtkern.pruning.obs import obs_mask
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.repair import REPAIRS, damped
+from rmtkern.pruning.score import GROUPED
 from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 
@@ -45,8 +46,8 @@ def prune_layerwise(
 ) -> tuple[list[tuple[Tensor, Tensor]], int]:
     """Choose (scores of MASKS) and repair every weight for the inputs that the layers pruned before it give.
 
-    The model runs once over the images, block by block. Between two weights it holds pruned weights; at the end, and
-    if anything fails, it is bit for bit as it was.
+    The model runs once over the images, block by block. Between two weights it holds pruned weights (with a score of
+    score.GROUPED and no repair, those of before); at the end, and if anything fails, it is bit for bit as it was.
 
     Args:
         model: runs its layers in one order, whatever the batch.
@@ -70,6 +71,8 @@ def prune_layerwise(
     """
     masks = {weight.name: mask for weight, mask in zip(weights, chosen, strict=True)}
     near = {weight.name: prior for weight, prior in zip(weights, priors or [], strict=priors is not None)}
+    alone = config.score in GROUPED and config.repair == "none"  # as published; see docs/calibrated.md
+    matrices: dict[str, Tensor] = {}
     stages = find_stages(model, weights)
     steps = iter(progress(range(len(weights)), "prune layer by layer", show=show_progress))
     seen = 0
@@ -87,12 +90,17 @@ def prune_layerwise(
             masks[weight.name], matrix = _prune(
                 weight, chosen, second_moment(stage, weight, uses, calls), config, cost, prior
             )
-            weight.parameter.copy_(weight.to_parameter(matrix))
+            if alone:
+                matrices[weight.name] = matrix
+            else:
+                weight.parameter.copy_(weight.to_parameter(matrix))
             next(steps, None)
 
     with torch.no_grad(), evaluating(model), _restored(weights) as swap:
         visit_stages(stages, runs(), visit)
         next(steps, None)
+        for weight in weights if alone else ():
+            weight.parameter.copy_(weight.to_parameter(matrices[weight.name]))
         return [(masks[weight.name], matrix) for weight, matrix in zip(weights, swap(), strict=True)], seen
 
 

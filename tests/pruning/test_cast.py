@@ -247,6 +247,23 @@ def test_survivors_can_be_refit():
     assert lost["obs"] < lost["none"]
 
 
+def test_without_repair_inputs_are_those_of_the_dense_model():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).double()
+    x = torch.randn(300, 16, dtype=torch.float64)
+    found = {}
+    for repair in ("none", "obs"):
+        model = copy.deepcopy(dense)
+        prune_(model, 0.5, "cast", "2:4", "all", calibration=x, repair=repair).verify(model)
+        found[repair] = model
+    with torch.no_grad():
+        for repair, prefix in (("none", dense), ("obs", found["obs"])):
+            inputs = prefix[1](prefix[0](x))
+            expected = reference(dense[2].weight.detach(), inputs.t() @ inputs / 300, "2:4")
+            assert torch.equal(found[repair][2].weight == 0, expected), repair
+    assert not torch.equal(found["none"][2].weight == 0, found["obs"][2].weight == 0)
+
+
 def test_grouped_convolutions_and_other_models():
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1))
     prune_(model, 0.5, "cast", "2:4", "all", calibration=torch.randn(4, 8, 9, 9)).verify(model)
