@@ -19,7 +19,7 @@ from rmtkern.api import prune_
 from rmtkern.tables import Table
 
 KEYS = ("case", "model", "threads", "images")
-CASES = {"calibrated": ("vit_base_patch16_224", "admm"), "global": ("vit_large_patch16_224", "magnitude")}
+CASES = {"calibrated": ("vit_base_patch16_224", "auto"), "global": ("vit_large_patch16_224", "magnitude")}
 """Case -> timm model, method."""
 
 
@@ -46,7 +46,7 @@ def measure(case: str, threads: int, images: int) -> dict[str, object]:
     extra = status_mib("VmHWM") - before
     plan.verify(model)
     row = {"case": case, "model": name, "threads": threads, "images": images if calibration is not None else 0}
-    row |= {"method": method, "sparsity": plan.sparsity, "weights": plan.prunable.total, "wall_s": round(wall, 1)}
+    row |= {"method": plan.config.method, "sparsity": plan.sparsity, "weights": plan.prunable.total, "wall_s": round(wall, 1)}
     return row | {"cpu_s": round(cpu, 1), "model_mib": weights_mib, "extra_mib": extra, "extra": extra / weights_mib}
 
 
