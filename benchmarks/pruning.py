@@ -46,7 +46,8 @@ def measure(case: str, threads: int, images: int) -> dict[str, object]:
     extra = status_mib("VmHWM") - before
     plan.verify(model)
     row = {"case": case, "model": name, "threads": threads, "images": images if calibration is not None else 0}
-    row |= {"method": plan.config.method, "sparsity": plan.sparsity, "weights": plan.prunable.total, "wall_s": round(wall, 1)}
+    row |= {"method": plan.config.method, "sparsity": plan.sparsity, "weights": plan.prunable.total}
+    row |= {"wall_s": round(wall, 1)}
     return row | {"cpu_s": round(cpu, 1), "model_mib": weights_mib, "extra_mib": extra, "extra": extra / weights_mib}
 
 

@@ -25,8 +25,11 @@ from rmtkern.gradual import CYCLE, DROP_THRESHOLD, GRID, prune_gradually_
 from rmtkern.loading import SHRUNK, input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
-from rmtkern.pruning.plan import PruneConfig, PrunePlan
-from rmtkern.pruning.presets import PRESETS
+from rmtkern.pruning.budget import BUDGETS
+from rmtkern.pruning.plan import PRIORS, PruneConfig, PrunePlan
+from rmtkern.pruning.presets import PRESETS, RESTORES
+from rmtkern.pruning.repair import REPAIRS
+from rmtkern.pruning.score import SCORES
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
 from rmtkern.speed import prune_to_speed_
@@ -66,6 +69,9 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
 
+
+HOW = {"budget": list(BUDGETS), "score": list(SCORES), "repair": list(REPAIRS), "restore": list(RESTORES)}
+"""The parts of a method that `rmtkern prune` lets replace -> their names."""
 
 SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
 """Field -> what the dataclass says of it; each is an option of `rmtkern finetune`."""
@@ -151,6 +157,15 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", type=Path, help="folder of images (a sub-folder per class) for calibrated methods"
     )
     prune.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    for name, choices in HOW.items():
+        prune.add_argument(f"--{name}", choices=choices, help="default: the method's")
+    prune.add_argument("--prior", choices=PRIORS, help="method cast: a mask to stay close to, by this method")
+    prune.add_argument("--alpha", type=float, default=0.5, help="how close, >= 0; default 0.5")
+    prune.add_argument(
+        "--permute",
+        action=argparse.BooleanOptionalAction,
+        help="let channels change places first (patterns, calibration); default: for mini-blocks with method auto",
+    )
     prune.add_argument(
         "--max-drop", type=float, help="find the highest sparsity that loses at most so much top-1; 0.01 is one point"
     )
@@ -337,9 +352,10 @@ def _prune(args: argparse.Namespace) -> int:
     calibration = _calibration(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
+    how: dict[str, Any] = {name: getattr(args, name) for name in (*HOW, "prior", "alpha", "permute")}
     if args.speedup is not None:
         example = _example(model, args.batch)
-        asked = PruneConfig(method=args.method, pattern=args.pattern, targets=targets, ignore=ignore)
+        asked = PruneConfig(method=args.method, pattern=args.pattern, targets=targets, ignore=ignore, **how)
         found = prune_to_speed_(model, args.speedup, example, asked, calibration)
         plan = found.plan
         if not args.json:
@@ -355,6 +371,7 @@ def _prune(args: argparse.Namespace) -> int:
             calibration,
             max_drop=args.max_drop,
             evaluate=args.images,
+            **how,
         )
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, plan.to_json(), _stored(args.checkpoint, SHRUNK))

@@ -187,6 +187,19 @@ def test_prune_with_calibration(work, images, capsys):
     assert plan["config"]["method"] == AUTO_CALIBRATED and plan["calibration_images"] == 4
 
 
+def test_prune_takes_a_method_apart(work, images, capsys):
+    argv = ["prune", "clitoys:toy", "--calibration", "images", "--calibration-images", "4", "-o", "p.safetensors", *FC]
+    parts = ["--budget", "uniform", "--score", "activation", "--repair", "obs", "--no-permute", "--pattern", "2x1"]
+    assert main([*argv, *parts, "--json"]) == 0
+    config = strict_json(capsys.readouterr().out)["plan"]["config"]
+    assert [config["budget"], config["score"]] == ["uniform", "activation"]
+    assert [config["repair"], config["permute"]] == ["obs", False]
+    cast = ["--method", "cast", "--pattern", "2:4", "--prior", "row", "--alpha", "0.2", "--permute"]
+    assert main([*argv, *cast, "--json"]) == 0
+    config = strict_json(capsys.readouterr().out)["plan"]["config"]
+    assert [config[name] for name in ("score", "prior", "alpha", "permute")] == ["cast", "row", 0.2, True]
+
+
 def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):
     pytest.importorskip("matplotlib")
     argv = ["sweep", "clitoys:toy", "--images", str(images), "--sparsities", "0.3", "0.6", "--calibration", str(images),
