@@ -25,6 +25,7 @@ from rmtkern.packing import is_packed, place_
 from rmtkern.packing_attention import AttentionForward
 from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, resume_cast_
 from rmtkern.packing_gated import GatedPair, fuse, fused, part
+from rmtkern.packing_lent import LendingLinear
 from rmtkern.packing_multihead import PackedMultihead, linears_of, reason_to_keep
 from rmtkern.packing_norm import NormForward
 from rmtkern.packing_sites import KernelForward, enable
@@ -47,9 +48,9 @@ def _form_record(form: PackedWeight, tokens: int) -> Record:
 
 
 def _linear_record(module: PackedModule) -> Record:
-    forms = (module.weight, *module.others)
+    forms = module.forms
     return {
-        "features": list(module.weight.shape),
+        "features": list(forms[0].shape),
         "bias": module.bias is not None,
         "activation": module.activation,
         "requires_grad": list(module.requires_grad),
@@ -108,6 +109,7 @@ def save(
         "rmtkern": __version__,
         "linears": linears,
         "pairs": pairs,
+        "lent": [name for module, name in names.items() if isinstance(module, LendingLinear)],
         "multiheads": [name for module, name in names.items() if isinstance(module, PackedMultihead)],
         "absorbed": [name for module, name in names.items() if isinstance(module, AbsorbedActivation)],
         **sites,
@@ -181,9 +183,9 @@ def _record(path: Path) -> Record:
         raise _Damaged("its metadata differs from its checksum; copy the file again")
     for key in ("linears", "pairs", "checksums"):
         _expect(isinstance(record.get(key), dict), key, "an object", record.get(key))
-    for key in ("norms", "multiheads"):
+    for key in ("norms", "multiheads", "lent"):
         record.setdefault(key, [])  # the first files have none
-    for key in ("absorbed", "multiheads", *_SITES):
+    for key in ("absorbed", "multiheads", "lent", *_SITES):
         _expect(_is_names(record.get(key)), key, "names", record.get(key))
     return record
 
@@ -338,12 +340,14 @@ class _Loaded:
                 have = type(module).__name__ if wanted is None else f"nn.Linear {wanted[0]}"
                 raise _Damaged(f"{name} is {found} in the file and {have} in the model; give the model that was packed")
             forms = _forms(name, entry, tensors)
-            self.swaps[name] = PackedLinear(
+            self.swaps[name] = (LendingLinear if name in record["lent"] else PackedLinear)(
                 forms.first, forms.bias, entry["activation"], requires_grad=tuple(entry["requires_grad"]),
                 **forms.arguments,
             )  # fmt: skip
             used |= forms.keys
             replaced |= {f"{name}.weight", f"{name}.bias"}
+        if unknown := [name for name in record["lent"] if name not in record["linears"]]:
+            raise _Damaged(f"{short(unknown[0])} lends its weight and is no packed linear")
         self.pairs = [self._pair(model, name, entry, tensors, used) for name, entry in record["pairs"].items()]
         replaced |= {f"{path}.{key}" for pair in self.pairs for path in pair.paths for key in ("weight", "bias")}
         for name in record["absorbed"]:

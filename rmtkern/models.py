@@ -221,7 +221,7 @@ def _list(model: nn.Module) -> list[PrunableWeight]:
     found: dict[int, PrunableWeight] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        if type(module).__name__ in ("PackedLinear", "PackedGatedLinear"):
+        if type(module).__name__ in ("PackedLinear", "LendingLinear", "PackedGatedLinear"):
             raise PackedModelError(
                 f"{path or 'the model'} is packed, and a packed weight cannot be analysed or pruned; "
                 "call rmtkern.unpack_(model) first"

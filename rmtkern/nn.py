@@ -118,15 +118,20 @@ class PackedModule(nn.Module):
             load_kernels(form.layout)
         self.eval()
 
+    @property
+    def forms(self) -> tuple[PackedWeight, ...]:
+        """All forms of the weight, in the order of `tokens`."""
+        return (self._modules["weight"], *self.others)  # type: ignore[return-value]
+
     def form(self, tokens: int) -> PackedWeight:
         """The form of the weight for this many tokens: that of the nearest measured count, the smaller of two."""
         if len(self.tokens) == 1:
-            return self.weight
+            return self.forms[0]
         best = 0
         for i, measured in enumerate(self.tokens):
             if abs(measured - tokens) < abs(self.tokens[best] - tokens):
                 best = i
-        return (self.weight, *self.others)[best]
+        return self.forms[best]
 
     def _compute(self, x: Tensor, weight: PackedWeight) -> Tensor:
         raise NotImplementedError
@@ -145,7 +150,7 @@ class PackedModule(nn.Module):
             KernelUnavailable: no kernel supports this call, such as after `.to(torch.float64)`.
         """
         check_inference(self)
-        weight = self.weight if len(self.tokens) == 1 else self.form(x.numel() // self.in_features)
+        weight = self.forms[0] if len(self.tokens) == 1 else self.form(x.numel() // self.in_features)
         y = self._compute(x, weight)
         if torch.is_grad_enabled() and (x.requires_grad or any(self.requires_grad)):
             return refuse_gradient(y)
@@ -153,12 +158,12 @@ class PackedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for form in (self.weight, *self.others):
+        for form in self.forms:
             load_kernels(form.layout)
 
     def extra_repr(self) -> str:
         """Shape, bias, activation and the layouts held."""
-        layouts = ", ".join(f.layout for f in (self.weight, *self.others))
+        layouts = ", ".join(f.layout for f in self.forms)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None},"
             f" activation={self.activation}, layout={layouts}"
@@ -183,7 +188,7 @@ class PackedLinear(PackedModule):
     def unpack(self) -> nn.Linear:
         """The plain nn.Linear: weight bit-exact at the packed dtype (-0.0 becomes 0.0), requires_grad as it was."""
         bias = None if self.bias is None else self.bias.clone()
-        return _plain(self.weight.unpack(), bias, self.requires_grad, self.training)
+        return _plain(self.forms[0].unpack(), bias, self.requires_grad, self.training)
 
 
 class PackedGatedLinear(PackedModule):
@@ -237,7 +242,7 @@ class PackedGatedLinear(PackedModule):
 
     def unpack(self) -> tuple[nn.Linear, ...]:
         """What was there: (gate, up), or the one linear; exact as `PackedLinear.unpack` is."""
-        weights = separate(self.weight.unpack(), self.out_features)
+        weights = separate(self.forms[0].unpack(), self.out_features)
         biases = (None, None) if self.bias is None else separate(self.bias, self.out_features)
         if self.stacked is None:
             grads = self.requires_grad[:2], self.requires_grad[2:]

@@ -24,6 +24,7 @@ from rmtkern.packing_attention import AttentionCall, AttentionForward, watch_att
 from rmtkern.packing_decisions import DecisionLog, Decisions
 from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
 from rmtkern.packing_gated import GatedPair, find_pairs, fuse, fused, part, unfuse
+from rmtkern.packing_lent import LendingLinear
 from rmtkern.packing_multihead import PackedMultihead, Split, find_multiheads, in_projection, linears_of, watch_calls
 from rmtkern.packing_norm import NormForward, watch_norms
 from rmtkern.packing_report import EndToEnd, GatedReport, LayerReport, PackReport, SiteReport
@@ -326,7 +327,7 @@ def _pack_layer(layer: _Layer, choice: Mapping[int, str]) -> PackedLinear | None
                 return _pack_layer(layer, layer.choice)
     (tokens, first), *others = choice.items()
     requires_grad = (module.weight.requires_grad, module.bias is not None and module.bias.requires_grad)
-    return PackedLinear(
+    return (LendingLinear if layer.seen.lent else PackedLinear)(
         forms[first],
         bias,
         layer.seen.activation,
@@ -689,7 +690,7 @@ def _layer_report(layer: _Layer, now: nn.Module, margin: float) -> LayerReport:
     forms = list(dict.fromkeys(layer.choice.values()))
     held = weight.nbytes
     if isinstance(now, PackedLinear):
-        held = sum(form.nbytes for form in (now.weight, *now.others))
+        held = sum(form.nbytes for form in now.forms)
     speedup = None if group is None else group.speedup(layer.choice)
     return LayerReport(
         name=layer.name,
@@ -803,6 +804,39 @@ def _split(
     return expected, calls
 
 
+def _lend(
+    model: nn.Module, layers: Sequence[_Layer], examples: Sequence[Example], expected: list[list[Tensor]]
+) -> list[list[Tensor]]:
+    """Leave the linears that lend their weights as they are, if what stands for these changes the model's outputs.
+
+    Returns:
+        What the unchanged model computes; `expected` if no linear lends its weight.
+    """
+    lending = {layer.name: layer for layer in layers if layer.seen.lent and layer.reason is None}
+    if not lending:
+        return expected
+    expected = _outputs(model, examples)  # while it was watched, the weights were of a subclass of Tensor
+    trial: Slots = {
+        name: LendingLinear(
+            LAYOUTS["dense"].pack(layer.module.weight.detach()),
+            None if layer.module.bias is None else layer.module.bias.detach(),
+        )
+        for name, layer in lending.items()
+    }
+    tolerance = _tolerance(model, *(layer.module for layer in lending.values()))
+    place_(model, trial)
+    try:
+        same = _deviation(_outputs(model, examples), expected, tolerance) is None
+    except (ValueError, TypeError):
+        same = False
+    finally:
+        place_(model, {name: layer.module for name, layer in lending.items()})
+    if not same:
+        for layer in lending.values():
+            layer.reason = "other code reads its .weight and fails or differs without a tensor there"
+    return expected
+
+
 def _leave_whole(model: nn.Module, split: Split, layers: Sequence[_Layer], unlike: Mapping[str, str]) -> None:
     """Put nn.MultiheadAttentions back whole of which not both linears can be packed."""
     by_name = {layer.name: layer for layer in layers}
@@ -834,7 +868,7 @@ def _pack(
     linears = {layer.name: layer.module for layer in movable}
     with (
         watch_calls(split.apart) as unlike,
-        watch(model, linears) as watched,
+        watch(model, linears, own=[child for name in split.apart for child in linears_of(name)]) as watched,
         watch_attention(model) as calls,
         watch_norms(model) as norm_calls,
     ):
@@ -843,11 +877,12 @@ def _pack(
         layer.seen = watched[layer.name]
         layer.reason = layer.seen.reason
     _leave_whole(model, split, layers, unlike)
-    movable = [layer for layer in movable if layer.reason is None]
+    outputs = _lend(model, layers, examples, outputs)
     expected = whole_outputs or outputs
+    movable = [layer for layer in movable if layer.reason is None]
 
     by_name = {layer.name: layer for layer in movable}
-    pairs = find_pairs(model, {layer.name: layer.module for layer in movable})
+    pairs = find_pairs(model, {layer.name: layer.module for layer in movable if not layer.seen.lent})
     pairs = [pair for pair in pairs if len({tuple(by_name[path].seen.tokens) for path in pair.paths}) == 1]
     groups = _grouped(movable, layouts)
     for group in progress(groups, "timing", show=show_progress):

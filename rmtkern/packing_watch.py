@@ -4,13 +4,16 @@ It also knows which linears must stay as they are. It measures no time and packs
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import resolve_name
+from torch.utils import _pytree as pytree
 
 from rmtkern.activations import FUNCTIONS
 from rmtkern.packing_dtype import DTYPES
@@ -25,7 +28,8 @@ class Seen:
     """What a forward pass showed of one linear.
 
     Args:
-        tokens: T of every call.
+        tokens: T of every call, and of every F.linear that other code makes with the weight.
+        lent: whether other code reads the weight or the bias; it then gives the weight to F.linear and to nothing else.
         reason: why the linear must stay as it is, or None.
         follower: name of the activation module that alone consumes the linear's output, or None.
         activation: its name in `ops.ACTIVATIONS`, or None.
@@ -35,6 +39,7 @@ class Seen:
     reason: str | None = None
     follower: str | None = None
     activation: str | None = None
+    lent: bool = False
 
 
 def is_altered(module: nn.Module) -> bool:
@@ -79,7 +84,7 @@ def reason_to_leave(model: nn.Module, name: str, module: nn.Linear) -> str | Non
 
 
 @contextmanager
-def watch(model: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Seen]]:
+def watch(model: nn.Module, linears: Mapping[str, nn.Linear], own: Collection[str] = ()) -> Iterator[dict[str, Seen]]:
     """Watch the forward passes inside the block; the result is complete when it ends.
 
     While it lasts, the class of each watched module is a subclass that notes what happens: unlike a hook, this leaves
@@ -88,14 +93,16 @@ def watch(model: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[dict[s
     Args:
         model: what will run.
         linears: name -> linear to watch.
+        own: names of those that no other code may read, not even to call F.linear.
     """
-    record = _Record({name: Seen() for name in linears})
+    record = _Record({name: Seen() for name in linears}, own)
     originals: list[tuple[nn.Module, type]] = []
     leaves = _leaves(model)
     try:
         for name, module in {**linears, **leaves}.items():
             originals.append((module, type(module)))
-            module.__class__ = _watched(type(module), name, record, linear=name in linears)
+            kind = _watched_linear if name in linears else _watched_leaf
+            module.__class__ = kind(type(module), name, record)
         yield record.seen
     finally:
         for module, original in originals:
@@ -117,18 +124,41 @@ def _leaves(model: nn.Module) -> dict[str, nn.Module]:
 class _Record:
     """The events of the forward passes, in order."""
 
-    def __init__(self, seen: dict[str, Seen]) -> None:
+    def __init__(self, seen: dict[str, Seen], own: Collection[str]) -> None:
         self.seen = seen
+        self.own = own
+        self.lent: list[_LentTensor] = []
         self.followers: dict[str, list[str | None]] = {name: [] for name in seen}
         self.calls: dict[str, int] = {}
         self.made: tuple[str, weakref.ref[Tensor]] | None = None  # the last linear and its output
         self.gone: tuple[str, weakref.ref[Tensor]] | None = None  # the last output that a follower took
 
     def linear(self, name: str, x: Tensor, y: Tensor) -> None:
+        self.multiply(name, x)
+        self.made = (name, weakref.ref(y))
+
+    def multiply(self, name: str, x: Tensor) -> None:
         self.settle()
         self.seen[name].tokens.append(x.numel() // max(x.shape[-1], 1))
         self.followers[name].append(None)
-        self.made = (name, weakref.ref(y))
+        self.made = None
+
+    def read(self, name: str, key: str, value: Tensor | None) -> Tensor | None:
+        """What other code gets that reads the weight or the bias of a linear."""
+        if name in self.own:
+            self.keep(name, key, "")
+            return value
+        self.seen[name].lent = True
+        if key == "bias" or value is None:  # a packed linear has the same one
+            return value
+        tensor = value.detach().as_subclass(_LentTensor)
+        tensor.lender, tensor.whole, tensor.record, tensor.multiplied = name, value, self, False
+        self.lent.append(tensor)
+        return tensor
+
+    def keep(self, name: str, key: str, more: str) -> None:
+        """Leave a linear as it is, for what other code does."""
+        self.seen[name].reason = f"other code reads its .{key} besides its own forward{more}"
 
     def leaf(self, name: str, x: Any) -> None:
         self.settle()
@@ -146,6 +176,9 @@ class _Record:
 
     def finish(self, leaves: Mapping[str, nn.Module]) -> None:
         self.settle()
+        for tensor in self.lent:
+            if not tensor.multiplied and self.seen[tensor.lender].reason is None:
+                self.keep(tensor.lender, "weight", " and does not give it to F.linear")
         for name, seen in self.seen.items():
             if seen.reason is None and not seen.tokens:
                 seen.reason = "the model never calls it on the example"
@@ -159,26 +192,71 @@ class _Record:
                 seen.follower = follower if seen.activation is not None else None
 
 
-def _watched(base: type, name: str, record: _Record, *, linear: bool) -> type:
+class _LentTensor(Tensor):
+    """A watched linear's weight in other code; it computes everything and notes what is not F.linear."""
+
+    lender: str
+    whole: Tensor
+    record: _Record
+    multiplied: bool
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        lent = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, _LentTensor)]
+        whole = pytree.tree_map(lambda value: value.whole if isinstance(value, _LentTensor) else value, (args, kwargs))
+        y = func(*whole[0], **whole[1])
+        x, reason = (None, f" and gives it to {resolve_name(func) or func}")
+        if func is F.linear:
+            x, reason = _factor(*args, **kwargs)
+        for tensor in lent:
+            if x is None:
+                tensor.record.keep(tensor.lender, "weight", reason)
+            else:
+                tensor.record.multiply(tensor.lender, x)
+                tensor.multiplied = True
+        return y
+
+
+def _factor(input: Any, weight: Any, bias: Any = None) -> tuple[Tensor | None, str]:
+    """What F.linear multiplies a lent weight with; None and the reason, if that is more than a packed weight can do."""
+    if not isinstance(weight, _LentTensor) or isinstance(input, _LentTensor) or isinstance(bias, _LentTensor):
+        return None, " and gives it to F.linear as its input or bias"
+    shape, dtype = weight.whole.shape, weight.whole.dtype
+    if input.dtype != dtype or (bias is not None and (bias.dtype != dtype or bias.shape != shape[:1])):
+        return None, f" and calls F.linear with another dtype than {dtype} or a bias that is not [{shape[0]}]"
+    return input, ""
+
+
+def _watched_leaf(base: type, name: str, record: _Record) -> type:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if not linear:
-            record.leaf(name, first)
-            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        record.leaf(name, _first(args, kwargs))
+        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return type(base.__name__, (base,), {"forward": forward})
+
+
+def _watched_linear(base: type, name: str, record: _Record) -> type:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         vars(self)["_rmtkern_inside"] = True
         try:
             y = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
             vars(self)["_rmtkern_inside"] = False
-        record.linear(name, first, y)  # type: ignore[arg-type]
+        record.linear(name, _first(args, kwargs), y)
         return y
 
     def read(self: nn.Module, key: str) -> Any:
+        value = base.__getattr__(self, key)  # type: ignore[attr-defined]
         if key in ("weight", "bias") and not vars(self).get("_rmtkern_inside", False):
-            record.seen[name].reason = f"other code reads its .{key} besides its own forward"
-        return base.__getattr__(self, key)  # type: ignore[attr-defined]
+            return record.read(name, key, value)
+        return value
 
-    return type(base.__name__, (base,), {"forward": forward, **({"__getattr__": read} if linear else {})})
+    return type(base.__name__, (base,), {"forward": forward, "__getattr__": read})
+
+
+def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _activation(module: nn.Module) -> str | None:
