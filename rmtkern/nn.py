@@ -121,7 +121,7 @@ class PackedModule(nn.Module):
     @property
     def forms(self) -> tuple[PackedWeight, ...]:
         """All forms of the weight, in the order of `tokens`."""
-        return (self._modules["weight"], *self.others)  # type: ignore[return-value]
+        return (self._modules["weight"], *self.others)
 
     def form(self, tokens: int) -> PackedWeight:
         """The form of the weight for this many tokens: that of the nearest measured count, the smaller of two."""

@@ -833,7 +833,9 @@ def _lend(
         place_(model, {name: layer.module for name, layer in lending.items()})
     if not same:
         for layer in lending.values():
-            layer.reason = "other code reads its .weight and fails or differs without a tensor there"
+            layer.reason = (
+                "other code reads its .weight besides its own forward and fails or differs without a tensor there"
+            )
     return expected
 
 

@@ -127,7 +127,7 @@ class _Record:
     def __init__(self, seen: dict[str, Seen], own: Collection[str]) -> None:
         self.seen = seen
         self.own = own
-        self.lent: list[_LentTensor] = []
+        self.loans: list[_Loan] = []
         self.followers: dict[str, list[str | None]] = {name: [] for name in seen}
         self.calls: dict[str, int] = {}
         self.made: tuple[str, weakref.ref[Tensor]] | None = None  # the last linear and its output
@@ -152,8 +152,8 @@ class _Record:
         if key == "bias" or value is None:  # a packed linear has the same one
             return value
         tensor = value.detach().as_subclass(_LentTensor)
-        tensor.lender, tensor.whole, tensor.record, tensor.multiplied = name, value, self, False
-        self.lent.append(tensor)
+        tensor.loan = _Loan(name, value, self, weakref.ref(tensor))
+        self.loans.append(tensor.loan)
         return tensor
 
     def keep(self, name: str, key: str, more: str) -> None:
@@ -176,9 +176,12 @@ class _Record:
 
     def finish(self, leaves: Mapping[str, nn.Module]) -> None:
         self.settle()
-        for tensor in self.lent:
-            if not tensor.multiplied and self.seen[tensor.lender].reason is None:
-                self.keep(tensor.lender, "weight", " and does not give it to F.linear")
+        for loan in self.loans:
+            if (kept := loan.tensor()) is not None:
+                kept.__class__ = Tensor  # type: ignore[assignment]
+                self.keep(loan.name, "weight", " and keeps it")
+            elif not loan.multiplied and self.seen[loan.name].reason is None:
+                self.keep(loan.name, "weight", " and does not give it to F.linear")
         for name, seen in self.seen.items():
             if seen.reason is None and not seen.tokens:
                 seen.reason = "the model never calls it on the example"
@@ -195,34 +198,42 @@ class _Record:
 class _LentTensor(Tensor):
     """A watched linear's weight in other code; it computes everything and notes what is not F.linear."""
 
-    lender: str
-    whole: Tensor
-    record: _Record
-    multiplied: bool
+    loan: "_Loan"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         lent = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, _LentTensor)]
-        whole = pytree.tree_map(lambda value: value.whole if isinstance(value, _LentTensor) else value, (args, kwargs))
-        y = func(*whole[0], **whole[1])
-        x, reason = (None, f" and gives it to {resolve_name(func) or func}")
+        plain, named = pytree.tree_map(lambda v: v.loan.weight if isinstance(v, _LentTensor) else v, (args, kwargs))
+        y = func(*plain, **named)
+        x, reason = None, f" and gives it to {resolve_name(func) or func}"
         if func is F.linear:
             x, reason = _factor(*args, **kwargs)
-        for tensor in lent:
+        for loan in (tensor.loan for tensor in lent):
             if x is None:
-                tensor.record.keep(tensor.lender, "weight", reason)
+                loan.record.keep(loan.name, "weight", reason)
             else:
-                tensor.record.multiply(tensor.lender, x)
-                tensor.multiplied = True
+                loan.record.multiply(loan.name, x)
+                loan.multiplied = True
         return y
+
+
+@dataclass
+class _Loan:
+    """One time that other code read a linear's weight."""
+
+    name: str
+    weight: Tensor
+    record: _Record
+    tensor: weakref.ref[_LentTensor]
+    multiplied: bool = False
 
 
 def _factor(input: Any, weight: Any, bias: Any = None) -> tuple[Tensor | None, str]:
     """What F.linear multiplies a lent weight with; None and the reason, if that is more than a packed weight can do."""
     if not isinstance(weight, _LentTensor) or isinstance(input, _LentTensor) or isinstance(bias, _LentTensor):
         return None, " and gives it to F.linear as its input or bias"
-    shape, dtype = weight.whole.shape, weight.whole.dtype
+    shape, dtype = weight.loan.weight.shape, weight.loan.weight.dtype
     if input.dtype != dtype or (bias is not None and (bias.dtype != dtype or bias.shape != shape[:1])):
         return None, f" and calls F.linear with another dtype than {dtype} or a bias that is not [{shape[0]}]"
     return input, ""

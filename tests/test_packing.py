@@ -319,7 +319,7 @@ class Shared(nn.Module):
     def forward(self, x):
         x = self.twice(self.tied_too(self.tied(x)))
         x = self.own(self.normed(self.hooked(self.also_twice(x))))
-        x = F.linear(x, self.read.weight)
+        x = F.linear(x, self.read.weight.clone())
         x = self.peeked(x.to(self.peeked.weight.dtype))
         x = x + self.low(x.bfloat16()).float()
         return self.plain(self.wide(x))
@@ -337,8 +337,8 @@ def test_reasons_to_stay_dense():
         "also_twice": "shared under the names twice, also_twice",
         "hooked": "it has hooks or a replaced forward",
         "normed": "it is a ParametrizedLinear, whose forward may differ",
-        "read": "other code reads its .weight besides its own forward",
-        "peeked": "other code reads its .weight besides its own forward",
+        "read": "other code reads its .weight besides its own forward and gives it to torch.Tensor.clone",
+        "peeked": "other code reads its .weight besides its own forward and gives it to torch.Tensor.dtype.__get__",
         "unused": "the model never calls it on the example",
         "own": "it is a OwnLinear, whose forward may differ",
     }.items():
