@@ -725,6 +725,8 @@ def pack_(
 ) -> PackReport:
     """Swap every nn.Linear for the form that is measured fastest here, for inference.
 
+    A linear whose weight other code gives to F.linear, as attention with biases of its own does, runs its kernel there
+    with the bias of the call; it stays dense if that code does anything else with the weight.
     The two projections of an nn.MultiheadAttention count as linears, "<name>.in_proj" and "<name>.out_proj", where it
     is called for self-attention without a mask and no other code reads its weights.
 
@@ -824,18 +826,24 @@ def _lend(
         for name, layer in lending.items()
     }
     tolerance = _tolerance(model, *(layer.module for layer in lending.values()))
-    place_(model, trial)
-    try:
-        same = _deviation(_outputs(model, examples), expected, tolerance) is None
-    except (ValueError, TypeError):
-        same = False
-    finally:
-        place_(model, {name: layer.module for name, layer in lending.items()})
-    if not same:
-        for layer in lending.values():
-            layer.reason = (
-                "other code reads its .weight besides its own forward and fails or differs without a tensor there"
-            )
+
+    def fit(names: Iterable[str]) -> bool:
+        place_(model, {name: trial[name] for name in names})
+        try:
+            return _deviation(_outputs(model, examples), expected, tolerance) is None
+        except (ValueError, TypeError):
+            return False
+        finally:
+            place_(model, {name: layer.module for name, layer in lending.items()})
+
+    good = list(lending)
+    if not fit(good):
+        good = [name for name in lending if fit([name])]
+        good = good if fit(good) else []
+    for name in lending.keys() - set(good):
+        lending[name].reason = (
+            "other code reads its .weight besides its own forward and fails or differs without a tensor there"
+        )
     return expected
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rmtkern.api import analyze
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.files import load, save
 from rmtkern.nn import PackedGatedLinear, PackedLinear
@@ -174,6 +175,20 @@ def test_other_uses_keep_the_linear_dense(reason):
     assert_same_function(model, dense, torch.randn(2, 9, 64))
 
 
+def test_one_that_needs_a_tensor_does_not_keep_the_others_dense():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.strict = Attention(), Reader(by_type)
+
+        def forward(self, x):
+            return self.strict(self.plain(x))
+
+    model, dense, report = packed(Two)
+    assert [layer.name for layer in report.layers if layer.packed] == ["plain.qkv", "plain.proj", "strict.tail"]
+    assert_same_function(model, dense, torch.randn(2, 9, 64))
+
+
 def test_a_use_that_the_example_did_not_show_is_refused():
     model, *_ = packed(Functional)
     weight, x = model.fc1.weight, torch.randn(2, 64)
@@ -239,6 +254,12 @@ def test_compiled_as_one_graph(kind):
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_packed_model_is_not_analysed():
+    model, *_ = packed(Functional)
+    with pytest.raises(PackedModelError, match="fc1 is packed, and a packed weight cannot be analysed or pruned"):
+        analyze(model)
 
 
 def test_to_another_dtype_is_refused_by_the_kernels():
