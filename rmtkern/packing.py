@@ -725,10 +725,10 @@ def pack_(
 ) -> PackReport:
     """Swap every nn.Linear for the form that is measured fastest here, for inference.
 
-    A linear whose weight other code gives to F.linear, as attention with biases of its own does, runs its kernel there
-    with the bias of the call; it stays dense if that code does anything else with the weight.
     The two projections of an nn.MultiheadAttention count as linears, "<name>.in_proj" and "<name>.out_proj", where it
-    is called for self-attention without a mask and no other code reads its weights.
+    is called for self-attention without a mask and no other code reads its weights. Where code gives the weight of any
+    other linear to F.linear, as attention with biases of its own does, the kernel runs there, with the bias of the
+    call; a linear whose weight is used in another way stays dense.
 
     Each linear's candidates are its dense forms (nn.Linear, oneDNN, oneDNN with a reordered weight, our own) and the
     layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples
@@ -831,7 +831,7 @@ def _lend(
         place_(model, {name: trial[name] for name in names})
         try:
             return _deviation(_outputs(model, examples), expected, tolerance) is None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RuntimeError):  # the last for outputs of another shape
             return False
         finally:
             place_(model, {name: layer.module for name, layer in lending.items()})
@@ -840,10 +840,9 @@ def _lend(
     if not fit(good):
         good = [name for name in lending if fit([name])]
         good = good if fit(good) else []
+    reason = "other code reads its .weight besides its own forward and fails or differs without a tensor there"
     for name in lending.keys() - set(good):
-        lending[name].reason = (
-            "other code reads its .weight besides its own forward and fails or differs without a tensor there"
-        )
+        lending[name].reason = reason
     return expected
 
 

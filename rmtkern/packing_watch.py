@@ -206,9 +206,10 @@ class _LentTensor(Tensor):
         lent = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, _LentTensor)]
         plain, named = pytree.tree_map(lambda v: v.loan.weight if isinstance(v, _LentTensor) else v, (args, kwargs))
         y = func(*plain, **named)
-        x, reason = None, f" and gives it to {resolve_name(func) or func}"
         if func is F.linear:
             x, reason = _factor(*args, **kwargs)
+        else:
+            x, reason = None, f" and gives it to {resolve_name(func) or func}"
         for loan in (tensor.loan for tensor in lent):
             if x is None:
                 loan.record.keep(loan.name, "weight", reason)

@@ -145,7 +145,7 @@ def keep(reader, linear, x):
 
 def by_type(reader, linear, x):
     weight = linear.weight
-    return F.linear(x, weight) if isinstance(weight, torch.Tensor) else x
+    return F.linear(x, weight) if isinstance(weight, torch.Tensor) else x[:1]
 
 
 LEFT = {
@@ -244,6 +244,26 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(again(x), model(x))
     unpack_(again)
     assert torch.equal(again.qkv.weight, dense.qkv.weight)
+
+
+def test_together_with_our_attention_kernel():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = Attention()
+
+        def forward(self, x):
+            return x + self.attn(x)
+
+    model = prune(Outer(), 0.9)
+    dense, x = copy.deepcopy(model), torch.randn(2, 9, 64)
+    report = pack_(model, x, timer=timer(("bitmask", "attention/kernel")))
+    assert report.attention[0].used and type(model.attn.qkv) is LendingLinear
+    assert_same_function(model, dense, x)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Attention, Functional])
