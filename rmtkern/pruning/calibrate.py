@@ -30,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 _BATCH = 32
-_GRADIENT_BATCH, _GRADIENT_IMAGES = 8, 128  # a backward pass holds all activations
+_GRADIENT_BATCH, _GRADIENT_IMAGES = 2, 128  # a backward pass holds all activations
 
 
 @dataclass

@@ -15,7 +15,7 @@ from rmtkern.progress import progress
 from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, edge_weights, take_smallest
 from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_of, unit_scores, whole_units
 from rmtkern.pruning.plan import PruneConfig
-from rmtkern.pruning.score import SCORES
+from rmtkern.pruning.score import LAYERWISE, SCORES
 from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.spectrum.denoise import legacy_theta, sparsify_haar, sparsify_singular_vectors
 from rmtkern.spectrum.fit import SpectralFit
@@ -133,9 +133,16 @@ def _layers(
     layers, unit = [], unit_of(params)
     for index, (weight, value, mask) in enumerate(zip(weights, values, masks, strict=True)):
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        score = SCORES[config.score or ""](value, moments.get(weight.name), generator).masked_fill_(mask, 0.0)
+        cost, loss = sensitivities.get(weight.name), None
+        if cost is not None:
+            loss = unit_scores(cost.of(value), unit)
+        if loss is not None and config.score in LAYERWISE:
+            score = loss  # only how many go is used, and a score would need as much memory
+        else:
+            score = SCORES[config.score or ""](value, moments.get(weight.name), generator).masked_fill_(mask, 0.0)
+            score = unit_scores(score, unit)
         gone = whole_units(mask, unit)
-        score = unit_scores(score, unit).masked_fill_(gone, -1.0)
+        score.masked_fill_(gone, -1.0)
         allowed = PATTERNS[kind](score, params)
         found = [fits[label] for label in weight.blocks() if label in fits]
         layers.append(
@@ -145,7 +152,7 @@ def _layers(
                 int(gone.sum()),
                 *_signals(found),
                 randomness=_randomness(found),
-                loss=unit_scores(cost.of(value), unit) if (cost := sensitivities.get(weight.name)) else None,
+                loss=loss,
             )
         )
     return layers
