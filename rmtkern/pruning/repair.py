@@ -9,7 +9,7 @@ __all__ = ["CALIBRATED_REPAIRS", "REPAIRS", "damped"]
 
 _DAMPING = 0.01
 _STEPS = 100
-_TOLERANCE = 1e-3  # of the gradient; the loss is then within 0.03 % of the least
+_TOLERANCE = 1e-3  # of the output's energy norm; the loss is then within 0.03 % of the least
 
 
 def none(matrix: Tensor, mask: Tensor, moment: Tensor | None) -> Tensor:
