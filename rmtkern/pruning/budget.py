@@ -37,7 +37,8 @@ class Layer:
         edge: sigma_plus, or None where no law could be fitted (excluded from statistics, neutral itself).
         alpha: Hill exponent, or None.
         randomness: (1 - mu) gamma in [0, 1]; 1 where no law could be fitted.
-        loss: [N, K] float32, >= 0: what each entry costs the model's outputs; None if it was not measured.
+        loss: [N, K] float32, >= 0: what each entry costs the model's outputs; None if it was not measured. It may be
+            the score itself, which budget "sensitivity" then overwrites with its keys.
     """
 
     type: str
@@ -131,10 +132,16 @@ def sensitivity(
 
 
 def _marginal(layer: Layer, loss: Tensor, most: float) -> Tensor:
+    size = loss.numel()
+    cut = min(size, max(layer.zeros, math.ceil(most * size)))
+    if loss is layer.score:  # in place: with ranks it would be several times as large
+        closed = ~layer.open
+        if cut:
+            closed |= loss > loss.flatten().kthvalue(cut).values
+        return loss.masked_fill_(closed, torch.inf)
     ranks = _ranks(layer.score.flatten()).long()
-    size = ranks.numel()
     rising = loss.flatten().masked_fill(layer.score.flatten() < 0, -1.0).sort().values.clamp_(min=0)
-    rising[max(layer.zeros, math.ceil(most * size)) :] = torch.inf
+    rising[cut:] = torch.inf
     return _closed(layer, rising[ranks].reshape(layer.score.shape))
 
 

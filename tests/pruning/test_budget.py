@@ -188,3 +188,13 @@ def test_sensitivity_gives_the_ith_smallest_score_the_ith_smallest_loss():
     assert keys.isinf().sum() == 4 and keys[0, -4:].isinf().all()
     plain = layer([[3.0, 1.0]])
     assert torch.equal(BUDGETS["sensitivity"]([plain], 0.5)[0], plain.score)
+
+
+@pytest.mark.parametrize("zeros", [0, 7, 60])
+def test_sensitivity_of_a_loss_that_is_the_score_is_the_same_in_place(zeros):
+    losses = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    losses.view(-1)[:zeros] = -1
+    losses.view(-1)[-3:] = torch.inf
+    (apart,) = BUDGETS["sensitivity"]([Layer("mlp", losses.clone(), zeros, loss=losses.clamp(min=0))], 0.5)
+    (same,) = BUDGETS["sensitivity"]([Layer("mlp", losses, zeros, loss=losses)], 0.5)
+    assert same is losses and torch.equal(same, apart)
