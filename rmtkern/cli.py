@@ -275,8 +275,7 @@ def _analyze(args: argparse.Namespace) -> int:
 
 
 def _advise(args: argparse.Namespace) -> int:
-    if args.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    _check_batch(args.batch)
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     example = _example(model, args.batch)
     advice = advise(model, example, patterns=args.pattern, sparsities=args.sparsity)
@@ -290,6 +289,11 @@ def _advise(args: argparse.Namespace) -> int:
 def _example(model: nn.Module, batch: int) -> Tensor:
     """Random images to time a model on."""
     return torch.randn(input_size_of(model, batch), generator=torch.Generator().manual_seed(0))
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {batch}")
 
 
 def _check_folder(output: Path | None) -> None:
@@ -342,8 +346,7 @@ def _prune(args: argparse.Namespace) -> int:
     _check_folder(args.output)
     if args.speedup is not None and (args.sparsity, args.max_drop) != (None, None):
         raise ValueError("--speedup finds the sparsity: give it no --sparsity and no --max-drop")
-    if args.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    _check_batch(args.batch)
     if args.max_drop is not None and (args.sparsity is not None or args.images is None):
         raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
     if args.images is not None and args.max_drop is None:
@@ -390,8 +393,7 @@ def _sweep(args: argparse.Namespace) -> int:
     _check_folder(args.output)
     _check_folder(args.picture)
     _check_folder(args.speed_picture)
-    if args.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    _check_batch(args.batch)
     if args.speed_picture is not None and args.pack is None:
         raise ValueError("--speed-picture needs speeds: give --pack float32 or --pack bfloat16 too")
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)

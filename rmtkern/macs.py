@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
+from rmtkern.examples import as_example
 from rmtkern.models import ATTENTION_WORDS, ROLES, prunable_weights
 from rmtkern.pruning.calibrate import evaluating
 from rmtkern.tables import Table
@@ -118,7 +119,13 @@ def count_macs(model: nn.Module, example: Any) -> MacReport:
         PackedModelError: the model is packed.
     """
     roles = {weight.name: weight.role for weight in prunable_weights(model, "all")}
-    args, kwargs = _call(example)
+    call = as_example(example)
+    if call is None:
+        raise TypeError(
+            "example: expected a tensor, a tuple of arguments or a dict of keyword arguments, got "
+            f"{type(example).__name__}; pass what you would call the model with"
+        )
+    args, kwargs = call
     watch = _Watch(model, roles)
     try:
         with evaluating(model), sdpa_kernel(SDPBackend.MATH), watch.tracker, watch:
@@ -126,19 +133,6 @@ def count_macs(model: nn.Module, example: Any) -> MacReport:
     except Exception as error:
         raise ValueError(f"the model cannot run the example: {error}; pass what you would call it with") from error
     return MacReport(tuple(LayerMacs(name, kind, *numbers) for (name, kind), numbers in watch.found.items()))
-
-
-def _call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Tensor):
-        return (example,), {}
-    if isinstance(example, tuple):
-        return example, {}
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    raise TypeError(
-        "example: expected a tensor, a tuple of arguments or a dict of keyword arguments, got "
-        f"{type(example).__name__}; pass what you would call the model with"
-    )
 
 
 class _Watch(TorchDispatchMode):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rmtkern.activations import apply_activation
 from rmtkern.errors import KernelUnavailable, PackedModelError
+from rmtkern.examples import Example, as_example
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import interleave
@@ -36,7 +37,6 @@ from rmtkern.testing import accuracy_excess
 
 __all__ = ["is_packed", "pack_", "place_", "unpack_"]
 
-Example = tuple[tuple[Any, ...], dict[str, Any]]
 Slots = dict[str, nn.Module]  # module name -> what stands there
 
 PLAIN = "dense/torch"  # the candidate that leaves the nn.Linear alone
@@ -120,17 +120,13 @@ def _examples(example: Any) -> list[Example]:
         raise ValueError("example: expected at least one example input, got an empty list")
     found: list[Example] = []
     for entry in entries:
-        if isinstance(entry, Tensor):
-            found.append(((entry,), {}))
-        elif isinstance(entry, tuple):
-            found.append((entry, {}))
-        elif isinstance(entry, Mapping):
-            found.append(((), dict(entry)))
-        else:
+        call = as_example(entry)
+        if call is None:
             raise TypeError(
                 f"example: expected a tensor, a tuple of arguments, a dict of keyword arguments, or a list of these for"
                 f" several examples, got {type(entry).__name__}; pass what you would call the model with"
             )
+        found.append(call)
     return found
 
 
