@@ -64,7 +64,9 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, help="fraction of the selected weights removed, [0, 1); default 0.5")
     parser.add_argument("--method", default="auto", help=f"auto, hybrid, {', '.join(PRESETS)}")
     parser.add_argument(
-        "--pattern", default="unstructured", help="unstructured, n:m such as 2:4 or 2:4x4, or mini-blocks such as 4x1"
+        "--pattern",
+        default="unstructured",
+        help="unstructured, n:m such as 2:4 or 2:4x4, or blocks such as 4x1 or 32x32",
     )
     parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")

@@ -19,7 +19,7 @@ from rmtkern.errors import PackedModelError
 from rmtkern.models import PrunableWeight, prunable_weights
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, PRESETS
-from rmtkern.pruning.score import GROUPED
+from rmtkern.pruning.score import GROUPED, SCORES
 
 UNSTRUCTURED = [name for name, preset in PRESETS.items() if preset.score not in GROUPED]
 DATA_FREE = [name for name in UNSTRUCTURED if not PruneConfig(method=name).resolve(True).needs_calibration]
@@ -480,6 +480,19 @@ def test_mini_blocks_go_whole_and_to_the_single_block(pattern, method):
             assert torch.equal(module.weight[module.weight != 0], old[module.weight != 0])
     assert zeros == round(0.6 * blocks)
     assert plan.selected.zeros == zeros * r * c
+    plan.verify(model)
+
+
+@pytest.mark.parametrize("pattern", ["32x32", "16x64", "128x16"])
+@pytest.mark.parametrize("score", [score for score in SCORES if score not in GROUPED])
+def test_large_blocks_go_whole_with_every_score(pattern, score):
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 128))
+    plan = prune_(model, 0.5, "uniform", pattern, targets="all", calibration=torch.randn(300, 64), score=score)
+    r, c = map(int, pattern.split("x"))
+    for module in (model[0], model[2]):
+        units = (module.weight.detach() == 0).view(module.out_features // r, r, -1, c)
+        assert torch.equal(units.any(3).any(1), units.all(3).all(1))
+        assert int(units[:, 0, :, 0].sum()) == units[:, 0, :, 0].numel() // 2
     plan.verify(model)
 
 

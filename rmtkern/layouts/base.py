@@ -65,8 +65,11 @@ class PackedWeight(nn.Module):
         """The dense weight [N, K] in the packed dtype, bit-exact (-0.0 becomes 0.0)."""
         raise NotImplementedError
 
-    def gpu_form(self) -> tuple[Tensor, ...]:
-        """What GPU kernels read besides the parts, made from them: one tensor for each name in `gpu_parts`."""
+    def gpu_form(self) -> tuple[Tensor | None, ...]:
+        """What GPU kernels read besides the parts, made from them: for each name in `gpu_parts` a tensor.
+
+        None for one that the kernel of these params does not take.
+        """
         return ()
 
     def gpu_tensors(self) -> tuple[Tensor, ...]:
@@ -75,9 +78,9 @@ class PackedWeight(nn.Module):
         That is made once when the weight arrives on a GPU; elsewhere it is made on the spot.
         """
         held = tuple(getattr(self, name) for name in self.gpu_parts)
-        form = self.gpu_form() if any(tensor is None for tensor in held) else held
+        form = self.gpu_form() if all(tensor is None for tensor in held) else held
         stored = dict(zip(self.parts, self.tensors(), strict=True))
-        return (*(stored[name] for name in self.gpu_stored), *form)
+        return (*(stored[name] for name in self.gpu_stored), *(tensor for tensor in form if tensor is not None))
 
     def _arrive(self) -> None:
         """Make or drop the GPU form, as the device of the parts asks."""

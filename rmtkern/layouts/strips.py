@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmtkern.layouts.base import INTEGERS, as_integers
 
-__all__ = ["BLOCK_ROWS", "masks_by_row", "pack_strips", "unpack_strips"]
+__all__ = ["BLOCK_ROWS", "blocks_by_strip", "masks_by_row", "pack_strips", "unpack_strips"]
 
 BLOCK_ROWS = 128
 """Rows of a row block; part of the format."""
@@ -30,7 +30,7 @@ def pack_strips(dense: Tensor, r: int, c: int = 1, words: int = 1) -> Parts:
     The cost is the number of units, and with two words (bfloat16 entries that a kernel pairs up) that of their pairs.
 
     Args:
-        dense: [N, K] float32 or bfloat16, any device.
+        dense: [N, K] float32, bfloat16 or float16, any device.
         r: rows of a strip, a divisor of BLOCK_ROWS.
         c: columns of a unit.
         words: 64-bit words of a segment's mask.
@@ -93,6 +93,36 @@ def masks_by_row(shape: tuple[int, int], masks: Tensor, rows: Tensor) -> tuple[T
     ordered, places = np.empty((blocks, words, n), np.int64), np.empty((blocks, words, n), np.int32)
     ordered[block, :, row], places[block, :, row] = segments, begin
     return tuple(torch.from_numpy(array.reshape(-1, n)).to(masks.device) for array in (ordered, places))  # type: ignore[return-value]
+
+
+def blocks_by_strip(
+    shape: tuple[int, int], r: int, c: int, masks: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The stored units of each strip by column: the index of block compressed rows (BSR), whose values stay in place.
+
+    Args:
+        shape: (N, K).
+        r: rows of a strip.
+        c: columns of a unit.
+        masks: [segments] int64 of `pack_strips`, one word.
+        rows: [segments] uint8.
+
+    Returns:
+        begins [ceil(N / r) + 1] int32, where a strip's units begin in the next two; columns [stored] int32, which unit
+        of the strip it is (its first column is c times that); places [stored] int32, its row in `values`. On the
+        device of `masks`.
+    """
+    n, k = shape
+    strips, blocks, tall = -(-n // r), -(-k // (64 * c)), BLOCK_ROWS // r
+    bits = np.unpackbits(masks.cpu().numpy().view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+    segment, unit = bits.nonzero()  # in the order of the values
+    strip, block = _places(rows.cpu().numpy(), strips, blocks, tall)
+    owner, column = strip[segment], 64 * block[segment] + unit
+    places = np.lexsort((column, owner))
+    begins = np.zeros(strips + 1, np.int64)
+    np.bincount(owner, minlength=strips).cumsum(out=begins[1:])
+    arrays = (begins, column[places], places)
+    return tuple(torch.from_numpy(array.astype(np.int32)).to(masks.device) for array in arrays)  # type: ignore[return-value]
 
 
 def unpack_strips(shape: tuple[int, int], r: int, parts: Parts, c: int = 1, words: int = 1) -> Tensor:

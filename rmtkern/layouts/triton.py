@@ -18,7 +18,7 @@ from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.gpu_configs import ARCHITECTURES, architecture, candidates, choose, shape_class
 
-__all__ = ["DTYPES", "GROUP", "finish", "linear", "rows_at", "run", "supports", "tile_of"]
+__all__ = ["DTYPES", "FEATURES", "GROUP", "ROWS", "finish", "linear", "rows_at", "run", "supports", "target", "tile_of"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = 2**31  # tokens and stored values are counted in 32 bits
@@ -129,21 +129,29 @@ def _arch(device: torch.device) -> str | None:
     return architecture("cuda", 10 * properties.major + properties.minor)
 
 
-def _target() -> str:
+def target() -> str:
     """The architecture that a launch on the current device compiles for; the interpreter runs sm_80's tables."""
     if INTERPRETED:
         return "sm_80"
-    target = driver.active.get_current_target()
-    name = architecture(target.backend, target.arch)
+    found = driver.active.get_current_target()
+    name = architecture(found.backend, found.arch)
     if name is None:
-        raise KernelUnavailable(f"no Triton kernel for {target.backend} {target.arch}; expected {ARCHITECTURES}")
+        raise KernelUnavailable(f"no Triton kernel for {found.backend} {found.arch}; expected {ARCHITECTURES}")
     return name
 
 
 _tuned: dict[Any, Any] = {}
 
 
-def run(kernel: Any, layout: str, x: Tensor, features: int, arguments: Callable[[int, str], dict[str, Any]]) -> None:
+def run(
+    kernel: Any,
+    layout: str,
+    x: Tensor,
+    features: int,
+    arguments: Callable[[int, str], dict[str, Any]],
+    block: tuple[int, int] | None = None,
+    prepare: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
     """Launch a tile kernel with the table's config, or with the fastest of the table if RMTKERN_AUTOTUNE is 1.
 
     Args:
@@ -152,29 +160,35 @@ def run(kernel: Any, layout: str, x: Tensor, features: int, arguments: Callable[
         x: [T, K].
         features: N, rows of W.
         arguments: (a multiple of every BK that may run, architecture) -> the kernel's other arguments by name.
+        block: rows and columns of a block of W, within which a tile must lie; None: W has no blocks.
+        prepare: changes those arguments that depend on the tile, given all by name; None: none does.
     """
-    arch = _target()
+    arch = target()
     (tokens, k), itemsize = x.shape, x.element_size()
     aligned = features % 16 == 0 and k % 16 == 0
-    config = choose(layout, itemsize, arch, tokens, aligned)
+    config = choose(layout, itemsize, arch, tokens, aligned, block)
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(tokens, meta["BM"]) * triton.cdiv(features, meta["BN"]),)
 
     if os.environ.get("RMTKERN_AUTOTUNE") == "1" and not INTERPRETED:
-        key = (kernel, x.dtype, arch, aligned, shape_class(tokens))
-        tiles = candidates(layout, itemsize, arch, aligned)
+        tiles = candidates(layout, itemsize, arch, aligned, block)
+        key = (kernel, x.dtype, arch, tiles, shape_class(tokens))
         if key not in _tuned:
             configs = [
-                triton.Config({"BM": c.bm, "BN": c.bn, "BK": c.bk}, num_warps=c.warps, num_stages=c.stages)
+                triton.Config(
+                    {"BM": c.bm, "BN": c.bn, "BK": c.bk}, num_warps=c.warps, num_stages=c.stages, pre_hook=prepare
+                )
                 for c in tiles
             ]
             _tuned[key] = triton.autotune(configs=configs, key=["N", "K"])(kernel)
         step = max(c.bk for c in tiles)  # powers of two: a multiple of each
         _tuned[key][grid](**arguments(step, arch))
         return
-    tile = {"BM": config.bm, "BN": config.bn, "BK": config.bk}
-    kernel[grid](**arguments(config.bk, arch), **tile, num_warps=config.warps, num_stages=config.stages)
+    named = {**arguments(config.bk, arch), "BM": config.bm, "BN": config.bn, "BK": config.bk}
+    if prepare is not None:
+        prepare(named)
+    kernel[grid](**named, num_warps=config.warps, num_stages=config.stages)
 
 
 @torch.library.custom_op("rmtkern::triton_linear", mutates_args=())

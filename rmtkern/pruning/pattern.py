@@ -38,6 +38,9 @@ PATTERNS: dict[str, Callable[[Tensor, dict[str, int]], Tensor]] = {
 }
 """Name -> function(score of the units, params) -> the units that may go, bool. A unit is an entry, or a mini-block."""
 
+_SIDES = (16, 32, 64, 128)
+"""Outputs and inputs of the blocks that are larger than mini-blocks: what GPU kernels multiply as tiles."""
+
 
 def unit_of(params: dict[str, int]) -> tuple[int, int]:
     """(outputs, inputs) that go or stay together: (r, c) of mini-blocks, (r, 1) of n:mxr, else (1, 1)."""
@@ -76,12 +79,12 @@ def parse_pattern(pattern: str) -> tuple[str, dict[str, int]]:
     Args:
         pattern: "unstructured"; n:m such as "2:4" (at most 2 of 4 consecutive inputs stay); n:mxr such as "2:4x4" (the
             same inputs stay in 4 consecutive outputs); or rxc such as "4x1" (mini-blocks of 4 outputs x 1 input go or
-            stay whole).
+            stay whole) or "32x32" (so do blocks).
 
     Raises:
         TypeError: not a string.
-        ValueError: unknown pattern, n not in [1, m), r not in [2, 64], or a mini-block of fewer than 2 or more than 64
-            entries.
+        ValueError: unknown pattern, n not in [1, m), r not in [2, 64], or a block of fewer than 2 or more than 64
+            entries whose sides are not among 16, 32, 64 and 128.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"pattern: expected a string, got {type(pattern).__name__}")
@@ -89,8 +92,11 @@ def parse_pattern(pattern: str) -> tuple[str, dict[str, int]]:
         return pattern, {}
     if match := re.fullmatch(r"(\d+)x(\d+)", pattern):
         r, c = int(match[1]), int(match[2])
-        if not 2 <= r * c <= 64:
-            raise ValueError(f"pattern {pattern!r}: expected mini-blocks of 2 to 64 entries, such as '4x1'")
+        if not (2 <= r * c <= 64 or (r in _SIDES and c in _SIDES)):
+            raise ValueError(
+                f"pattern {pattern!r}: expected mini-blocks of 2 to 64 entries, such as '4x1', or blocks with sides of "
+                f"{', '.join(map(str, _SIDES))}, such as '32x32'"
+            )
         return "rxc", {"r": r, "c": c}
     match = re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", pattern)
     if match is None:

@@ -66,7 +66,7 @@ class PruneConfig:
             None: for mini-blocks where method "auto" has images.
         pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; n:mxr such as "2:4x4": the
             same for r outputs that share their inputs; or rxc such as "4x1": mini-blocks of 4 outputs x 1 input that go
-            or stay whole (the sparsity is then met to one mini-block).
+            or stay whole (the sparsity is then met to one mini-block), or larger blocks such as "32x32".
         targets: roles, groups or globs (see models.prunable_weights); None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         haar: z of the singular-vector step before pruning (docs/math.md (17)), in Haar deviations; 0: no such step.

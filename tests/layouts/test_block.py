@@ -1,15 +1,22 @@
 """block: the law, the format, and its kernel on every instruction set against the float64 reference."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from rmtkern import pack_, prune_
+from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import cpu
 from rmtkern.layouts.bitmask import BitmaskWeight
 from rmtkern.layouts.block import BlockWeight, reference
-from rmtkern.layouts.block.weight import SIZES
+from rmtkern.layouts.block.weight import LARGE, SIZES
+from rmtkern.nn import PackedLinear
+from rmtkern.pruning.pattern import unit_entries
 from rmtkern.testing import assert_as_accurate_as_dense as rule
 from tests.layouts.test_bitmask import assert_as_accurate_as_dense, epilogues, isa  # noqa: F401
 
@@ -80,7 +87,7 @@ def test_reference_is_the_definition(r):
 @given(
     st.integers(1, 300),
     st.integers(1, 300),
-    st.sampled_from([(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]),
+    st.sampled_from([(dtype, size) for dtype, sizes in SIZES.items() for size in (*sizes, *LARGE)]),
     st.floats(0, 1),
     st.integers(0, 2**31),
 )
@@ -136,10 +143,13 @@ def test_variants_recognise_the_pattern_from_the_weight():
 def test_refusals_name_what_is_wrong():
     for params in ({}, {"r": 3}, {"r": 4, "c": 2}):
         with pytest.raises(
-            ValueError, match=r"params \(r, c\) must be one of \(2, 1\), \(4, 1\), \(8, 1\) for torch.float32"
+            ValueError,
+            match=r"params \(r, c\) must be one of \(2, 1\), \(4, 1\), \(8, 1\), or each one of 16, 32, 64, 128 for",
         ):
             BlockWeight.pack(torch.zeros(4, 4), **params)
-    with pytest.raises(ValueError, match=r"must be one of \(1, 2\), \(4, 2\) for torch.bfloat16, got"):
+    with pytest.raises(
+        ValueError, match=r"must be one of \(1, 2\), \(4, 2\), or each one of 16.* for torch.bfloat16, got"
+    ):
         BlockWeight.pack(torch.zeros(4, 4).bfloat16(), r=4, c=1)
     with pytest.raises(ValueError, match="NaN or Inf"):
         BlockWeight.pack(torch.full((4, 4), torch.nan), r=2, c=1)
@@ -184,3 +194,76 @@ def test_pruned_bfloat16_entries_are_structural_zeros_beside_kept_ones(isa, r): 
     x[1, 9] = float("inf")
     got = cpu.linear(x, BlockWeight.pack(weight, r=r, c=2), None, None, None)
     assert torch.isfinite(got[1]).equal(weight[:, 9] == 0) and torch.isfinite(got[2:]).all()
+
+
+def large_weight(n_rows, n_cols, r, c, sparsity, seed=0):
+    """Random blocks; the last ones may be cut."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(-(-n_rows // r), -(-n_cols // c), generator=generator) >= sparsity
+    return torch.randn(n_rows, n_cols, generator=generator) * unit_entries(kept, (r, c))[:n_rows, :n_cols]
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize(("r", "c"), [(16, 16), (32, 128), (128, 32)])
+def test_large_blocks_have_a_reference(r, c, dtype):
+    weight = large_weight(150, 331, r, c, 0.6).to(dtype)
+    x = torch.randn(5, 331).double()
+    packed = BlockWeight.pack(weight, r=r, c=c)
+    np.testing.assert_allclose(
+        reference.linear(x, packed, None, None, None), x.numpy() @ weight.double().numpy().T, atol=1e-12
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 300), st.integers(1, 2200), st.sampled_from(LARGE), st.floats(0, 1), st.integers(0, 2**31))
+def test_the_index_of_large_blocks_is_that_of_block_compressed_rows(n_rows, n_cols, size, sparsity, seed):
+    r, c = size
+    weight = large_weight(n_rows, n_cols, r, c, sparsity, seed)
+    values, begins, columns, places = BlockWeight.pack(weight, r=r, c=c).gpu_tensors()
+    assert values.shape[1:] == (r, c) and begins[0] == 0 and begins[-1] == len(columns) == len(places) == len(values)
+    dense = torch.zeros(len(begins) - 1, r, -(-n_cols // c), c)
+    for strip, (begin, end) in enumerate(pairwise(begins.tolist())):
+        inside = columns[begin:end].tolist()
+        assert inside == sorted(set(inside))
+        for column, place in zip(inside, places[begin:end].tolist(), strict=True):
+            dense[strip, :, column] = values[place]
+    assert torch.equal(dense.view(len(begins[1:]) * r, -1)[:n_rows, :n_cols], weight)
+
+
+def test_the_widest_blocks_are_recognised():
+    def widest(*size):
+        return BlockWeight.widest(large_weight(256, 512, *size, 0.6))
+
+    assert widest(32, 32) == {"r": 32, "c": 32} and widest(16, 128) == {"r": 16, "c": 128}
+    assert widest(128, 128) == {"r": 128, "c": 128}
+    assert widest(8, 8) is None and widest(1, 1) is None
+    assert BlockWeight.widest(torch.zeros(64, 64)) is None and BlockWeight.widest(torch.ones(64, 64)) is None
+    weight = large_weight(256, 512, 64, 16, 0.6)
+    weight[weight.nonzero()[0, 0], weight.nonzero()[0, 1]] = 0.0  # a stray zero, as training leaves now and then
+    assert BlockWeight.widest(weight) == {"r": 64, "c": 16}
+
+
+def test_a_cpu_runs_large_blocks_as_the_mini_blocks_that_tile_them():
+    weight = large_weight(128, 128, 32, 32, 0.5)
+    assert list(BlockWeight.variants(weight)) == [{"r": r, "c": 1} for r in (2, 4, 8)]
+    assert list(BlockWeight.variants(weight.bfloat16())) == [{"r": 1, "c": 2}, {"r": 4, "c": 2}]
+    assert list(BlockWeight.variants(weight.half())) == []
+    packed = BlockWeight.pack(weight, r=32, c=32)
+    with pytest.raises(
+        KernelUnavailable,
+        match=r"cpu: blocks of 32 x 32 are for a GPU; pack the weight on the CPU, where mini",
+    ):
+        PackedLinear(packed)(torch.randn(3, 128))
+    with pytest.raises(ValueError, match=r"block: params must be \(r, c\): \(2, 1\), \(4, 1\) or \(8, 1\) for float32"):
+        cpu.linear(torch.randn(3, 128), packed, None, None, None)  # the extension itself refuses, too
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_of_large_blocks_packs_on_a_cpu(dtype):
+    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)).eval()
+    prune_(model, 0.5, pattern="32x32", targets="all")
+    x = torch.randn(197, 128)
+    expected = model(x)
+    report = pack_(model, x, dtype=dtype)
+    assert "for a GPU" not in str(report)
+    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)

@@ -29,6 +29,7 @@ def test_parse():
     assert parse_pattern("2:4") == ("n:m", {"n": 2, "m": 4})
     assert parse_pattern("12:16") == ("n:m", {"n": 12, "m": 16})
     assert parse_pattern("4x1") == ("rxc", {"r": 4, "c": 1})
+    assert parse_pattern("32x128") == ("rxc", {"r": 32, "c": 128})
     assert parse_pattern("2:4x4") == ("n:m", {"n": 2, "m": 4, "r": 4})
 
 
@@ -47,9 +48,9 @@ def test_units(r, c, rows, cols, seed):
     assert torch.equal(whole_units(unit_entries(whole, (r, c)), (r, c)), whole)
 
 
-@pytest.mark.parametrize("bad", ["1x1", "0x4", "16x8"])
-def test_size_of_a_mini_block(bad):
-    with pytest.raises(ValueError, match="expected mini-blocks of 2 to 64 entries"):
+@pytest.mark.parametrize("bad", ["1x1", "0x4", "16x8", "32x1", "32x48", "256x16"])
+def test_size_of_a_block(bad):
+    with pytest.raises(ValueError, match=r"expected mini-blocks of 2 to 64 entries, such as '4x1', or blocks with"):
         parse_pattern(bad)
 
 

@@ -1,4 +1,4 @@
-"""block: r x 1 mini-blocks, so that one load of an activation feeds r outputs."""
+"""block: mini-blocks, where one load of an activation feeds several outputs; larger blocks, which a GPU multiplies."""
 
 from rmtkern.layouts.block.weight import BlockWeight
 
