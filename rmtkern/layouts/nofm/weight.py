@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rmtkern.layouts.base import PackedWeight, as_integers, check_dense
+from rmtkern.layouts.base import INTEGERS, PackedWeight, as_integers, check_dense
+from rmtkern.layouts.nofm.semi_structured import fits, metadata
 from rmtkern.layouts.strips import BLOCK_ROWS
 
 __all__ = ["NofMWeight"]
@@ -59,6 +60,23 @@ def _runs(n_strips: int, n_groups: int) -> Iterator[tuple[slice, slice]]:
             yield slice(first, min(first + BLOCK_STRIPS, n_strips)), slice(group, min(group + CODE_GROUPS, n_groups))
 
 
+def _pack_rows(dense: NDArray[Any], n: int, m: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """(values [N, K / m * n], masks [N, ceil(K / 64)], kept columns of each group [N, K / m, n]) of integers [N, K].
+
+    Zeros are kept where a group has fewer than n other entries.
+    """
+    n_rows, n_cols = dense.shape
+    groups = dense.reshape(n_rows, n_cols // m, m)
+    kept = np.sort(np.argsort(groups == 0, axis=2, kind="stable")[:, :, :n], axis=2)  # non-zeros, then zeros
+    values = np.take_along_axis(groups, kept, axis=2)
+    inside = np.zeros(groups.shape, bool)
+    np.put_along_axis(inside, kept, True, axis=2)
+    where = np.zeros((n_rows, -(-n_cols // 64) * 64), bool)
+    where[:, :n_cols] = inside.reshape(n_rows, n_cols)
+    masks = np.packbits(where, axis=1, bitorder="little").view("<i8")
+    return values.reshape(n_rows, -1), masks, kept
+
+
 _SHIFTS = np.arange(0, 4 * CODE_GROUPS, 4, dtype=np.uint64)
 
 
@@ -96,8 +114,8 @@ class NofMWeight(PackedWeight):
 
     A group with fewer than n non-zeros keeps explicit zeros as well, so every row has K / m * n values.
 
-    Parts, float32 (any n:m):
-        values: [N, K / m * n] float32, the kept entries of a row, by column.
+    Parts, float32, and float16, which is for a GPU (any n:m):
+        values: [N, K / m * n], the kept entries of a row, by column.
         masks: [N, ceil(K / 64)] int64; bit j of word b is set where column 64 b + j is kept.
 
     Parts, bfloat16 (2:4): rows lie in tiles of 16, the last one filled up with zeros. 3/4 of the dense bytes.
@@ -112,11 +130,15 @@ class NofMWeight(PackedWeight):
         values: [strips * K / 4, 8] bfloat16, segment by segment and group by group: the kept pair of each row.
         masks: [strips * ceil(K / 64)] int64, a word for each segment, four bits for each of its groups: the index in
             (01, 02, 03, 12, 13, 23) of the columns that are kept.
+
+    On a GPU a bfloat16 weight is held row by row as well, a 16-bit weight of 2:4 has the metadata of sparse tensor
+    cores besides, and every other n:m the places of `bitmask` (`gpu_form`).
     """
 
     layout = "nofm"
     parts = ("values", "masks")
-    dtypes = (torch.float32, torch.bfloat16)
+    gpu_parts = ("row_values", "row_picks", "meta", "row_masks", "row_starts")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     values: Tensor
     masks: Tensor
 
@@ -148,10 +170,10 @@ class NofMWeight(PackedWeight):
             if dense.shape[1] % m == 0:
                 counts = (dense.detach() != 0).view(dense.shape[0], -1, m).sum(-1)
                 n = max(1, int(counts.max()))
-                known = dense.dtype == torch.float32 or (n, m) == (2, 4)
+                known = dense.dtype != torch.bfloat16 or (n, m) == (2, 4)
                 if known and n < m and int(counts.sum()) >= 0.8 * n * counts.numel():
                     found.append({"n": n, "m": m})
-        if dense.dtype == torch.float32 or not found:
+        if dense.dtype != torch.bfloat16 or not found:
             return sorted(found, key=lambda params: params["n"] / params["m"])[:1]
         if cls.reason_against(dense, n=2, m=4, r=SHARED) is None:
             found.append({"n": 2, "m": 4, "r": SHARED})
@@ -162,7 +184,7 @@ class NofMWeight(PackedWeight):
         """Store a dense weight.
 
         Args:
-            dense: [N, K] float32 or bfloat16, finite, at most n non-zeros in each group.
+            dense: [N, K] float32, bfloat16 or float16, finite, at most n non-zeros in each group.
             params: n and m, 1 <= n <= m <= 16; m divides K; for bfloat16 r = 4 or none.
 
         Returns:
@@ -176,24 +198,17 @@ class NofMWeight(PackedWeight):
         if reason is not None:
             raise ValueError(reason)
         n, m = params["n"], params["m"]
-        n_rows, n_cols = dense.shape
         if "r" in params:
             return cls._of(dense, {"n": n, "m": m, "r": SHARED}, _pack_shared(as_integers(dense)))
-        groups = as_integers(dense).reshape(n_rows, n_cols // m, m)
-        kept = np.sort(np.argsort(groups == 0, axis=2, kind="stable")[:, :, :n], axis=2)  # non-zeros, then zeros
-        values = np.take_along_axis(groups, kept, axis=2)
+        values, masks, kept = _pack_rows(as_integers(dense), n, m)
         if dense.dtype == torch.bfloat16:
             picked = (2 * np.repeat(kept, 2, axis=2) + np.array([0, 1, 0, 1])).astype(np.uint8)  # [N, groups, 4]
             picked = np.pad(picked, ((0, 0), (0, picked.shape[1] % 2), (0, 0)))
             masks = picked[:, ::2] | picked[:, 1::2] << 4
+            values = values.reshape(len(values), -1, 2)
             arrays = (_tiled(values).reshape(-1, 2 * TILE), _tiled(masks).reshape(-1, 4 * TILE))
             return cls._of(dense, {"n": n, "m": m}, arrays)
-        inside = np.zeros(groups.shape, bool)
-        np.put_along_axis(inside, kept, True, axis=2)
-        where = np.zeros((n_rows, -(-n_cols // 64) * 64), bool)
-        where[:, :n_cols] = inside.reshape(n_rows, n_cols)
-        masks = np.packbits(where, axis=1, bitorder="little").view("<i8")
-        return cls._of(dense, {"n": n, "m": m}, (values.reshape(n_rows, -1), masks))
+        return cls._of(dense, {"n": n, "m": m}, (values, masks))
 
     @classmethod
     def _of(cls, dense: Tensor, params: dict[str, int], arrays: tuple[NDArray[Any], NDArray[Any]]) -> Self:
@@ -202,20 +217,58 @@ class NofMWeight(PackedWeight):
 
     def unpack(self) -> Tensor:
         """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
-        n_rows, n_cols = self.shape
+        (n_rows, n_cols), dtype = self.shape, self.values.dtype
         if "r" in self.params:
-            values, masks = self.values.cpu().view(torch.int16).numpy(), self.masks.cpu().numpy()
+            values, masks = self.values.cpu().view(INTEGERS[dtype]).numpy(), self.masks.cpu().numpy()
             full = torch.from_numpy(_unpack_shared(values, masks, self.shape))
-            return full.to(self.values.device).view(torch.bfloat16)
-        if self.values.dtype == torch.bfloat16:
+            return full.to(self.values.device).view(dtype)
+        if not self.by_row:
             groups = n_cols // 4
-            pairs = self.values.view(torch.int16).view(-1, groups, TILE, 2).transpose(1, 2).reshape(-1, groups, 2)
+            pairs = self.values.view(INTEGERS[dtype]).view(-1, groups, TILE, 2).transpose(1, 2).reshape(-1, groups, 2)
             picked = self.masks.view(-1, -(-groups // 2), TILE, 4).transpose(1, 2).reshape(len(pairs), -1, 4)[..., ::2]
             columns = torch.stack([picked % 16 // 2, picked // 32], 2).view(len(pairs), -1, 2)[:, :groups].long()
             full = pairs.new_zeros(len(pairs), groups, 4).scatter(-1, columns, pairs)
-            return full[:n_rows].reshape(n_rows, n_cols).view(torch.bfloat16)
+            return full[:n_rows].reshape(n_rows, n_cols).view(dtype)
         values, masks = (part.cpu().numpy() for part in self.tensors())
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :n_cols].astype(bool)
-        dense = np.zeros((n_rows, n_cols), np.float32)
+        dense = np.zeros((n_rows, n_cols), values.dtype)
         dense[bits] = values.ravel()
         return torch.from_numpy(dense).to(self.values.device)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether values and masks lie row by row: in the format of float32, also after a cast."""
+        return "r" not in self.params and self.masks.dtype == torch.int64
+
+    @property
+    def halved(self) -> bool:
+        """Whether this is 2:4, alone or shared by rows."""
+        return (self.params["n"], self.params["m"]) == (2, 4)
+
+    def gpu_form(self) -> tuple[Tensor | None, ...]:
+        """What the kernels read besides the parts; None for what a weight does not need.
+
+        Returns:
+            row_values [N, K / 2] and row_picks [N, ceil(K / 64)] int64 for the formats of bfloat16, as `values` and
+            `masks` of the others; meta for 2:4 where semi_structured.fits; row_masks [C, N] int64 and row_starts [C, N]
+            int32 for other n:m: `masks` by column, and where in `values` each begins.
+        """
+        if not self.halved:
+            counts = np.bitwise_count(self.masks.cpu().numpy().view(np.uint64)).astype(np.int64)
+            begins = counts.ravel().cumsum().reshape(counts.shape) - counts
+            starts = torch.from_numpy(begins.astype(np.int32)).to(self.masks.device)
+            return None, None, None, self.masks.t().contiguous(), starts.t().contiguous()
+        values, picks = None, None
+        if not self.by_row:
+            arrays = _pack_rows(as_integers(self.unpack()), 2, 4)[:2]
+            values, picks = (torch.from_numpy(array).to(self.values.device) for array in arrays)
+            values = values.view(self.values.dtype)
+        meta = metadata(self.masks if picks is None else picks) if fits(self.shape, self.values.dtype) else None
+        return values, picks, meta, None, None
+
+    def gpu_tensors(self) -> tuple[Tensor, ...]:
+        """(kept entries [N, K / 2], masks [N, ceil(K / 64)], meta or nothing), or (values [nnz], masks, starts)."""
+        form = super().gpu_tensors()
+        if not self.halved:
+            return (self.values.flatten(), *form)
+        return (self.values, self.masks, *form) if self.by_row else form
