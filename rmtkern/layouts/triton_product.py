@@ -1,6 +1,7 @@
 """The tiled dense product in Triton, with the whole epilogue in the same kernel; dense and factored layouts call it.
 
-It decides no tile (gpu_configs.py) and knows no weight.
+By tensor descriptors (triton_descriptor.py) where the architecture has them and the matrices fit, else by pointers. It
+decides no tile (gpu_configs.py) and knows no weight.
 """
 
 from typing import Any
@@ -9,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmtkern.layouts.gpu_configs import precision
-from rmtkern.layouts.triton import GROUP, finish, rows_at, run, tile_of
+from rmtkern.layouts.gpu_configs import DESCRIBING, precision
+from rmtkern.layouts.triton import GROUP, finish, rows_at, run, target, tile_of
+from rmtkern.layouts.triton_descriptor import descriptor_product, fits
 
 __all__ = ["product", "product_kernel"]
 
@@ -86,6 +88,9 @@ def product(
         scale: [N] ([F] if gated) or None.
         gated: whether the rows of `w` and `bias` are a gate-up pair (pairs.py).
     """
+    if target() in DESCRIBING and fits(x, w):
+        descriptor_product(y, x, w, bias, activation, residual, scale, gated)
+        return
     (tokens, k), n = x.shape, w.shape[0]
 
     def arguments(step: int, arch: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 Array = NDArray[Any]
 
@@ -173,9 +174,9 @@ def check_bounds() -> None:
     stock_load, stock_store = builder.create_masked_load, builder.create_masked_store
     stock_atomic, stock_arguments = builder.create_atomic_rmw, GridExecutor._init_args_hst
 
-    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+    def load(self: Any, pointers: TensorHandle, mask: TensorHandle, *rest: Any, **named: Any) -> TensorHandle:
         _check(pointers, mask.data, "load")
-        return stock_load(self, pointers, mask, *rest)
+        return stock_load(self, pointers, mask, *rest, **named)
 
     def store(self: Any, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
         _check(pointers, mask.data, "store")
@@ -187,7 +188,8 @@ def check_bounds() -> None:
 
     def arguments(self: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         on_host, named = stock_arguments(self, args, kwargs)
-        tensors = [value for value in (*on_host, *named.values()) if hasattr(value, "untyped_storage")]
+        given = [value.base if isinstance(value, TensorDescriptor) else value for value in (*on_host, *named.values())]
+        tensors = [value for value in given if hasattr(value, "untyped_storage")]
         _extents[:] = [_extent(tensor) for tensor in tensors]
         return on_host, named
 

@@ -12,15 +12,19 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import triton
 
-from rmtkern.layouts.gpu_configs import ARCHITECTURES, Config, candidates, precision
+from rmtkern.layouts.block.triton import blocks_kernel
+from rmtkern.layouts.gpu_configs import ARCHITECTURES, DESCRIBING, Config, candidates, precision
+from rmtkern.layouts.nofm.triton import EPILOGUE, epilogue_kernel, pairs_kernel
 from rmtkern.layouts.spectral.triton import RANK
 from rmtkern.layouts.triton import GROUP
+from rmtkern.layouts.triton_descriptor import descriptor_kernel
 from rmtkern.layouts.triton_product import product_kernel
 from rmtkern.layouts.triton_strips import strips_kernel
 from tests.gpu import compiler
@@ -31,10 +35,23 @@ RAGGED = ("sm_80", "sm_90", "sm_100")  # where N and K that are no multiples of 
 # figure -> how much of the baseline a new compilation may reach; blocks may not fall
 SLACK = {"registers": 1.05, "shared": 1.0, "loop": 1.05, "instructions": 1.10}
 # lowrank runs dense's, with its tiles
-KERNELS = {"dense": product_kernel, "bitmask": strips_kernel, "spectral": strips_kernel}
+KERNELS = {
+    "dense": product_kernel,
+    "bitmask": strips_kernel,
+    "spectral": strips_kernel,
+    "block": blocks_kernel,
+    "nofm": pairs_kernel,
+    "descriptor": descriptor_kernel,
+}
+ONLY = {"descriptor": DESCRIBING}  # architectures, where not all
 WITHOUT = {"bitmask": ("a_ptr", "b_ptr")}  # pointers that a layout does not give
+PAIRS = ("dense", "bitmask", "spectral")  # gate-up pairs with every tile
 DTYPES = {"spectral": ("fp32", "bf16")}
-INDICES = {"masks_ptr": "*i64", "starts_ptr": "*i32"}  # argument -> type where it is not the dtype of x
+INDICES = {"masks_ptr": "*i64"} | dict.fromkeys(
+    ("starts_ptr", "begins_ptr", "columns_ptr", "places_ptr", "picks_ptr"), "*i32"
+)
+WIDE, WIDER = (64, 64), (128, 128)  # blocks of W as wide as the widest tile, and wider
+BLOCKS = {"block": ((16, 16), (32, 32), WIDE, WIDER)}
 
 
 @dataclass(frozen=True)
@@ -47,54 +64,72 @@ class Case:
     config: Config
     aligned: bool
     gated: bool = False
+    block: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
         kind = ("" if self.aligned else "/ragged") + ("/gated" if self.gated else "")
-        return f"{self.layout}/{self.dtype}/{self.config.label}{kind}/{self.arch}"
+        block = "" if self.block is None else f"/{self.block[0]}x{self.block[1]}"
+        return f"{self.layout}{block}/{self.dtype}/{self.config.label}{kind}/{self.arch}"
 
 
 def cases() -> Iterator[Case]:
     """Every shipped config of every kernel, whose tables know only the size of an element, and so fp16 once for each.
 
-    Gate-up pairs for one dtype of each size; ragged N and K likewise, on some architectures.
+    Gate-up pairs for one dtype of each size, of most layouts with the largest tile alone; ragged N and K likewise, on
+    some architectures. Of blocks of W both only where they are as wide as the widest tile, and the largest tile alone
+    where they are wider.
     """
-    for layout in KERNELS:
-        for dtype in DTYPES.get(layout, ITEMSIZE):
-            itemsize = ITEMSIZE[dtype]
-            for arch in ARCHITECTURES:
-                tiles = candidates(layout, itemsize, arch)
-                for config in tiles[-1:] if dtype == "fp16" else tiles:
-                    yield Case(layout, dtype, arch, config, True)
-                    if dtype != "fp16":
-                        yield Case(layout, dtype, arch, config, True, True)
-                if dtype != "fp16" and arch in RAGGED:
-                    for config in candidates(layout, itemsize, arch, aligned=False):
-                        yield Case(layout, dtype, arch, config, False)
+    for layout, arch in product(KERNELS, ARCHITECTURES):
+        if arch not in ONLY.get(layout, ARCHITECTURES):
+            continue
+        for dtype, block in product(DTYPES.get(layout, ITEMSIZE), BLOCKS.get(layout, (None,))):
+            tiles = candidates(layout, ITEMSIZE[dtype], arch, block=block)
+            if dtype == "fp16" or block == WIDER:
+                if block in (None, WIDER):
+                    yield Case(layout, dtype, arch, tiles[-1], True, block=block)
+                continue
+            for config in tiles:
+                yield Case(layout, dtype, arch, config, True, block=block)
+                if layout in PAIRS or (block in (None, WIDE) and config == tiles[-1]):
+                    yield Case(layout, dtype, arch, config, True, True, block)
+            if arch in RAGGED and block in (None, WIDE):
+                for config in candidates(layout, ITEMSIZE[dtype], arch, False, block):
+                    yield Case(layout, dtype, arch, config, False, block=block)
+    for arch, dtype in product(ARCHITECTURES, ("fp16", "bf16")):
+        if arch.startswith("sm_8"):  # where PyTorch has a product on sparse tensor cores, which this one follows
+            yield from (Case("epilogue", dtype, arch, EPILOGUE, True, gated) for gated in (False, True))
 
 
 def compile_case(case: Case) -> Any:
     """Triton's compiled kernel of a case."""
     config = case.config
-    kernel = KERNELS[case.layout]
+    kernel = epilogue_kernel if case.layout == "epilogue" else KERNELS[case.layout]
     constants = {
         "BM": config.bm,
         "BN": config.bn,
         "BK": config.bk,
         "GROUP": GROUP,
-        "EVEN_K": case.aligned,
         "ACTIVATION": "gelu",
         "GATED": case.gated,
+        "EVEN_K": case.aligned,
         "PRECISION": precision(ITEMSIZE[case.dtype], case.arch),
     }
     if kernel is strips_kernel:
         constants |= {"RANK": RANK if case.layout == "spectral" else 0}
+    if case.block is not None:
+        constants |= {"R": case.block[0], "C": case.block[1]}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants |= dict.fromkeys(WITHOUT.get(case.layout, ()))
     types = {}
     for name in kernel.arg_names:
         if name not in constants:
             types[name] = INDICES.get(name, f"*{case.dtype}") if name.endswith("_ptr") else "i32"
-    aligned = [name for name in types if name.endswith("_ptr") or (case.aligned and name != "T")]
+            if name.endswith("_desc"):
+                rows = config.bm if name == "x_desc" else config.bn
+                types[name] = f"tensordesc<{case.dtype}[{rows},{config.bk}]>"
+    multiples = {name for name, kind in types.items() if kind == "i32" and case.aligned} - {"T"}
+    aligned = [name for name in types if name.endswith("_ptr") or name in multiples]
     return compiler.compile_kernel(
         kernel, case.arch, types, constants, aligned, warps=config.warps, stages=config.stages
     )
@@ -107,9 +142,13 @@ def violations(case: Case, figures: compiler.Figures) -> list[str]:
         found.append(f"{figures.spilled} bytes spilled, {figures.kinds.get('local', 0)} local memory instructions")
     if not figures.blocks:
         found.append(f"{figures.shared} bytes of shared memory or the registers do not fit")
+    if case.layout == "epilogue":
+        return found
     needed = ["tensor"]
     if case.arch.startswith("sm_"):
-        if case.aligned:
+        if case.layout == "descriptor":
+            needed.append("UTMALDG")  # the copy by a descriptor
+        elif case.aligned:
             needed.append("LDGSTS")  # the asynchronous copy of the pipeline
         if case.config.bm >= 64 and case.arch in ("sm_90", "sm_100"):
             needed.append("HGMMA" if case.arch == "sm_90" else "UTCMMA")

@@ -1,7 +1,7 @@
 """A Triton driver without a device: kernel[grid](...) runs its normal path, compiles, and the launch is recorded.
 
 Run as a program it calls the real wrappers for one architecture (Triton caches by device, so one per process) and
-prints what they launched, as JSON.
+prints what they launched, as JSON: `python -m tests.gpu.stub_driver 80 block r=32 c=32`.
 """
 
 import json
@@ -88,7 +88,7 @@ class StubDriver(DriverBase):
         return launch
 
 
-def main(arch: int, layout: str) -> None:
+def main(arch: int, layout: str, **params: int) -> None:
     """Call the op of a layout with and without its optional arguments and print the launches."""
     import os
 
@@ -98,8 +98,9 @@ def main(arch: int, layout: str) -> None:
     stub = StubDriver(arch)
     driver.set_active(stub)
     __import__(f"rmtkern.layouts.{layout}.triton")
+    nofm = (params["n"], params["m"]) if "n" in params else None
     for dtype in (torch.bfloat16, torch.float32):
-        w = LAYOUTS[layout].pack(random_sparse(80, 64, 0.5).to(dtype))
+        w = LAYOUTS[layout].pack(random_sparse(80, 64, 0.5, nofm=nofm).to(dtype), **params)
         parts = list(w.gpu_tensors())
         row = torch.ones(80, dtype=dtype)
         x, residual, half = (torch.ones(300, columns, dtype=dtype) for columns in (64, 80, 40))
@@ -112,4 +113,5 @@ def main(arch: int, layout: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    given = dict(argument.split("=") for argument in sys.argv[3:])
+    main(int(sys.argv[1]), sys.argv[2], **{name: int(value) for name, value in given.items()})

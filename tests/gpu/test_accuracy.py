@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional
 
 pytest.importorskip("triton")
 
@@ -13,7 +14,20 @@ from rmtkern.layouts.pairs import interleave, separate
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
-KERNELS = ["dense", "bitmask", "lowrank", "spectral"]
+# layout and its form: dense as on an architecture with tensor descriptors; blocks wider and narrower than a tile, and
+# mini-blocks, which run as bitmask
+KERNELS = [
+    "dense",
+    "dense described",
+    "bitmask",
+    "lowrank",
+    "spectral",
+    "block 64x32",
+    "block 16x128",
+    "block mini",
+    "nofm",
+]
+MINI = {torch.float32: (4, 1), torch.bfloat16: (4, 2)}
 # one token; prime and ragged; a tile exactly; one more than a tile in every direction; less than a tile; several
 # column blocks and steps of K with T over a tile; the class "batch" with whole and with ragged tiles
 SHAPES = [
@@ -30,14 +44,55 @@ SHAPES = [
 everywhere = pytest.mark.parametrize("device", DEVICES)
 every_kernel = pytest.mark.parametrize("layout", KERNELS)
 every_number = pytest.mark.parametrize(
-    ("layout", "dtype"), [(layout, dtype) for layout in KERNELS for dtype in LAYOUTS[layout].dtypes], ids=str
+    ("layout", "dtype"),
+    [
+        (layout, dtype)
+        for layout in KERNELS
+        for dtype in (MINI if layout == "block mini" else LAYOUTS[layout.split()[0]].dtypes)
+    ],
+    ids=str,
 )
 
 
+@pytest.fixture(autouse=True)
+def architecture(request, monkeypatch):
+    """The interpreter takes the way of sm_80; here that of sm_90, for one of KERNELS."""
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    if params.get("layout") == "dense described" and params.get("device") == "cpu":
+        monkeypatch.setattr("rmtkern.layouts.triton_product.target", lambda: "sm_90")
+
+
+def columns(layout, k):
+    """K, or the next multiple of 4 for 2:4."""
+    return -(-k // 4) * 4 if layout == "nofm" else k
+
+
+def two_of_four(w, r=1):
+    """`w` with the two largest of each four columns, summed over r rows."""
+    n, k = w.shape
+    score = functional.pad(w.detach().float().abs(), (0, 0, 0, -n % r)).view(-1, r, k).sum(1).view(-1, k // 4, 4)
+    kept = torch.zeros_like(score).scatter_(2, score.topk(2).indices, 1.0).view(-1, k)
+    return w * kept.repeat_interleave(r, 0)[:n].to(w.dtype)
+
+
 def pack(layout, w):
-    """(packed, the weight that it holds): factors are cut from `w`, and `w` is the sparse part of spectral."""
+    """(packed, the weight that it holds).
+
+    Factors are cut from `w`, and `w` is the sparse part of spectral. Of blocks whole ones are set to zero besides, and
+    of each four columns all but the largest two for nofm.
+    """
+    layout, _, size = layout.partition(" ")
+    if layout == "nofm":
+        w = two_of_four(w)
+        return LAYOUTS[layout].pack(w, n=2, m=4), w
     if layout in ("dense", "bitmask"):
         return LAYOUTS[layout].pack(w), w
+    if layout == "block":
+        r, c = MINI[w.dtype] if size == "mini" else map(int, size.split("x"))
+        w = w.clone()
+        for at in range(-(-w.shape[0] // r)):  # a strip without blocks too
+            w[at * r : at * r + r] *= (torch.arange(w.shape[1], device=w.device) // c + at) % 3 == 0 if at % 5 else 0
+        return LAYOUTS[layout].pack(w, r=r, c=c), w
     rank = min(5, *w.shape)
     factors = w[:, :rank].contiguous(), w[:rank] / rank**0.5
     packed = LAYOUTS[layout].from_factors(*factors) if layout == "lowrank" else LAYOUTS[layout].from_parts(*factors, w)
@@ -62,7 +117,7 @@ def pair(layout, t, features, k, dtype, device):
 @every_number
 @pytest.mark.parametrize(("t", "n", "k"), SHAPES)
 def test_ragged_shapes(layout, dtype, device, t, n, k):
-    w, x, bias, scale, residual = problem(t, n, k, dtype, device)
+    w, x, bias, scale, residual = problem(t, n, columns(layout, k), dtype, device)
     packed, w = pack(layout, w)
     y = ops.linear(x, packed, bias, activation="gelu", scale=scale, residual=residual, backend="triton")
     assert_as_accurate_as_dense(y, x, w, bias, "gelu", residual, scale)
@@ -82,7 +137,7 @@ def test_every_epilogue(layout, dtype, device):
 @every_number
 @pytest.mark.parametrize(("t", "features", "k"), [(1, 8, 64), (37, 53, 80), (65, 64, 64), (5, 3, 7), (197, 72, 208)])
 def test_gated(layout, dtype, device, t, features, k):
-    x, packed, gate, up, biases = pair(layout, t, features, k, dtype, device)
+    x, packed, gate, up, biases = pair(layout, t, features, columns(layout, k), dtype, device)
     *_, scale, residual = problem(t, features, k, dtype, device)
     both = interleave(*biases)
     for activation in ops.ACTIVATIONS:
@@ -154,12 +209,13 @@ def test_offsets_of_more_than_32_bits(which):
 @every_kernel
 def test_the_op_keeps_pytorchs_contract(layout, device):
     w, x, bias, scale, residual = problem(5, 24, 64, torch.bfloat16, device)
-    parts = list(pack(layout, w)[0].gpu_tensors())
+    packed, _ = pack(layout, w)
+    parts = list(packed.gpu_tensors())
     op = torch.ops.rmtkern.triton_linear.default
-    torch.library.opcheck(op, (layout, x, 24, parts, bias, "gelu", residual, scale))
-    torch.library.opcheck(op, (layout, x, 24, parts, None, None, None))
+    torch.library.opcheck(op, (packed.layout, x, 24, parts, bias, "gelu", residual, scale))
+    torch.library.opcheck(op, (packed.layout, x, 24, parts, None, None, None))
     x, packed, *_ = pair(layout, 5, 9, 64, torch.bfloat16, device)
-    torch.library.opcheck(op, (layout, x, 9, list(packed.gpu_tensors()), None, "silu", None, None, True))
+    torch.library.opcheck(op, (packed.layout, x, 9, list(packed.gpu_tensors()), None, "silu", None, None, True))
 
 
 @everywhere
@@ -170,7 +226,7 @@ def test_compiles_without_a_graph_break(layout, device, dynamic):
     packed, w = pack(layout, w)
     for name, tensor in zip(packed.gpu_parts, packed.gpu_form(), strict=True):
         setattr(packed, name, tensor)  # as on a device
-    ops.load_kernels(layout)  # as PackedLinear does: an import cannot be traced
+    ops.load_kernels(packed.layout)  # as PackedLinear does: an import cannot be traced
     torch.compiler.reset()
 
     def call(x):
@@ -243,3 +299,160 @@ def test_spectral_refuses_a_larger_rank():
     packed = LAYOUTS["spectral"].from_parts(torch.randn(70, 65), torch.randn(65, 90), w)
     with pytest.raises(ops.KernelUnavailable, match=r"triton: the rank is 65, more than 64; use lowrank, or dense"):
         ops.linear(x, packed, backend="triton")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("size", [(r, c) for r in (16, 32, 64, 128) for c in (16, 32, 64, 128)])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_blocks_of_every_size(size, tokens):
+    (r, c), n, k = size, 200, 300
+    generator = torch.Generator().manual_seed(r + c)
+    kept = torch.rand(-(-n // r), -(-k // c), generator=generator) < 0.4
+    w = torch.randn(n, k, generator=generator) * kept.repeat_interleave(r, 0).repeat_interleave(c, 1)[:n, :k]
+    x = torch.randn(tokens, k, generator=generator)
+    packed = LAYOUTS["block"].pack(w.bfloat16(), r=r, c=c)
+    assert torch.equal(packed.unpack(), w.bfloat16())
+    assert_as_accurate_as_dense(ops.linear(x.bfloat16(), packed, backend="triton"), x.bfloat16(), w.bfloat16())
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("shape", "kernel"), [((37, 53, 80), "described"), ((37, 53, 81), "pointed")])
+def test_descriptors_are_used_where_they_fit(shape, kernel, monkeypatch):
+    from rmtkern.layouts import triton_product
+
+    used = []
+    for name, called in (("described", "descriptor_product"), ("pointed", "run")):
+        original = getattr(triton_product, called)
+        monkeypatch.setattr(
+            triton_product, called, lambda *args, name=name, original=original: (used.append(name), original(*args))
+        )
+    w, x, *_ = problem(*shape, torch.bfloat16, "cpu")
+    packed = LAYOUTS["dense"].pack(w)
+    ops.linear(x, packed, backend="triton")
+    monkeypatch.setattr(triton_product, "target", lambda: "sm_90")
+    assert_as_accurate_as_dense(ops.linear(x, packed, backend="triton"), x, w)
+    assert used == ["pointed", kernel]
+
+
+@pytest.mark.interpreted
+def test_descriptors_fit_aligned_rows():
+    from rmtkern.layouts.triton_descriptor import fits
+
+    x = torch.zeros(4, 32).half()
+    assert fits(x, x[1:], x[:, 8:])
+    assert not fits(x, x[:, 4:]) and not fits(x[:, 1:]) and not fits(x.t()) and not fits(torch.zeros(4, 12).half())
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("which", ["x_desc", "w_desc", "y_ptr"])
+def test_descriptors_reach_beyond_32_bits(which):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from rmtkern.layouts.triton_descriptor import descriptor_kernel
+
+    stride = 2**27 + 16
+    x, w = torch.randn(2, 17, 32).half()
+    given = {"x_desc": x, "w_desc": w, "y_ptr": torch.zeros(17, 17).half()}
+    far = torch.empty(16 * stride + 64, dtype=torch.float16).as_strided(given[which].shape, (stride, 1))
+    far.copy_(given[which])
+    given[which] = far
+    y = given["y_ptr"]
+    for name in ("x_desc", "w_desc"):
+        given[name] = TensorDescriptor.from_tensor(given[name], [16, 32])
+    descriptor_kernel[(4,)](
+        bias_ptr=None, scale_ptr=None, residual_ptr=None, T=17, N=17, F=17, K=32, y_stride=y.stride(0), **given,
+        BM=16, BN=16, BK=32, GROUP=8, ACTIVATION=None, GATED=False, PRECISION="ieee",
+    )  # fmt: skip
+    assert_as_accurate_as_dense(y.clone(), x, w)
+
+
+@everywhere
+@pytest.mark.parametrize(("t", "n", "k"), [(37, 53, 80), (5, 7, 4), (40, 64, 64)])
+def test_rows_that_share_their_pattern(device, t, n, k):
+    w, x, bias, *_ = problem(t, n, k, torch.bfloat16, device)
+    w = two_of_four(w, 4)
+    packed = LAYOUTS["nofm"].pack(w, n=2, m=4, r=4)
+    y = ops.linear(x, packed, bias, activation="gelu", backend="triton")
+    assert_as_accurate_as_dense(y, x, w, bias, "gelu")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("r", [{}, {"r": 4}])
+def test_a_cast_nofm_weight_keeps_its_format(r):
+    w, x, *_ = problem(9, 21, 72, torch.bfloat16, "cpu")
+    w = two_of_four(w, r.get("r", 1))
+    packed = LAYOUTS["nofm"].pack(w, n=2, m=4, **r).half()
+    assert torch.equal(packed.unpack(), w.half())
+    assert_as_accurate_as_dense(ops.linear(x.half(), packed, backend="triton"), x.half(), w.half())
+    assert torch.equal(LAYOUTS["nofm"].pack(w, n=2, m=4, **r).float().unpack(), w.float())
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 8), (3, 16), (4, 4)])
+def test_other_nofm_run_as_bitmask(device, dtype, n, m):
+    w = random_sparse(53, 208, 0, nofm=(n, m)).to(device, dtype)
+    w[3] = 0.0  # explicit zeros
+    _, x, bias, *_ = problem(37, 53, 208, dtype, device)
+    packed = LAYOUTS["nofm"].pack(w, n=n, m=m)
+    assert [part.ndim for part in packed.gpu_tensors()] == [1, 2, 2]
+    assert_as_accurate_as_dense(ops.linear(x, packed, bias, backend="triton"), x, w, bias)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("which", ["x", "y"])
+def test_pairs_reach_beyond_32_bits(which):
+    from rmtkern.layouts.nofm.triton import pairs_kernel
+
+    w = two_of_four(torch.randn(17, 64)).half()
+    kept, masks = LAYOUTS["nofm"].pack(w, n=2, m=4).gpu_tensors()
+    stride = 2**27 + 16
+    given = {"x": torch.randn(17, 64).half(), "y": torch.zeros(17, 17).half()}
+    x = given["x"]
+    far = torch.empty(16 * stride + 64, dtype=torch.float16).as_strided(given[which].shape, (stride, 1))
+    far.copy_(given[which])
+    given[which] = far
+    pairs_kernel[(4,)](
+        given["x"], kept, masks.view(dtype=torch.int32), None, None, None, given["y"], 17, 17, 17, 64,
+        given["x"].stride(0), given["y"].stride(0),
+        BM=16, BN=16, BK=64, GROUP=8, EVEN_K=True, ACTIVATION=None, GATED=False, PRECISION="ieee",
+    )  # fmt: skip
+    assert_as_accurate_as_dense(given["y"].clone(), x, w)
+
+
+@pytest.mark.interpreted
+def test_a_block_far_in_memory():
+    # the second block's place is beyond 2^31 elements; untouched memory is never allocated
+    from rmtkern.layouts.block.triton import blocks_kernel
+
+    place = 2**31 // 256 + 1
+    values = torch.empty((place + 1) * 256, dtype=torch.float16).view(-1, 16, 16)
+    blocks = torch.randn(2, 16, 16).half()
+    values[0], values[place] = blocks
+    x, y = torch.randn(17, 32).half(), torch.zeros(17, 16).half()
+    index = [torch.tensor(row, dtype=torch.int32) for row in ([0, 2], [0, 1], [0, place])]
+    blocks_kernel[(2,)](
+        x, values, *index, None, None, None, y, 17, 16, 16, 32, 32, 16, R=16, C=16,
+        BM=16, BN=16, BK=16, GROUP=8, EVEN_K=True, ACTIVATION=None, GATED=False, PRECISION="ieee",
+    )  # fmt: skip
+    assert_as_accurate_as_dense(y, x, torch.cat(list(blocks), 1))
+
+
+@pytest.mark.interpreted
+def test_an_infinity_meets_stored_blocks_only():
+    w = torch.zeros(32, 64)
+    w[:16, 16:32] = 1.0
+    x = torch.ones(2, 64)
+    x[0, 40], x[1, 20] = float("inf"), float("inf")
+    y = ops.linear(x, LAYOUTS["block"].pack(w, r=16, c=16), backend="triton")
+    assert torch.equal(y[0], w.sum(1)) and y[1, :16].isinf().all() and (y[1, 16:] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("params", "held"), [({"r": 32, "c": 16}, "begins"), ({"r": 4, "c": 1}, "row_masks")])
+def test_a_block_weight_on_a_device_holds_what_its_kernel_reads(params, held):
+    w = random_sparse(131, 200, 0.7)
+    packed = LAYOUTS["block"].pack(w, **params)
+    there = packed.cuda()
+    assert getattr(there, held).is_cuda and held not in there.state_dict()
+    assert getattr(there.cpu(), held) is None and torch.equal(there.unpack(), w)

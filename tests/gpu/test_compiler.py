@@ -92,6 +92,8 @@ def test_rules_and_ratchet_find_what_is_bad():
     assert "do not fit" in violations(case, replace(good, blocks=0))[0]
     assert violations(case, replace(good, kinds={"tensor": 4})) == ["no LDGSTS instruction", "no HGMMA instruction"]
     assert violations(case, replace(good, loop=0)) == ["no loop found in the machine code"]
+    assert violations(replace(case, layout="descriptor"), good) == ["no UTMALDG instruction"]
+    assert violations(replace(case, layout="epilogue"), replace(good, loop=0, kinds={})) == []
     old = {"registers": 100, "shared": 1000, "loop": 100, "instructions": 1000, "blocks": 2}
     assert regressions({**old, "registers": 105, "instructions": 1100}, old) == []
     worse = {"registers": 106, "shared": 1001, "loop": 106, "instructions": 1101, "blocks": 1}
@@ -106,7 +108,7 @@ def test_the_baseline_has_every_case():
 
 def test_configs():
     assert [shape_class(t) for t in (1, 16, 17, 512, 513, 10**6)] == ["row", "row", "image", "image", "batch", "batch"]
-    for layout in ("dense", "bitmask", "spectral"):
+    for layout in ("dense", "bitmask", "spectral", "block", "nofm", "descriptor"):
         for arch in ARCHITECTURES:
             for itemsize in (2, 4):
                 for tokens in (1, 197, 10**5):
@@ -114,6 +116,8 @@ def test_configs():
                         chosen = choose(layout, itemsize, arch, tokens, aligned)
                         assert chosen in candidates(layout, itemsize, arch, aligned)
                         assert min(chosen.bm, chosen.bn, chosen.bk) >= 16  # the least that tl.dot takes
+    assert choose("block", 2, "sm_80", 1000, block=(32, 16)).label == "128x32x16-w4-s3"
+    assert choose("block", 2, "sm_80", 1000, block=(128, 128)) == choose("block", 2, "sm_80", 1000)
     assert architecture("cuda", 87) == "sm_86" and architecture("cuda", 75) is None
     assert architecture("cuda", 103) == "sm_100" and architecture("cuda", 121) == "sm_120"
     assert architecture("hip", "gfx942:sramecc+:xnack-") == "gfx942" and architecture("hip", "gfx1100") is None
@@ -148,10 +152,43 @@ def test_the_loop_of_dense_is_within_10_percent_of_the_tutorials(arch):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("layout", "arch"), [("dense", 80), ("dense", 90), ("bitmask", 80)])
-def test_the_real_wrappers_launch_what_the_tables_say(layout, arch, tmp_path):
+def test_descriptors_shorten_the_loop_of_dense():
+    from tests.gpu.compiler import figures
+    from tests.gpu.matrix import Case, compile_case
+
+    config = choose("descriptor", 2, "sm_90", 1000)
+    cases = [Case(layout, "bf16", "sm_90", config, True) for layout in ("descriptor", "dense")]
+    ours, pointers = (figures(compile_case(case), "sm_90") for case in cases)
+    assert ours.loop < pointers.loop and ours.kinds["UTMALDG"] and "LDGSTS" not in ours.kinds and not ours.spilled
+
+
+@pytest.mark.compiled
+def test_the_loop_of_blocks_is_no_longer_than_that_of_dense():
+    from tests.gpu.compiler import figures
+    from tests.gpu.matrix import Case, compile_case
+
+    config = choose("block", 2, "sm_80", 1000)
+    cases = [Case("block", "bf16", "sm_80", config, True, block=(64, 64)), Case("dense", "bf16", "sm_80", config, True)]
+    blocks, dense = (figures(compile_case(case), "sm_80").loop for case in cases)
+    assert blocks <= 1.1 * dense
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("layout", "arch", "kernel", "params"),
+    [
+        ("dense", 80, "product_kernel", ()),
+        ("dense", 90, "descriptor_kernel", ()),
+        ("bitmask", 80, "strips_kernel", ()),
+        ("block", 80, "blocks_kernel", ("r=16", "c=128")),
+        ("nofm", 80, "pairs_kernel", ("n=2", "m=4")),
+    ],
+)
+def test_the_real_wrappers_launch_what_the_tables_say(layout, arch, kernel, params, tmp_path):
+    block = (16, 128) if kernel == "blocks_kernel" else None
+    table = {"descriptor_kernel": "descriptor", "strips_kernel": "bitmask"}.get(kernel, layout)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.stub_driver", str(arch), layout],
+        [sys.executable, "-m", "tests.gpu.stub_driver", str(arch), layout, *params],
         capture_output=True,
         text=True,
         check=True,
@@ -159,8 +196,10 @@ def test_the_real_wrappers_launch_what_the_tables_say(layout, arch, tmp_path):
         env={"PATH": "", "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
     )
     launches = json.loads(done.stdout)["launches"]
-    assert {launch["name"] for launch in launches} == {"product_kernel" if layout == "dense" else "strips_kernel"}
-    tables = {itemsize: [choose(layout, itemsize, f"sm_{arch}", t) for t in (300, 5)] for itemsize in (2, 4)}
+    assert {launch["name"] for launch in launches} == {kernel}
+    tables = {
+        itemsize: [choose(table, itemsize, f"sm_{arch}", t, block=block) for t in (300, 5)] for itemsize in (2, 4)
+    }
 
     def launch_of(config, tokens):
         return [-(-tokens // config.bm) * -(-80 // config.bn), 1, 1], config.warps
@@ -172,4 +211,4 @@ def test_the_real_wrappers_launch_what_the_tables_say(layout, arch, tmp_path):
     assert found[:4] == expected
     # autotuning tries every tile of the table
     tuned = {(tuple(grid), warps) for grid, warps in found[4:]}
-    assert tuned >= {(tuple(launch_of(c, 300)[0]), c.warps) for c in candidates(layout, 4, f"sm_{arch}")}
+    assert tuned >= {(tuple(launch_of(c, 300)[0]), c.warps) for c in candidates(table, 4, f"sm_{arch}", block=block)}
