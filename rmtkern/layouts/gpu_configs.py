@@ -147,7 +147,7 @@ _NOFM_32: _Table = {
     "row": Config(16, 64, 32, 4, 3),
     "image": Config(32, 64, 32, 4, 3),
     "batch": Config(64, 64, 32, 8, 3),
-    "ragged": Config(32, 64, 32, 4, 3),
+    "ragged": Config(16, 64, 32, 4, 3),
 }
 
 
