@@ -259,11 +259,11 @@ def _choose_(
         masks = [mask for mask, _ in pruned]
         if config.prior in PRIORS:
             priors = _prior_masks(model, weights, config, calibration, show_progress)
-        found, images = prune_layerwise(
+        del pruned
+        pruned, images = prune_layerwise(
             model, weights, config, masks, calibration,
             sensitivities=costs, priors=priors, show_progress=show_progress,
         )  # fmt: skip
-        pruned = list(found)
     plan = _plan(model, config, weights, pruned, fits, images)
     _write_(weights, pruned)
     return plan
@@ -490,11 +490,15 @@ def _plan(
 
 
 @torch.no_grad()
-def _write_(weights: Sequence[PrunableWeight], pruned: Sequence[Pruned]) -> None:
-    """Write zeros or new values into the parameters; if one fails, put back those already written and raise."""
+def _write_(weights: Sequence[PrunableWeight], pruned: list[Pruned]) -> None:
+    """Write zeros or new values into the parameters; if one fails, put back those already written and raise.
+
+    What is written leaves `pruned`, so that old and new values together take the model's size once.
+    """
     undo: list[Callable[[], object]] = []
     try:
-        for weight, (mask, value) in zip(weights, pruned, strict=True):
+        for weight in weights:
+            mask, value = pruned.pop(0)
             parameter = weight.parameter
             if value is None:
                 gone = weight.to_parameter(mask)

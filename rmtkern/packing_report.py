@@ -100,12 +100,15 @@ class EndToEnd:
         original_ms: the model as it came.
         dense_ms: every linear in its fastest dense form (the strongest dense baseline).
         packed_ms: as pack_ left it.
+        kernels_ms: the dense forms with the attention and LayerNorm kernels of the packed model, which is what its
+            sparse layers have to gain on; None where that is one of the others.
     """
 
     example: int
     original_ms: float
     dense_ms: float
     packed_ms: float
+    kernels_ms: float | None = None
 
     @property
     def speedup(self) -> float:

@@ -43,7 +43,7 @@ def prune_layerwise(
     sensitivities: Mapping[str, Sensitivity] | None = None,
     priors: Sequence[Tensor] | None = None,
     show_progress: bool | None = None,
-) -> tuple[list[tuple[Tensor, Tensor]], int]:
+) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
     """Choose (scores of MASKS) and repair every weight for the inputs that the layers pruned before it give.
 
     The model runs once over the images, block by block. Between two weights it holds pruned weights (with a score of
@@ -106,21 +106,26 @@ def prune_layerwise(
 
 @contextmanager
 def _restored(weights: Sequence[PrunableWeight]) -> Iterator[Any]:
-    """Put back the values that the weights have now; `swap()` does so earlier and returns those they had until then."""
-    before = [weight.parameter.detach().clone() for weight in weights]
+    """Put back the values that the weights have now; `swap()` does so earlier and returns those they had until then.
+
+    Of each weight either the one or the other is kept, never both.
+    """
+    before = {weight.name: weight.parameter.detach().clone() for weight in weights}
 
     def swap() -> list[Tensor]:
         found = []
-        for i, weight in enumerate(weights):
+        for weight in weights:
             found.append(weight.as_matrix().clone())
-            weight.parameter.copy_(before[i])
+            weight.parameter.copy_(before[weight.name])
+            del before[weight.name]
         return found
 
     try:
         yield swap
     finally:
-        for weight, value in zip(weights, before, strict=True):
-            weight.parameter.copy_(value)
+        for weight in weights:
+            if weight.name in before:
+                weight.parameter.copy_(before[weight.name])
 
 
 def _prune(

@@ -4,8 +4,9 @@ Every batch runs in a thread that waits at the next block, so any model will do 
 thread runs at a time. It must not know what is done with the blocks.
 """
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread, current_thread
@@ -119,6 +120,7 @@ class _Forward:
             self._started = True
             self.thread.start()
         kind, value = self._events.get()
+        _trim()  # what this thread took
         self._ended = kind != "stage"
         if kind == "error":
             raise value
@@ -164,6 +166,7 @@ def visit_stages(
                 left.discard(stage.name)
                 visit(stage, calls)
                 calls.clear()
+                _trim()  # what visit took
                 found = [forward.advance() for forward in forwards]
         finally:
             for forward in forwards:
@@ -173,6 +176,12 @@ def visit_stages(
         raise ValueError(
             f"calibration: no image reached {names[0]}; add it to ignore=, or use a method without calibration"
         )
+
+
+def _trim() -> None:
+    """Give the memory back that the allocator keeps: glibc's keeps some for every thread, several times the model's."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _same_stage(found: Sequence[tuple[Stage, Call] | None]) -> Stage | None:
