@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -399,7 +399,8 @@ class _Watch(TorchFunctionMode):
         moments = []
         for at in range(0, weight.shape[0], block):
             seen = [rows for rows in sums if rows[0] <= at < rows[1]]
-            moments.append(torch.stack([sums[rows] for rows in seen]).sum(0) / sum(counts[rows] for rows in seen))
+            total = reduce(torch.add, (sums[rows] for rows in seen))
+            moments.append(total / sum(counts[rows] for rows in seen))
         moment = torch.cat(moments) if len(moments) > 1 else moments[0]
         if not bool(torch.isfinite(moment).all()):
             raise ValueError(

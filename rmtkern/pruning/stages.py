@@ -17,7 +17,7 @@ from torch import nn
 
 from rmtkern.models import PrunableWeight
 
-__all__ = ["Call", "Stage", "find_stages", "visit_stages"]
+__all__ = ["Call", "Stage", "find_stages", "give_memory_back", "visit_stages"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class _Forward:
             self._started = True
             self.thread.start()
         kind, value = self._events.get()
-        _trim()  # what this thread took
+        give_memory_back()  # what this thread took
         self._ended = kind != "stage"
         if kind == "error":
             raise value
@@ -132,6 +132,15 @@ class _Forward:
             self._answers.put(False)
         if self._started:
             self.thread.join()
+
+
+def give_memory_back() -> None:
+    """To the system, what the allocator keeps of it: glibc's keeps some for every thread, several times a model's size.
+
+    Nothing happens with another C library, or where it cannot be reached.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def visit_stages(
@@ -166,22 +175,17 @@ def visit_stages(
                 left.discard(stage.name)
                 visit(stage, calls)
                 calls.clear()
-                _trim()  # what visit took
+                give_memory_back()  # what visit took
                 found = [forward.advance() for forward in forwards]
         finally:
             for forward in forwards:
                 forward.stop()
+            give_memory_back()
     if left:
         names = [weight.name for stage in stages if stage.name in left for weight in stage.weights]
         raise ValueError(
             f"calibration: no image reached {names[0]}; add it to ignore=, or use a method without calibration"
         )
-
-
-def _trim() -> None:
-    """Give the memory back that the allocator keeps: glibc's keeps some for every thread, several times the model's."""
-    with suppress(AttributeError, OSError, TypeError):  # another C library, or another system
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _same_stage(found: Sequence[tuple[Stage, Call] | None]) -> Stage | None:
