@@ -108,6 +108,7 @@ def prune_(
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
+    soft_threshold: float = 0.0,
     seed: int = 0,
     max_drop: float | None = None,
     evaluate: Any = None,
@@ -154,6 +155,8 @@ def prune_(
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
+        soft_threshold: by how many times the published amount the weights that stay shrink after each cycle of method
+            "rmt", >= 0; 0: not at all.
         seed: of score "random", and of the order of images with `restore`.
         max_drop: find the highest sparsity whose top-1 on `evaluate` falls by at most this much, [0, 1); 0.01 is one
             point. By bisection, each trial pruned anew from the dense weights; one copy of the weights to return to and
@@ -178,6 +181,7 @@ def prune_(
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
         "repair": repair, "restore": restore, "permute": permute, "prior": prior, "alpha": alpha,
+        "soft_threshold": soft_threshold,
     }  # fmt: skip
     tensors = None if prior is None or isinstance(prior, str) else prior
     if tensors is not None:

@@ -9,6 +9,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rmtkern.models import PrunableWeight, layer_type
 from rmtkern.progress import progress
@@ -17,7 +18,7 @@ from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.score import LAYERWISE, SCORES
 from rmtkern.pruning.sensitivity import Sensitivity
-from rmtkern.spectrum.denoise import legacy_theta, sparsify_haar, sparsify_singular_vectors
+from rmtkern.spectrum.denoise import legacy_shrinkage, legacy_theta, sparsify_haar, sparsify_singular_vectors
 from rmtkern.spectrum.fit import SpectralFit
 
 __all__ = ["Pruned", "layer_weights", "make_masks", "matrices"]
@@ -114,6 +115,9 @@ def make_masks(
         del keys, layers  # as large as the weights
         if changes:
             values = [value.masked_fill(mask, 0) for value, mask in zip(values, masks, strict=True)]
+        if config.budget == "cycle" and config.soft_threshold > 0:
+            values = [_keep_zeros(value, mask, _shrunk(weight, value, fits, config.soft_threshold, cycle))
+                      for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
         if take == left:
             break
     return list(zip(masks, values if changes else [None] * len(masks), strict=True))
@@ -230,3 +234,16 @@ def _sparsify(weight: PrunableWeight, value: Tensor, fits: Fits, theta: str, cyc
         return sparsify_singular_vectors(block, edge, _CYCLE_Z * 1.02**cycle, haar_units=True)
 
     return _by_block(weight, value, fits, step)
+
+
+def _shrunk(weight: PrunableWeight, value: Tensor, fits: Fits, strength: float, cycle: int) -> Tensor:
+    """The soft threshold sign(w) max(|w| - strength delta, 0), block by block, with the delta of `legacy_shrinkage`.
+
+    A block without a fit counts as noise, mu = 0.
+    """
+    out = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+    for label, rows in weight.blocks().items():
+        fit = fits.get(label)
+        mu = 0.0 if fit is None or fit.mu is None else fit.mu
+        out[rows] = F.softshrink(out[rows], strength * legacy_shrinkage(cycle, mu))
+    return out

@@ -73,6 +73,8 @@ class PruneConfig:
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents as published, instead of plain magnitude.
         theta: unit of the thresholds on singular vectors in budget "cycle": "haar" (scale-free) or "legacy"
             (theta grows with N K, as published).
+        soft_threshold: after each cycle of budget "cycle" the weights that stay shrink by this many times the published
+            amount (docs/math.md (23)), >= 0; none of them to zero. 0: no such step; 1: as published.
         seed: of score "random", and of the order of the images with `restore`.
         restore: one of RESTORES, by what entries come back after 3 % more than asked were removed: "movement" (training
             these alone) or "gradient" (|g W|); both need calibration images with labels. None: the method's.
@@ -102,6 +104,7 @@ class PruneConfig:
     permute: bool | None = None
     prior: str | None = None
     alpha: float = 0.5
+    soft_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -155,6 +158,9 @@ class PruneConfig:
         _number("alpha", self.alpha)
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ValueError(f"alpha: expected a finite number >= 0, got {self.alpha}")
+        _number("soft_threshold", self.soft_threshold)
+        if not (math.isfinite(self.soft_threshold) and self.soft_threshold >= 0):
+            raise ValueError(f"soft_threshold: expected a finite number >= 0, got {self.soft_threshold}")
         _one_of("theta", self.theta, THETAS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")

@@ -16,6 +16,7 @@ from rmtkern.spectrum.decompose import svd
 __all__ = [
     "debias_singular_values",
     "hard_threshold",
+    "legacy_shrinkage",
     "legacy_theta",
     "shrink",
     "shrink_singular_values",
@@ -48,6 +49,30 @@ def legacy_theta(cycle: int, shape: tuple[int, int]) -> float:
     Source: reference code of arXiv 2503.01922; docs/math.md (16).
     """
     return 1.125e-5 * 0.06 * 1.02**cycle * shape[0] * shape[1]
+
+
+def legacy_shrinkage(cycle: int, mu: float) -> float:
+    """By how much one published stage of training on the regulariser alone shrinks every weight of a layer.
+
+    5000 + 1000 (i - 1) steps of Adam, whose rate falls from 5e-8 to 0 as a cosine and whose gradient is g sign(w):
+    delta = 2.5e-8 (4000 + 1000 i) g / (g + 1e-8), g = 5e-7 / (1 + 1e4 mu / i).
+
+    Args:
+        cycle: i >= 1.
+        mu: share of the layer's eigenvalues above the edge, [0, 1]: the noisier a layer, the more it shrinks.
+
+    Returns:
+        In the units of the weights, > 0.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Source: reference code of arXiv 2503.01922; docs/math.md (23).
+    """
+    if not (cycle >= 1 and 0 <= mu <= 1):
+        raise ValueError(f"need cycle >= 1 and mu in [0, 1]; got {cycle!r}, {mu!r}")
+    gradient = 5e-7 / (1 + 1e4 * mu / cycle)
+    return 2.5e-8 * (4000 + 1000 * cycle) * gradient / (gradient + 1e-8)
 
 
 def sparsify_singular_vectors(

@@ -64,7 +64,7 @@ def test_seb_against_its_formula(sparsity, beta, vanish):
         assert np.array_equal(matrix.numpy(), np.where(want, 0, array))
 
 
-def numpy_cycles(arrays, sparsity, z=0.5):
+def numpy_cycles(arrays, sparsity, z=0.5, shrink=0.0):
     """docs/math.md (16) and (23), trimmed to the exact count, with thresholds in Haar units."""
     arrays = [array.copy() for array in arrays]
     masks = [np.zeros(array.shape, bool) for array in arrays]
@@ -91,16 +91,21 @@ def numpy_cycles(arrays, sparsity, z=0.5):
         for mask, more, array in zip(masks, smallest(keys, min(left, round(sum(targets)))), arrays, strict=True):
             mask |= more
             array[mask] = 0
+        for array, fit, mask in zip(arrays, fits, masks, strict=True):
+            g = 5e-7 / (1 + 1e4 * fit.mu / cycle)
+            less = np.abs(array) - shrink * 2.5e-8 * (4000 + 1000 * cycle) * g / (g + 1e-8)
+            array[:] = np.where(~mask & (less > 0), np.sign(array) * less, array)
     return masks, arrays, cycle
 
 
-@pytest.mark.parametrize("sparsity", [0.05, 0.4, 0.7])
-def test_rmt_cycles_against_plain_numpy(sparsity):
+@pytest.mark.parametrize("sparsity, shrink", [(0.05, 0), (0.4, 0), (0.7, 0), (0.05, 1), (0.4, 3), (0.4, 30)])
+def test_rmt_cycles_against_plain_numpy(sparsity, shrink):
     net = model(*SHAPES)
     arrays = [weight.as_matrix().numpy() for weight in prunable_weights(net, "all")]
-    masks, matrices_, cycles = numpy_cycles(arrays, sparsity)
+    masks, matrices_, cycles = numpy_cycles(arrays, sparsity, shrink=shrink)
     assert cycles >= (2 if sparsity > 0.1 else 1)  # 0.0612 of what is left at most in the first
-    for (mask, matrix), want, array in zip(run(net, method="rmt", sparsity=sparsity), masks, matrices_, strict=True):
+    found = run(net, method="rmt", sparsity=sparsity, soft_threshold=shrink)
+    for (mask, matrix), want, array in zip(found, masks, matrices_, strict=True):
         assert np.array_equal(mask.numpy(), want)
         np.testing.assert_allclose(matrix.numpy(), array, atol=1e-12)  # two different SVD drivers, float64
 

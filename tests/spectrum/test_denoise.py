@@ -115,6 +115,20 @@ def test_kind_and_dtype_are_kept(dtype, rng):
         assert isinstance(found, torch.Tensor) and found.dtype == dtype
 
 
+@pytest.mark.parametrize("cycle, mu, published", [
+    (1, 0.01, 4.2e-5), (1, 0.05, 1.2e-5), (10, 0.01, 2.9e-4), (10, 0.05, 1.7e-4), (10, 0.2, 7e-5), (30, 0.2, 3.6e-4),
+])  # fmt: skip
+def test_legacy_shrinkage_values(cycle, mu, published):
+    """What AdamW really does there is in the paper's experiment T14; these are its published amounts, two digits."""
+    assert denoise.legacy_shrinkage(cycle, mu) == pytest.approx(published, rel=0.06)
+
+
+@pytest.mark.parametrize("cycle, mu", [(0, 0.1), (1, -0.1), (1, 1.1)])
+def test_legacy_shrinkage_refuses(cycle, mu):
+    with pytest.raises(ValueError, match="need cycle >= 1 and mu in"):
+        denoise.legacy_shrinkage(cycle, mu)
+
+
 def test_legacy_theta_values():
     assert denoise.legacy_theta(2, (768, 768)) == pytest.approx(0.414, abs=1e-3)
     assert denoise.legacy_theta(34, (3072, 768)) == pytest.approx(3.12, abs=5e-3)
