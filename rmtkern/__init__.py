@@ -18,6 +18,7 @@ from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
+from rmtkern.report import PageReport, write_report
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
@@ -39,6 +40,7 @@ __all__ = [
     "MacReport",
     "PackReport",
     "PackedModelError",
+    "PageReport",
     "PruneConfig",
     "PrunePlan",
     "ShrinkPlan",
@@ -66,4 +68,5 @@ __all__ = [
     "shrink_",
     "unmerge_tokens_",
     "unpack_",
+    "write_report",
 ]

@@ -19,7 +19,7 @@ from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import rows_of
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = ["ACTIVATIONS", "Availability", "available", "gated_linear", "linear", "load_kernels"]
 
@@ -214,7 +214,7 @@ def _call(
 
 
 @dataclass(frozen=True)
-class Availability:
+class Availability(Tabulated):
     """Which layouts run on which backend and instruction set here, and why not the others.
 
     Args:
@@ -226,9 +226,6 @@ class Availability:
     def table(self) -> Table:
         """The rows as a table."""
         return Table(("layout", "backend", "isa", "runs", "why not"), self.rows)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
     def to_json(self) -> str:
         """JSON list with one object per row."""

@@ -79,6 +79,14 @@ def test_the_columns_meet_only_at_the_top():
         assert offenders(name, ("sweep",)) == []  # which meets the other column through speed
     for name in ("token_merging.py", "macs.py"):
         assert offenders(name, (*TOP, *RIGHT, "spectrum")) == []
+    for folder in sorted(
+        path.name for path in PACKAGE.glob("*") if path.name not in ("report", "cli.py", "__init__.py")
+    ):
+        if (PACKAGE / folder).suffix == ".py" or (PACKAGE / folder / "__init__.py").exists():
+            assert offenders(folder, ("report",)) == []
+    for name in ("svg", "page", "figures", "contents"):
+        assert offenders(f"report/{name}.py", ("report.write", "report.source", "files", "loading", "storage")) == []
+    assert [name for name in imports(PACKAGE / "report/svg.py") if not name.startswith("markup")] == []
     assert offenders("evaluation.py", (*RIGHT, "packing", "pruning", "spectrum", "cli", "demo")) == []
 
 

@@ -15,7 +15,7 @@ from rmtkern.arrays import Array, as_computable, check_finite, namespace
 from rmtkern.progress import progress
 from rmtkern.spectrum import law
 from rmtkern.spectrum.decompose import randomized_svd, singular_values
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = [
     "FitOptions",
@@ -24,6 +24,7 @@ __all__ = [
     "fit_singular_values",
     "fit_spectra",
     "fit_spectrum",
+    "spectra_of",
     "spike_vectors",
 ]
 
@@ -100,7 +101,7 @@ class FitOptions:
             raise ValueError(f"k_hill must be at least 2, or None for half of the values, got {self.k_hill!r}")
 
 
-class SpectralFits(Mapping[str, SpectralFit]):
+class SpectralFits(Tabulated, Mapping[str, SpectralFit]):
     """Fits of many matrices by name; prints as a table."""
 
     def __init__(self, fits: Mapping[str, SpectralFit]) -> None:
@@ -126,10 +127,7 @@ class SpectralFits(Mapping[str, SpectralFit]):
             rows.append([name, *cells])
         return Table(["name", *names], rows)
 
-    def __str__(self) -> str:
-        return self.table().to_text()
-
-    __repr__ = __str__
+    __repr__ = Tabulated.__str__
 
     def to_csv(self) -> str:
         """CSV, one row per matrix, full precision."""
@@ -375,11 +373,32 @@ def fit_spectra(
         ValueError: a value is not a matrix or has NaN or Inf, named by its key; an option is out of range.
     """
     options = FitOptions(alpha, edge, (0.8 if legacy else 0.1) if beta is None else beta, k_hill, legacy)
-    found: dict[str, SpectralFit] = {}
+    values = spectra_of(weights, max_bytes=max_bytes, show_progress=show_progress)
+    fits = {}
+    for name, s in values.items():
+        rows, columns = weights[name].shape
+        fits[name] = fit_singular_values(s, (int(rows), int(columns)), options)
+    return SpectralFits(fits)
+
+
+def spectra_of(
+    weights: Mapping[str, Array], *, max_bytes: int | None = None, show_progress: bool | None = None
+) -> dict[str, np.ndarray]:
+    """All singular values of many matrices; matrices of one shape are decomposed in batches.
+
+    Args:
+        weights: name -> [N, K], as for `fit_spectrum`.
+        max_bytes: as for `fit_spectra`.
+        show_progress: as for `fit_spectra`.
+
+    Returns:
+        name -> min(N, K) values, descending, float64 [weight], in the order of `weights`.
+
+    Raises:
+        TypeError: a value is not an array.
+        ValueError: a value is not a matrix or has NaN or Inf, named by its key.
+    """
+    found: dict[str, np.ndarray] = {}
     for names in progress(_batches(weights, max_bytes), "spectra", show=show_progress):
-        arrays = _finite_arrays(weights, names)
-        values = singular_values(arrays)
-        shape = tuple(int(side) for side in arrays[0].shape)
-        for name, s in zip(names, values, strict=True):
-            found[name] = fit_singular_values(s, (shape[0], shape[1]), options)
-    return SpectralFits({name: found[name] for name in weights})
+        found.update(zip(names, singular_values(_finite_arrays(weights, names)), strict=True))
+    return {name: found[name] for name in weights}
