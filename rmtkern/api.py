@@ -222,7 +222,7 @@ def _prune_(
         return _choose_(model, weights, config, calibration, costs, priors, show_progress)
     dense = _values(model)
     try:
-        costs = permute_(model, weights, costs, config.pattern, calibration)
+        costs = permute_(model, weights, costs, config.pattern, calibration, show_progress)
         return _choose_(model, weights, config, calibration, costs, priors, show_progress)
     except BaseException:
         _set_(model, dense)

@@ -458,7 +458,12 @@ def _verify(swaps: _Swaps, examples: Sequence[Example], expected: Sequence[Seque
 
 
 def _guard(
-    swaps: _Swaps, layers: Sequence[_Layer], examples: Sequence[Example], budget_ms: float, timer: Timer
+    swaps: _Swaps,
+    layers: Sequence[_Layer],
+    examples: Sequence[Example],
+    budget_ms: float,
+    timer: Timer,
+    show_progress: bool | None,
 ) -> tuple[list[EndToEnd], list[str]]:
     """Time the states on every example; put slow choices back until packed is not slower than dense.
 
@@ -470,7 +475,7 @@ def _guard(
 
     def measure() -> list[EndToEnd]:
         found = []
-        for index, example in enumerate(examples):
+        for index, example in enumerate(progress(examples, "timing the whole model", show=show_progress)):
             states = {"original": partial(swaps.run, swaps.original, example)}
             if swaps.dense != swaps.original:
                 states["dense"] = partial(swaps.run, swaps.dense, example)
@@ -592,6 +597,7 @@ def _measure_pairs(
     margin: float,
     budget_ms: float,
     timer: Timer,
+    show_progress: bool | None,
 ) -> list[GatedReport]:
     """Time each pair in one kernel against its linears in the forms chosen for them, and swap it where it is faster."""
     groups: dict[tuple[object, ...], _PairGroup] = {}
@@ -602,7 +608,7 @@ def _measure_pairs(
         group.pairs.append(pair)
         group.linears.append(mine)
     reports = {}
-    for group in groups.values():
+    for group in progress(list(groups.values()), "timing gate and up", show=show_progress):
         _measure_pair(group, swaps, layouts, budget_ms, timer)
         label, worst = group.best()
         for pair, mine in zip(group.pairs, group.linears, strict=True):
@@ -945,9 +951,10 @@ def _pack(
 
     apart_calls = {name: calls[name] for name in split.apart if name in calls}
     calls = {**calls, **whole_calls}
-    sites = measure_sites("attention", calls, margin, budget_ms, time_calls) if attention else []
-    apart_sites = measure_sites("attention", apart_calls, margin, budget_ms, time_calls) if attention else []
-    norm_sites = measure_sites("layer_norm", norm_calls, margin, budget_ms, time_calls) if norms else []
+    timing = (margin, budget_ms, time_calls, show_progress)
+    sites = measure_sites("attention", calls, *timing) if attention else []
+    apart_sites = measure_sites("attention", apart_calls, *timing) if attention else []
+    norm_sites = measure_sites("layer_norm", norm_calls, *timing) if norms else []
     swaps = _Swaps(model, movable, split)
     for kernel, kind, found in (("attention", AttentionForward, sites), ("LayerNorm", NormForward, norm_sites)):
         if any(site.used for site in found):
@@ -968,14 +975,14 @@ def _pack(
         if movable or swaps.sites:
             _verify(swaps, examples, expected, swaps.dense)
             _verify(swaps, examples, expected, swaps.packed)
-            gated = _measure_pairs(pairs, by_name, swaps, layouts, margin, budget_ms, time_calls)
+            gated = _measure_pairs(pairs, by_name, swaps, layouts, *timing)
             if swaps.pairs:
                 try:
                     _verify(swaps, examples, expected, swaps.packed)
                 except PackedModelError as error:  # a forward that does not always compute what was tried
                     swaps.drop_pairs()
                     gated = [replace(pair, form=None, reason=str(error)) for pair in gated]
-            end_to_end, notes = _guard(swaps, movable, examples, 5 * budget_ms, time_calls)
+            end_to_end, notes = _guard(swaps, movable, examples, 5 * budget_ms, time_calls, show_progress)
             gated = [
                 replace(pair, form=None, reason=f"{pair.reason}; put back: the model was slower end to end")
                 if pair.form is not None and pair.name not in swaps.pairs
