@@ -7,6 +7,7 @@ report = rmtkern.pack_(model, example)          # in place; each linear in the f
 from rmtkern.advice import Advice, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.certificates import Certificate, certify
+from rmtkern.comparison import Comparison, compare
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.files import load, save
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Advice",
     "Certificate",
+    "Comparison",
     "Decisions",
     "Evaluation",
     "FinetuneConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "analyze",
     "available",
     "certify",
+    "compare",
     "count_macs",
     "evaluate",
     "finetune_",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rmtkern.advice import PATTERNS, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.certificates import certify
+from rmtkern.comparison import DEFAULT, ENGINES, check_engines, compare
 from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate, folder_batches, preprocessing_of
@@ -243,6 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--keep-zeros", action="store_true", help="do not prune: take the zeros of the checkpoint")
     bench.add_argument("--batch", type=int, nargs="+", default=[8], help="batch sizes")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="both sides run in it")
+    bench.add_argument(
+        "--compare", nargs="?", const=",".join(DEFAULT), help=f"also time other engines: a list of {', '.join(ENGINES)}"
+    )
     bench.add_argument("--decisions", type=Path, help="JSON file of measured times to use again and to complete")
     bench.add_argument("-o", "--output", type=Path, help="also write the packed model, for rmtkern.load")
 
@@ -576,6 +580,8 @@ def _gradual(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    engines = None if args.compare is None else [name for name in args.compare.split(",") if name]
+    check_engines(engines or ())
     _check_folder(args.output)
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     plan = None
@@ -590,11 +596,17 @@ def _bench(args: argparse.Namespace) -> int:
     if args.output is not None:
         shrunk = _stored(args.checkpoint, SHRUNK)
         save(packed, args.output, plan, None if shrunk is None else ShrinkPlan.from_json(shrunk))
+    compared = []
+    for example in examples if engines is not None else ():
+        compared.append(compare(model, example, engines or (), dtype=dtype or torch.float32, packed=packed))
     if args.json:
-        _print_json({"environment": environment(), **json.loads(report.to_json())})
+        found = {} if engines is None else {"compared": [json.loads(one.to_json()) for one in compared]}
+        _print_json({"environment": environment(), **json.loads(report.to_json()), **found})
     else:
-        print(f"{environment_line()}\n\n{report}")
-    if any(times.speedup < SLOWER for times in report.end_to_end):
+        print("\n\n".join([environment_line(), str(report), *map(str, compared)]))
+    speedups = [times.speedup for times in report.end_to_end]
+    speedups += [one.speedup for one in compared if one.speedup is not None]
+    if any(speedup < SLOWER for speedup in speedups):
         print("rmtkern bench: the packed model is slower than the strongest dense form", file=sys.stderr)
         return 1
     return 0

@@ -86,6 +86,9 @@ def test_the_columns_meet_only_at_the_top():
             assert offenders(folder, ("report",)) == []
     for name in ("svg", "page", "figures", "contents"):
         assert offenders(f"report/{name}.py", ("report.write", "report.source", "files", "loading", "storage")) == []
+    assert imports(PACKAGE / "peers.py") == set()
+    for name in ("packing.py", "api.py", "speed.py", "advice.py", "files.py"):
+        assert offenders(name, ("comparison", "peers")) == []
     assert [name for name in imports(PACKAGE / "report/svg.py") if not name.startswith("markup")] == []
     assert offenders("evaluation.py", (*RIGHT, "packing", "pruning", "spectrum", "cli", "demo")) == []
 

@@ -48,6 +48,7 @@ CALLS = {
     "advise": lambda show: rmtkern.advise(net(), X, sparsities=(0.5,), timer=timer, budget_ms=1, show_progress=show),
     "analyze": lambda show: rmtkern.analyze(net(), show_progress=show),
     "certify": lambda show: rmtkern.certify(pruned(), net(), (X, Y), show_progress=show),
+    "compare": lambda show: rmtkern.compare(pruned(), X, ("torch",), budget_ms=1, show_progress=show),
     "evaluate": lambda show: rmtkern.evaluate(net(), (X, Y), show_progress=show),
     "finetune_": lambda show: rmtkern.finetune_(pruned(), None, (X, Y), config=SHORT, show_progress=show),
     "fit_spectra": lambda show: rmtkern.fit_spectra({"w": torch.randn(20, 30)}, show_progress=show),
