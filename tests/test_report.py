@@ -27,7 +27,7 @@ from rmtkern.spectrum.fit import fit_singular_values
 from rmtkern.spectrum.histogram import spectral_histogram
 from rmtkern.sweep import Sweep, SweepRow
 
-VOID = {"meta", "input", "br", "link", "img"}
+VOID = {"meta", "input", "br", "link", "img", "wbr"}
 
 
 class Page(HTMLParser):

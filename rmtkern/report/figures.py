@@ -58,7 +58,7 @@ def curves_svg(key: str, title: str, curves: Curves, x_label: str, y_label: str,
     x, y = zip(*points, strict=True)
     low, high = (min(x), max(x)) if mark is None else (min(*x, mark), max(*x, mark))
     description = f"{y_label} against {x_label}. " + " ".join(_sentence(name, line) for name, line in curves.items())
-    plot = Plot(key, title, description, _wider(low, high), _wider(0, max(y)), x_label, y_label, (420, 280))
+    plot = Plot(key, title, description, _wider(low, high), _wider(0, max(y)), x_label, y_label, (360, 250))
     if mark is not None:
         plot.vertical(mark, "reference")
     for index, (name, line) in enumerate(curves.items()):

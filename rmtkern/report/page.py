@@ -307,7 +307,7 @@ def _packing(contents: Contents) -> str:
     if timed:
         columns: tuple[str, ...] = ("layers", "T", "form", "ms", "x strongest dense", "runs now")
         rows: list[tuple[Any, ...]] = [
-            (time.layers, time.tokens, time.form, time.ms, time.gain, time.chosen) for time in timed
+            (time.layers, time.tokens, time.form, time.ms, time.gain, "yes" if time.chosen else "no") for time in timed
         ]
         parts += "<h3>Times of every form</h3>\n" + _paragraphs(
             [
@@ -345,7 +345,7 @@ def _layers(contents: Contents) -> str:
         name, *others = _cells(row)
         figure = f"spectrum-{index}"
         if layer.histogram is not None:
-            name = f'<th scope="row"><a href="#{figure}">{escape(clipped(layer.name))}</a></th>'
+            name = f'<th scope="row"><a href="#{figure}">{_breakable(layer.name)}</a></th>'
         rows.append(
             f'<tr data-name="{escape(layer.name)}" data-role="{escape(layer.role)}" data-figure="{figure}">'
             f"{name}{''.join(others)}</tr>"
@@ -371,6 +371,11 @@ def _layers(contents: Contents) -> str:
     return meaning + controls + _sortable(Table(columns, cells), "layer-table", "Layers", rows)
 
 
+def _breakable(name: str) -> str:
+    """A layer's name that may go on in the next line after a dot."""
+    return escape(clipped(name)).replace(".", ".<wbr>")
+
+
 def _layer_cells(layer: Layer) -> list[Any]:
     fit = layer.fit
     found: list[Any] = [None] * 7
@@ -391,7 +396,7 @@ def _spectra(layers: Sequence[Layer]) -> str:
         beyond = f", {layer.histogram.beyond} beyond the axis" if layer.histogram.beyond else ""
         drawn.append(
             f'<figure id="spectrum-{index}">{spectrum_svg(f"spectrum-{index}", layer)}<figcaption>'
-            f"<strong>{escape(clipped(layer.name))}</strong> {layer.shape[0]} x {layer.shape[1]}, fit error "
+            f"<strong>{_breakable(layer.name)}</strong> {layer.shape[0]} x {layer.shape[1]}, fit error "
             f"{layer.fit.mu:.3f}, {layer.fit.n_spikes} spikes{beyond}</figcaption></figure>"
         )
     samples = (

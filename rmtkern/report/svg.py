@@ -70,10 +70,10 @@ class Plot:
         width, height = self._size
         floor, wall = height - BOTTOM, LEFT
         grid, texts = [], []
-        for value in ticks(*x):
+        for value in ticks(*x, most=8):
             across = _number(self._x(value))
             texts.append(f'<text x="{across}" y="{floor + 13}" class="middle">{_label(value)}</text>')
-        for value in ticks(*y, most=5):
+        for value in ticks(*y, most=7):
             at = self._y(value)
             grid.append(f"M{wall} {_number(at)}H{width - RIGHT}")
             texts.append(f'<text x="{wall - 5}" y="{_number(at + 3.5)}" class="end">{_label(value)}</text>')
