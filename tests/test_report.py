@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,6 +17,7 @@ import rmtkern
 from rmtkern.cli import main
 from rmtkern.evaluation import Evaluation
 from rmtkern.packing import pack_
+from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.plan import Count, sparsity_grid
 from rmtkern.report import write_report
@@ -244,6 +246,16 @@ def test_what_was_measured_is_on_the_page(pruned, out, tmp_path):
     pictures = [page.all("title", id=f"curve-0-{kind}-title") for kind in ("a", "l", "s")]
     assert [len(found) for found in pictures] == [1, 0, 0]
     assert "row: from 90 at 0 to 80 at 50." in page.all("desc", id="curve-0-a-desc")[0][1]
+
+
+def test_of_several_forms_the_fastest_at_a_token_count_runs_there(pruned):
+    times = {1: {"bitmask": 1.0, "block 4x1": 2.0, "dense/torch": 3.0}, 64: {"bitmask": 9.0, "block 4x1": 5.0}}
+    report = pack_(pruned[0], torch.randn(4, 48), timer=fast, show_progress=False)
+    layer = replace(report.layers[0], ms=times, form="bitmask | block 4x1", measured_on=report.layers[0].name)
+    found = timings(replace(report, layers=(layer,), decisions=Decisions()), None)
+    assert [(time.tokens, time.form, time.gain, time.chosen) for time in found] == [
+        (1, "bitmask", 3.0, True), (1, "block 4x1", 1.5, False), (1, "dense/torch", 1.0, False),
+        (64, "block 4x1", None, True), (64, "bitmask", None, False)]  # fmt: skip
 
 
 def row(method, sparsity, top1, packed_ms=None, pack=""):

@@ -207,6 +207,8 @@ def _sorted(
 ) -> Iterator[Timing]:
     for tokens, times in ms.items():
         slow = base(times)
-        for form, taken in sorted(times.items(), key=lambda item: item[1]):
+        ranked = sorted(times.items(), key=lambda item: item[1])
+        runs = None if forms is None else next((form for form, _ in ranked if form in forms), "")
+        for form, taken in ranked:
             gain = None if slow is None or taken <= 0 else slow / taken
-            yield Timing(group, tokens, form, taken, gain, None if forms is None else form in forms)
+            yield Timing(group, tokens, form, taken, gain, None if runs is None else form == runs)

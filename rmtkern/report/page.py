@@ -307,7 +307,7 @@ def _packing(contents: Contents) -> str:
     if timed:
         columns: tuple[str, ...] = ("layers", "T", "form", "ms", "x strongest dense", "runs now")
         rows: list[tuple[Any, ...]] = [
-            (time.layers, time.tokens, time.form, time.ms, time.gain, "yes" if time.chosen else "no") for time in timed
+            (time.layers, time.tokens, time.form, time.ms, time.gain, RUNS[time.chosen]) for time in timed
         ]
         parts += "<h3>Times of every form</h3>\n" + _paragraphs(
             [
@@ -325,6 +325,7 @@ def _packing(contents: Contents) -> str:
     return parts
 
 
+RUNS = {True: "yes", False: "no", None: "-"}
 LAYER_COLUMNS = (
     "layer", "type", "out x in", "weights", "zeros %", "KiB dense", "fit error", "edge", "spikes", "bulk %",
     "tail exponent", "stable rank", "effective rank",

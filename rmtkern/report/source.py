@@ -56,7 +56,7 @@ def from_model(model: nn.Module, file: Path | None) -> Source:
     parameters = list(model.parameters())
     return Source(
         kind if file is None else file.name,
-        f"{kind}, packed" if nbytes_packed is not None else kind,
+        f"weights of a {kind}{'' if nbytes_packed is None else ', packed'}",
         tuple(prunable_weights(model, "all")),
         sum(parameter.numel() for parameter in parameters),
         sum(parameter.nbytes for parameter in parameters),
