@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from rmtkern.errors import short
@@ -234,7 +234,7 @@ class PackReport(Tabulated):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`; what `rmtkern bench --json` prints is such an object with one key more.
+        """The inverse of `to_json`; what `rmtkern bench --json` prints is such an object with further keys.
 
         Raises:
             ValueError: not the JSON of such a report; says what is wrong.
@@ -290,6 +290,8 @@ def _all(records: Any, kind: type[Row], **convert: Callable[[Any], Any]) -> tupl
     for record in _list(kind.__name__, records):
         found = {}
         for item in fields(kind):  # type: ignore[arg-type]
+            if isinstance(record, dict) and item.name not in record and item.default is not MISSING:
+                continue  # younger than the file
             if not isinstance(record, dict) or item.name not in record:
                 raise ValueError(f"{kind.__name__}: expected an object with {item.name}, got {short(record)}")
             value = record[item.name]

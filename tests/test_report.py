@@ -18,7 +18,7 @@ from rmtkern.cli import main
 from rmtkern.evaluation import Evaluation
 from rmtkern.packing import pack_
 from rmtkern.packing_decisions import Decisions
-from rmtkern.packing_report import PackReport
+from rmtkern.packing_report import EndToEnd, PackReport
 from rmtkern.pruning.plan import Count, sparsity_grid
 from rmtkern.report import write_report
 from rmtkern.report.contents import Contents, Layer, layers_of, timings
@@ -513,6 +513,8 @@ def test_pack_reports_come_back_from_json(pruned):
     ):
         with pytest.raises(ValueError, match=rf"not the JSON of a PackReport \({message}"):
             PackReport.from_json(json.dumps({**record, **change}))
+    old = {**record, "end_to_end": [{"example": 0, "original_ms": 3, "dense_ms": 2.0, "packed_ms": 1.0}]}
+    assert PackReport.from_json(json.dumps(old)).end_to_end == (EndToEnd(0, 3.0, 2.0, 1.0),)
     for text in ("[]", "x", "{}", "[" * 100_000):
         with pytest.raises(ValueError, match="not the JSON of a PackReport"):
             PackReport.from_json(text)
