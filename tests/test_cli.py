@@ -328,12 +328,6 @@ def test_certify_refuses_no_images(pruned, work, capsys):
         assert "--pruned" in capsys.readouterr().err
 
 
-def test_shrink_json(work, capsys):
-    assert main(["shrink", "clitoys:toy", "--mlp", "0.5", "-o", "small.safetensors", "--json"]) == 0
-    printed = strict_json(capsys.readouterr().out)
-    assert printed["output"] == "small.safetensors" and printed["plan"]["mlp"] == 0.5
-
-
 def test_prune_n_of_m(work, capsys):
     assert main(["prune", "clitoys:toy", "--pattern", "2:4", "-o", "p.safetensors", *FC]) == 0
     weight = load_file("p.safetensors")["fc1.weight"]
