@@ -10,6 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -295,6 +297,20 @@ def test_hostile_layer_names_stay_text(out):
     shown = [cells[0] for cells in page.table("layer-table")[1:]]
     assert shown[0] == "<script>alert(1)</script>0.0.weight" and all(len(name) <= 120 for name in shown)
     assert len(shown) == len(HOSTILE) and r"a\u202eb\x00c\ud8003.0.weight" in shown
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=3, unique=True), st.text(max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_any_name_and_title_make_a_sound_page(names, title):
+    values = np.sqrt(law.quantile((np.arange(30) + 0.5) / 30, 0.5) * 60)
+    fit = fit_singular_values(values, (30, 60))
+    shown = spectral_histogram(values, fit, "w")
+    layers = tuple(Layer(name, "qkv", (30, 60), 9, 7200, fit, shown) for name in names)
+    page = Page(to_html(Contents(title, title, layers, 1800, 7200, "float32", notes=(title,)), "0"))
+    tags = [tag for tag, _, _ in page.elements]
+    assert tags.count("script") == 1 and tags.count("figure") == len(names) and tags.count("section") == 4
+    if all(name.isprintable() for name in names):
+        assert [cells[0] for cells in page.table("layer-table")[1:]] == names
 
 
 def test_a_hostile_checkpoint_stays_text(tmp_path, out):
