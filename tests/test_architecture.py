@@ -47,6 +47,11 @@ def test_spectrum_knows_only_mathematics():
     assert offenders("spectrum", (*TOP, *RIGHT, "pruning", "models")) == []
 
 
+def test_what_anyone_may_import_knows_nothing_of_ours():
+    for name in ("gpu.py", "triton_target.py", "activations.py", "errors.py"):
+        assert offenders(name, (*TOP, *LEFT, *RIGHT)) == []
+
+
 def test_pruning_knows_no_storage_and_no_kernel():
     assert offenders("pruning", (*TOP, *RIGHT)) == []
     assert offenders("models.py", (*TOP, *RIGHT, "pruning", "spectrum")) == []

@@ -6,10 +6,9 @@ run them yet. It knows no kernel and imports no triton.
 
 from dataclasses import dataclass
 
-__all__ = ["ARCHITECTURES", "Config", "architecture", "candidates", "choose", "precision", "shape_class"]
+from rmtkern.gpu import ARCHITECTURES, architecture, precision
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-"""What the kernels are compiled and checked for; others are refused."""
+__all__ = ["ARCHITECTURES", "Config", "architecture", "candidates", "choose", "precision", "shape_class"]
 
 SHAPE_CLASSES = {"row": 16, "image": 512, "batch": None}
 """Class -> most tokens T in it: a class token or tiny batch, one or two images (ViT: 197 each), everything else."""
@@ -131,24 +130,3 @@ def candidates(layout: str, itemsize: int, arch: str, aligned: bool = True) -> t
     """Every distinct tile that `choose` can return for a layout, element size, architecture and alignment."""
     chosen = (choose(layout, itemsize, arch, most or 2**20, aligned) for most in SHAPE_CLASSES.values())
     return tuple(dict.fromkeys(chosen))
-
-
-def architecture(backend: str, arch: int | str) -> str | None:
-    """The name in `ARCHITECTURES` whose code runs on a device, or None if none does.
-
-    Args:
-        backend: "cuda" or "hip".
-        arch: compute capability as an integer (86 for 8.6), or AMD's name such as "gfx942:sramecc+".
-    """
-    if backend == "hip":
-        name = str(arch).split(":")[0]
-    else:
-        number = int(arch)
-        same_family = {87: 86, 101: 100, 103: 100, 121: 120}
-        name = f"sm_{same_family.get(number, number)}"
-    return name if name in ARCHITECTURES else None
-
-
-def precision(itemsize: int, arch: str) -> str:
-    """How a dot product of float32 is summed: three TF32 products on NVIDIA's tensor cores, exactly elsewhere."""
-    return "tf32x3" if itemsize == 4 and arch.startswith("sm_") else "ieee"

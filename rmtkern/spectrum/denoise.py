@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rmtkern.arrays import Array, as_computable, check_finite, like, namespace
 from rmtkern.spectrum.decompose import svd
+from rmtkern.spectrum.sparsify import recompose
 
 __all__ = [
     "debias_singular_values",
@@ -152,12 +153,9 @@ def sparsify_haar(
 
 
 def _recompose(u: Array, s: Array, vh: Array, limit: Array, haar_units: bool) -> Array:
-    xp = namespace(u)
     limit_u = limit / math.sqrt(u.shape[0]) if haar_units else limit
     limit_v = limit / math.sqrt(vh.shape[1]) if haar_units else limit
-    sparse_u = xp.where(xp.abs(u) < limit_u[None, :], xp.zeros_like(u), u)
-    sparse_vh = xp.where(xp.abs(vh) < limit_v[:, None], xp.zeros_like(vh), vh)
-    return (sparse_u * s[None, :]) @ sparse_vh
+    return recompose(u, s, vh, limit_u, limit_v)
 
 
 def _discriminant(y: NDArray[np.float64], c: float) -> NDArray[np.float64]:

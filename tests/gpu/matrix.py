@@ -24,6 +24,7 @@ from rmtkern.layouts.triton import GROUP
 from rmtkern.layouts.triton_product import product_kernel
 from rmtkern.layouts.triton_strips import strips_kernel
 from tests.gpu import compiler
+from tests.gpu.more_cases import OtherCase, compile_other, other_cases
 
 BASELINE = Path(__file__).with_name("baseline.json")
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -54,7 +55,7 @@ class Case:
         return f"{self.layout}/{self.dtype}/{self.config.label}{kind}/{self.arch}"
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Case | OtherCase]:
     """Every shipped config of every kernel, whose tables know only the size of an element, and so fp16 once for each.
 
     Gate-up pairs for one dtype of each size; ragged N and K likewise, on some architectures.
@@ -71,6 +72,7 @@ def cases() -> Iterator[Case]:
                 if dtype != "fp16" and arch in RAGGED:
                     for config in candidates(layout, itemsize, arch, aligned=False):
                         yield Case(layout, dtype, arch, config, False)
+    yield from other_cases()
 
 
 def compile_case(case: Case) -> Any:
@@ -100,20 +102,20 @@ def compile_case(case: Case) -> Any:
     )
 
 
-def violations(case: Case, figures: compiler.Figures) -> list[str]:
+def violations(case: Case | OtherCase, figures: compiler.Figures) -> list[str]:
     """What a compilation breaks of the rules that hold without a baseline."""
     found = []
     if figures.spilled or figures.kinds.get("local"):
         found.append(f"{figures.spilled} bytes spilled, {figures.kinds.get('local', 0)} local memory instructions")
     if not figures.blocks:
         found.append(f"{figures.shared} bytes of shared memory or the registers do not fit")
-    needed = ["tensor"]
+    needed = ["tensor"] if isinstance(case, Case) else [*case.needed]
     if case.arch.startswith("sm_"):
-        if case.aligned:
+        if isinstance(case, Case) and case.aligned:
             needed.append("LDGSTS")  # the asynchronous copy of the pipeline
-        if case.config.bm >= 64 and case.arch in ("sm_90", "sm_100"):
+        if isinstance(case, Case) and case.config.bm >= 64 and case.arch in ("sm_90", "sm_100"):
             needed.append("HGMMA" if case.arch == "sm_90" else "UTCMMA")
-        if not figures.loop:
+        if not figures.loop and (isinstance(case, Case) or case.loops):
             found.append("no loop found in the machine code")
     found += [f"no {kind} instruction" for kind in needed if not figures.kinds.get(kind)]
     return found
@@ -131,9 +133,10 @@ def regressions(now: dict[str, int], before: dict[str, int]) -> list[str]:
     return worse
 
 
-def _run(case: Case) -> tuple[Case, compiler.Figures | str]:
+def _run(case: Case | OtherCase) -> tuple[Case | OtherCase, compiler.Figures | str]:
     try:
-        return case, compiler.figures(compile_case(case), case.arch)
+        compiled = compile_case(case) if isinstance(case, Case) else compile_other(case)
+        return case, compiler.figures(compiled, case.arch)
     except Exception as error:
         return case, f"does not compile: {error!r:.300}"
 
