@@ -66,6 +66,12 @@ _DENSE_32_AMD: _Table = {
     "batch": Config(64, 64, 32, 4, 2),
     "ragged": Config(32, 64, 32, 4, 2),
 }
+# The threshold of masked_linear is applied in registers. It is for training, which has many tokens: one class.
+_MASKED_16: _Table = {
+    **dict.fromkeys(SHAPE_CLASSES, Config(128, 128, 64, 8, 3)),
+    "ragged": Config(64, 64, 32, 4, 3),
+}
+_MASKED_32: _Table = dict.fromkeys((*SHAPE_CLASSES, "ragged"), Config(128, 64, 16, 8, 3))
 # A bitmask tile is as deep as a mask is wide (bk = 64). It can pay for small T only; larger T stay correct.
 _BITMASK_16: _Table = {
     "row": Config(16, 32, 64, 4, 2),
@@ -95,6 +101,8 @@ _SPECTRAL_32: _Table = {
 
 
 def _table(layout: str, itemsize: int, arch: str) -> _Table:
+    if layout == "masked":
+        return _MASKED_16 if itemsize == 2 else _MASKED_32
     if layout == "bitmask":
         return _BITMASK_16 if itemsize == 2 else _BITMASK_32
     if layout == "spectral":
@@ -113,7 +121,7 @@ def choose(layout: str, itemsize: int, arch: str, tokens: int, aligned: bool = T
     """The tile for a call.
 
     Args:
-        layout: "dense", "bitmask" or "spectral".
+        layout: "dense", "bitmask", "spectral", or "masked" (masked_linear.py).
         itemsize: bytes of an element, 2 or 4.
         arch: a name in `ARCHITECTURES`.
         tokens: T >= 1.

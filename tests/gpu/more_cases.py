@@ -6,17 +6,24 @@ from itertools import product
 from typing import Any
 
 from rmtkern.gpu import ARCHITECTURES, precision
+from rmtkern.layouts import triton_masked
+from rmtkern.layouts.gpu_configs import choose
+from rmtkern.layouts.triton import GROUP
 from rmtkern.spectrum import triton_sparsify
 from tests.gpu import compiler
 
 RAGGED = ("sm_80", "sm_90", "sm_100")  # where sizes that are no multiples of 16 are compiled as well
 PRODUCTS = {
     "sparsify/recompose": triton_sparsify.recompose_kernel,
+    "masked/forward": triton_masked.forward_kernel,
+    "masked/input": triton_masked.input_gradient_kernel,
+    "masked/weight": triton_masked.weight_gradient_kernel,
 }
 PASSES = {
     "sparsify/select": triton_sparsify.select_kernel,
     "sparsify/equals": triton_sparsify.rows_kernel,
     "sparsify/rows": triton_sparsify.rows_kernel,
+    "masked/activation": triton_masked.activation_gradient_kernel,
 }
 KERNELS = {**PRODUCTS, **PASSES}
 # argument -> type, where it is a pointer and not of the weight's dtype
@@ -25,7 +32,7 @@ TYPES = {**dict.fromkeys((*FACTORS, "sums_ptr"), "*fp32"), "ties_ptr": "*i64"} |
     ("words_ptr", "counts_ptr", "prefix_ptr", "histogram_ptr"), "*i32"
 )
 # any number, also where the other sizes are multiples of 16
-ANY = {"sparsify": ("N", "ROWS", "PER_GROUP", "GROUP_ROWS", "WORDS")}
+ANY = {"sparsify": ("N", "ROWS", "PER_GROUP", "GROUP_ROWS", "WORDS"), "masked": ("T",)}
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,20 @@ def _sparsify(step: str, case: OtherCase) -> tuple[dict[str, Any], int, int]:
     return {"BM": tile.bm, "BN": tile.bn, **constants}, tile.warps, tile.stages
 
 
+def _masked(step: str, case: OtherCase) -> tuple[dict[str, Any], int, int]:
+    if step == "activation":
+        return {"BM": triton_masked.BM, "BN": triton_masked.BN, "ACTIVATION": "gelu"}, 4, 1
+    itemsize = 4 if case.dtype == "fp32" else 2
+    tile = choose("masked", itemsize, case.arch, 1000, case.aligned)
+    constants = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "GROUP": GROUP, "EVEN": case.aligned}
+    constants |= {"PRECISION": precision(itemsize, case.arch)}
+    return constants | ({"ACTIVATION": "gelu"} if step == "forward" else {}), tile.warps, tile.stages
+
+
 def compile_other(case: OtherCase) -> Any:
     """Triton's compiled kernel of a case."""
     op, step = case.op.split("/")
-    constants, warps, stages = _sparsify(step, case)
+    constants, warps, stages = (_sparsify if op == "sparsify" else _masked)(step, case)
     kernel = KERNELS[case.op]
     own = {"threshold_ptr": "*i32" if step in ("equals", "rows") else "*fp32"}
     types = {
