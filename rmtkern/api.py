@@ -49,6 +49,8 @@ def analyze(
 ) -> SpectralFits:
     """Fit the Marchenko-Pastur law to every weight matrix of a model.
 
+    Weights on a GPU are decomposed there, by CuPy where it is installed, else by torch (docs/gpu.md).
+
     Args:
         model: any module; not changed.
         targets: "all" (every Linear, Conv2d and attention projection: 50 matrices in ViT-B/16), roles, groups or
@@ -60,7 +62,7 @@ def analyze(
         beta: level of the Tracy-Widom edge, (0, 1); None: 0.1, or the published 0.8 with `legacy`.
         k_hill: eigenvalues in the Hill estimate, >= 2; None: half of them.
         legacy: the published (buggy) numbers.
-        max_bytes: bound on the memory of one batch of equal shapes; None: the default of spectrum.fit.fit_spectra.
+        max_bytes: bound on the memory of matrices computed together; None: the default of spectrum.fit.fit_spectra.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:

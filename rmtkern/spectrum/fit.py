@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from rmtkern.arrays import Array, as_computable, check_finite, namespace
+from rmtkern.arrays import Array, as_computable, check_finite, computing, namespace, returned
 from rmtkern.progress import progress
 from rmtkern.spectrum import law
 from rmtkern.spectrum.decompose import randomized_svd, singular_values
@@ -270,8 +270,11 @@ def fit_spectrum(
     ]
 
 
-def _batches(weights: Mapping[str, Array], max_bytes: int | None) -> list[list[str]]:
-    """Names of matrices of one shape, kind and device, as many together as `max_bytes` of working memory allow."""
+def _batches(weights: Mapping[str, Array], max_bytes: int | None, *, one_shape: bool) -> list[list[str]]:
+    """Names of matrices that are computed together, as many as `max_bytes` of working memory allow.
+
+    They are of one kind and device and have one shorter side (whose Gram matrices are one batch), or one shape.
+    """
     bound = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
     if bound <= 0:
         raise ValueError(f"max_bytes must be positive, got {max_bytes!r}")
@@ -280,14 +283,25 @@ def _batches(weights: Mapping[str, Array], max_bytes: int | None) -> list[list[s
         namespace(weight)
         if weight.ndim != 2 or 0 in weight.shape:
             raise ValueError(f"{name}: expected a matrix [N, K] with N, K >= 1, got shape {tuple(weight.shape)}")
-        kind = (tuple(weight.shape), str(weight.dtype), type(weight), str(getattr(weight, "device", "cpu")))
+        shape = tuple(weight.shape)
+        kind = (
+            shape if one_shape else min(shape),
+            str(weight.dtype),
+            type(weight),
+            str(getattr(weight, "device", "cpu")),
+        )
         groups.setdefault(kind, []).append(name)
-    batches = []
-    for (shape, *_), names in groups.items():
-        p, n = min(shape), max(shape)
-        per_matrix = 8 * (2 * p * n + 3 * p * p)  # a scaled copy and the Gram matrix, float64 at worst
-        size = max(1, bound // per_matrix)
-        batches += [names[i : i + size] for i in range(0, len(names), size)]
+    batches: list[list[str]] = []
+    for names in groups.values():
+        used = bound
+        for name in names:
+            p, n = min(weights[name].shape), max(weights[name].shape)
+            needed = 8 * (2 * p * n + 3 * p * p)  # a scaled copy and the Gram matrix, float64 at worst
+            if used + needed > bound:
+                batches.append([])
+                used = 0
+            batches[-1].append(name)
+            used += needed
     return batches
 
 
@@ -332,11 +346,13 @@ def spike_vectors(
                 f"{name}: expected the fit of a matrix of shape {tuple(weight.shape)}, got {fits.get(name)}"
             )
     found: dict[str, tuple[Array, Array, Array]] = {}
-    for names in progress(_batches(weights, max_bytes), "spikes", show=show_progress):
-        arrays = _finite_arrays(weights, names)
-        ranks = [fits[name].n_spikes or 0 for name in names]
-        batch = namespace(*arrays).stack(arrays)
-        u, s, vh = randomized_svd(batch, max(1, *ranks), n_iter=6)
+    for names in progress(_batches(weights, max_bytes, one_shape=True), "spikes", show=show_progress):
+        with computing(weights[name] for name in names):
+            arrays = _finite_arrays(weights, names)
+            ranks = [fits[name].n_spikes or 0 for name in names]
+            batch = namespace(*arrays).stack(arrays)
+            parts = randomized_svd(batch, max(1, *ranks), n_iter=6)
+            u, s, vh = (returned(part, weights[names[0]]) for part in parts)
         for index, (name, rank) in enumerate(zip(names, ranks, strict=True)):
             found[name] = (u[index, :, :rank], s[index, :rank], vh[index, :rank, :])
     return {name: found[name] for name in weights}
@@ -353,7 +369,7 @@ def fit_spectra(
     max_bytes: int | None = None,
     show_progress: bool | None = None,
 ) -> SpectralFits:
-    """Fit many matrices at once; matrices of one shape are decomposed in batches.
+    """Fit many matrices at once; those with one shorter side are decomposed in batches.
 
     Args:
         weights: name -> [N, K], as for `fit_spectrum`.
@@ -384,7 +400,7 @@ def fit_spectra(
 def spectra_of(
     weights: Mapping[str, Array], *, max_bytes: int | None = None, show_progress: bool | None = None
 ) -> dict[str, np.ndarray]:
-    """All singular values of many matrices; matrices of one shape are decomposed in batches.
+    """All singular values of many matrices; those with one shorter side are decomposed in batches.
 
     Args:
         weights: name -> [N, K], as for `fit_spectrum`.
@@ -399,6 +415,7 @@ def spectra_of(
         ValueError: a value is not a matrix or has NaN or Inf, named by its key.
     """
     found: dict[str, np.ndarray] = {}
-    for names in progress(_batches(weights, max_bytes), "spectra", show=show_progress):
-        found.update(zip(names, singular_values(_finite_arrays(weights, names)), strict=True))
+    for names in progress(_batches(weights, max_bytes, one_shape=False), "spectra", show=show_progress):
+        with computing(weights[name] for name in names):
+            found.update(zip(names, singular_values(_finite_arrays(weights, names)), strict=True))
     return {name: found[name] for name in weights}

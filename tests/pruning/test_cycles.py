@@ -1,11 +1,14 @@
 """The pruning loop against plain NumPy written from docs/math.md, in float64 so that no rounding can flip an order."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rmtkern.models import prunable_weights
+from rmtkern.pruning import cycles
 from rmtkern.pruning.cycles import make_masks, matrices
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.spectrum.fit import fit_spectra
@@ -137,6 +140,41 @@ def test_haar_step_before_pruning():
     assert any(not torch.equal(a, b) for (_, a), (_, b) in zip(plain, cleaned, strict=True))
     for mask, matrix in cleaned:
         assert torch.equal(matrix == 0, mask)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "uniform", "haar": 1.0}, {"method": "rmt"}, {"method": "rmt", "theta": "legacy"}]
+)
+def test_blocks_of_one_shape_together_are_as_each_alone(options, monkeypatch):
+    """As on a GPU: the same decisions and values, whichever weights share a batch."""
+    torch.manual_seed(3)
+    net = model((40, 30), (40, 30), (30, 30), (40, 30), (6, 5))  # the last is too small for a fit
+    alone = run(net, sparsity=0.5, **options)
+    asked = []
+
+    def together(weights, values):
+        asked.append(len(values))
+        return [[0, 1, 3], [2], [4]]
+
+    monkeypatch.setattr(cycles, "_groups", together)
+    for (mask, value), (other, again) in zip(alone, run(net, sparsity=0.5, **options), strict=True):
+        assert torch.equal(mask, other)
+        torch.testing.assert_close(value, again, rtol=1e-9, atol=1e-12)
+    assert asked and set(asked) == {5}
+
+
+def test_only_a_gpu_computes_weights_together(monkeypatch):
+    def there(n, k, blocks=1, device="cuda"):
+        value = SimpleNamespace(shape=(n, k), dtype=torch.float32, device=torch.device(device))
+        return SimpleNamespace(blocks=lambda: range(blocks)), value
+
+    def groups(*pairs):
+        return cycles._groups(*zip(*pairs, strict=True))
+
+    assert groups(there(8, 4), there(8, 4), there(4, 8), there(8, 4, 2), there(8, 4)) == [[0, 1, 4], [2], [3]]
+    assert groups(there(8, 4, device="cpu"), there(8, 4, device="cpu")) == [[0], [1]]
+    monkeypatch.setattr(cycles, "_TOGETHER", 2 * 8 * (4 * 8 * 4 + 3 * 4 * 4))
+    assert groups(*[there(8, 4)] * 5) == [[0, 1], [2, 3], [4]]
 
 
 def test_tiny_and_depthwise_layers_are_neutral():

@@ -37,6 +37,24 @@ def test_haar_rule_against_a_plain_loop(rng):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+def test_a_batch_is_its_matrices(rng):
+    batch = np.stack([spiked(rng, (20, 30), [spike], np.float64) for spike in (0.0, 40.0, 1e4)])
+    edges = [8.0, 10.0, 12.0]
+    for kind in (np.asarray, torch.from_numpy):
+        found = denoise.sparsify_haar(kind(batch), edges, scale=[0.5, 1.0, 2.0])
+        legacy = denoise.sparsify_singular_vectors(kind(batch), edges, 0.3)
+        assert found.shape == legacy.shape == (3, 20, 30) and type(found) is type(kind(batch))
+        for index, (edge, scale) in enumerate(zip(edges, (0.5, 1.0, 2.0), strict=True)):
+            one = denoise.sparsify_haar(batch[index], edge, scale=scale)
+            np.testing.assert_allclose(np.asarray(found[index]), one, atol=1e-9 * np.abs(one).max())
+            one = denoise.sparsify_singular_vectors(batch[index], edge, 0.3)
+            np.testing.assert_allclose(np.asarray(legacy[index]), one, atol=1e-9 * np.abs(one).max())
+    with pytest.raises(ValueError, match="scale: expected one number or one for each of 3 matrices, got 2"):
+        denoise.sparsify_haar(batch, edges, scale=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"expected a matrix \[N, K\] or a batch \[B, N, K\], got shape \(20,\)"):
+        denoise.sparsify_haar(batch[0, :, 0], 1.0)
+
+
 def test_haar_coordinates_are_gaussian(rng):
     """T10: singular vectors of noise have entries N(0, 1/N); max |u| is about sqrt(2 log(2N) / N)."""
     size = 384
