@@ -104,17 +104,6 @@ def test_the_baseline_has_every_case():
     assert set(json.loads(BASELINE.read_text())["kernels"]) == {case.name for case in cases()}
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_a_live_threshold_doubles_the_loop(arch):
-    """Why inference must not use it, as docs/gpu.md says; figures of the compile matrix for one tile."""
-    from tests.gpu.matrix import BASELINE
-
-    kernels = json.loads(BASELINE.read_text())["kernels"]
-    tile = choose("masked", 2, arch, 1000)
-    assert tile == choose("dense", 2, arch, 1000)
-    assert kernels[f"masked/forward/bf16/{arch}"]["loop"] > 2 * kernels[f"dense/bf16/{tile.label}/{arch}"]["loop"]
-
-
 def test_configs():
     assert [shape_class(t) for t in (1, 16, 17, 512, 513, 10**6)] == ["row", "row", "image", "image", "batch", "batch"]
     for layout in ("dense", "bitmask", "spectral"):

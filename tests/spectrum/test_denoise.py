@@ -55,6 +55,24 @@ def test_a_batch_is_its_matrices(rng):
         denoise.sparsify_haar(batch[0, :, 0], 1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tensors_that_stay_tensors_are_recomposed_by_sparsify(dtype, rng, monkeypatch):
+    """As on a GPU, where torch computes: the same matrix to the rounding of float32, in the dtype of the weight."""
+    weight = torch.from_numpy(spiked(rng, (20, 30), [40.0], np.float64)).to(dtype)
+    expected = denoise.sparsify_haar(weight, 10.0), denoise.sparsify_singular_vectors(weight, 10.0, 0.3)
+    calls = []
+    monkeypatch.setattr(denoise, "as_computable", lambda array: array.float() if dtype == torch.bfloat16 else array)
+    monkeypatch.setattr("rmtkern.spectrum.decompose.as_computable", lambda array: array)
+    kernel = denoise.sparsify
+    monkeypatch.setattr(denoise, "sparsify", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    found = denoise.sparsify_haar(weight, 10.0), denoise.sparsify_singular_vectors(weight, 10.0, 0.3)
+    assert len(calls) == (0 if dtype == torch.float64 else 2)
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        rtol = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(one, wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+
+
 def test_haar_coordinates_are_gaussian(rng):
     """T10: singular vectors of noise have entries N(0, 1/N); max |u| is about sqrt(2 log(2N) / N)."""
     size = 384
