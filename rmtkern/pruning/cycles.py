@@ -275,7 +275,6 @@ def _sparsify(theta: str, cycle: int) -> Step:
     return step
 
 
-
 def _shrunk(weight: PrunableWeight, value: Tensor, fits: Fits, strength: float, cycle: int) -> Tensor:
     """The soft threshold sign(w) max(|w| - strength delta, 0), block by block, with the delta of `legacy_shrinkage`.
 
