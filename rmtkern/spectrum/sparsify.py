@@ -95,11 +95,11 @@ def sparsify(
     Source: arXiv 2503.01922, singular-vector and element-wise sparsification; docs/math.md (16), (30).
     """
     limit_v = limit_u if limit_v is None else limit_v
-    parts = (u, s, vh, limit_u, limit_v)
+    parts = [part.detach() if isinstance(part, torch.Tensor) else part for part in (u, s, vh, limit_u, limit_v)]
     xp = namespace(*parts)
     _check(*parts)
     single = u.ndim == 2
-    batch = [part[None, ...] for part in parts] if single else list(parts)
+    batch = [part[None, ...] for part in parts] if single else parts
     dtype = u.dtype if dtype is None else dtype
     layers, size = batch[0].shape[0], batch[0].shape[1] * batch[2].shape[2]
     numbers, counts = _threshold(threshold, zeros, layers, size)
@@ -185,7 +185,7 @@ def _on_gpu(batch: Sequence[torch.Tensor], threshold: Any, counts: list[int] | N
 
     zeros = None if counts is None else torch.tensor(counts).to(batch[0].device, non_blocking=True)
     limit = None if zeros is not None else threshold.to(torch.float32).contiguous()
-    parts = (part.detach().contiguous() for part in batch)
+    parts = (part.contiguous() for part in batch)
     return Sparsified(*triton_sparsify.launch(*parts, threshold=limit, zeros=zeros, dtype=dtype))
 
 
