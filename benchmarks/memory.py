@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import ROOT
 
-__all__ = ["peak_mib"]
+__all__ = ["peak_mib", "status_mib"]
 
 
 def peak_mib(model: nn.Module, images: Tensor, threads: int) -> float:
@@ -38,16 +38,21 @@ def peak_mib(model: nn.Module, images: Tensor, threads: int) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
+def status_mib(field: str) -> float:
+    """VmRSS (resident now) or VmHWM (at the highest) of this process [MiB]."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise RuntimeError(f"no {field} in /proc/self/status: peak memory needs Linux")
+    return int(match[1]) / 1024
+
+
 def _main(path: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     model, images = torch.load(path, weights_only=False)
     with torch.no_grad():
         for _ in range(2):
             model(images)
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if match is None:
-        raise RuntimeError("no VmHWM in /proc/self/status: peak memory needs Linux")
-    print(int(match[1]) / 1024)
+    print(status_mib("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -18,21 +18,20 @@ from benchmarks.cases import ModelCase, Pruned
 from benchmarks.contenders import Unavailable
 from benchmarks.memory import peak_mib
 from benchmarks.peak import fma_peak
-from benchmarks.peers import PEERS, Call, PeerMissing, prepare
 from benchmarks.record import stamped
 from benchmarks.timing import clock_for, interleaved, quantiles, threads_used
 from rmtkern.api import prune_
+from rmtkern.comparison import allowed_error, relative_error
 from rmtkern.environment import version
 from rmtkern.layouts.cpu import isas
-from rmtkern.packing import OUTPUT_TOLERANCE, pack_
+from rmtkern.packing import pack_
+from rmtkern.peers import PEERS, Call, PeerMissing, prepare
 from rmtkern.pruning.pattern import parse_pattern
 
 __all__ = ["KEYS", "SHOWN", "measure", "ratio_column"]
 
 KEYS = ("model", "batch", "threads", "form", "isa")
 """Columns that identify a row."""
-INT8_TOLERANCE = 0.3
-"""int8 has no accuracy rule here: its error is reported, and only a wrong model (an error of about 1) is refused."""
 ONE_THREAD = 1.1
 """CPU time of all threads over that of the busiest one, up to which a peer counts as single-threaded."""
 PACKAGES = ("timm", "openvino", "onnxruntime", "nncf")
@@ -71,24 +70,6 @@ class _Work:
             weight = model.get_submodule(name).weight
             skipped += flops * (1 - int(weight.count_nonzero()) / weight.numel())
         return self.total - skipped
-
-
-def _relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact.double()).abs().max() / exact.abs().max())
-
-
-def _allowed(dtype: str, model: nn.Module, images: Tensor, exact: Tensor) -> float:
-    """Largest relative error of an output in a precision.
-
-    float32: what pack_ allows. bfloat16: the project's accuracy rule with PyTorch's own bfloat16 model as the dense op:
-    twice its error and 4 eps.
-    """
-    if dtype == "float32":
-        return OUTPUT_TOLERANCE[torch.float32]
-    if dtype == "int8":
-        return INT8_TOLERANCE
-    torchs = _relative_error(copy.deepcopy(model).bfloat16()(images.bfloat16()), exact)
-    return 2 * torchs + 4 * torch.finfo(torch.bfloat16).eps
 
 
 def _prune(pruned: Pruned, model: nn.Module) -> None:
@@ -164,7 +145,7 @@ class _Contest:
         )
 
     def _check(self, name: str, dtype: str, got: Tensor, model: nn.Module, exact: Tensor) -> float:
-        error, allowed = _relative_error(got, exact), _allowed(dtype, model, self.images, exact)
+        error, allowed = relative_error(got, exact), allowed_error(dtype, model, self.images, exact)
         if not error <= allowed:
             raise RuntimeError(f"{self.case.name} {name}: relative error {error:.2g}, allowed {allowed:.2g}")
         return error

@@ -7,13 +7,13 @@ Random images and weights: what is computed does not depend on their values, but
 """
 
 import argparse
-import re
 import time
 from pathlib import Path
 
 import timm
 import torch
 
+from benchmarks.memory import status_mib
 from benchmarks.record import results_file, stamped, write_rows
 from rmtkern.api import prune_
 from rmtkern.tables import Table
@@ -21,14 +21,6 @@ from rmtkern.tables import Table
 KEYS = ("case", "model", "threads", "images")
 CASES = {"calibrated": ("vit_base_patch16_224", "auto"), "global": ("vit_large_patch16_224", "magnitude")}
 """Case -> timm model, method."""
-
-
-def status_mib(field: str) -> float:
-    """VmRSS or VmHWM of this process [MiB]."""
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if match is None:
-        raise RuntimeError(f"no {field} in /proc/self/status: peak memory needs Linux")
-    return int(match[1]) / 1024
 
 
 def measure(case: str, threads: int, images: int) -> dict[str, object]:

@@ -20,10 +20,10 @@ import torch
 from benchmarks import cases, growth, kernel, model, revisions
 from benchmarks.cases import KernelCase, ModelCase
 from benchmarks.peak import fma_peak
-from benchmarks.peers import PEERS
 from benchmarks.record import read_rows, results_file, revision, write_rows
 from rmtkern.environment import cpu_model
 from rmtkern.layouts.cpu import isas
+from rmtkern.peers import PEERS
 from rmtkern.tables import Table
 
 CASES = {"kernel": cases.kernel_cases, "model": cases.model_cases, "growth": cases.growth_cases}

@@ -7,6 +7,7 @@ report = rmtkern.pack_(model, example)          # in place; each linear in the f
 from rmtkern.advice import Advice, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.certificates import Certificate, certify
+from rmtkern.comparison import Comparison, compare
 from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.files import load, save
@@ -18,6 +19,7 @@ from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
+from rmtkern.report import PageReport, write_report
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Advice",
     "Certificate",
+    "Comparison",
     "Decisions",
     "Evaluation",
     "FinetuneConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "MacReport",
     "PackReport",
     "PackedModelError",
+    "PageReport",
     "PruneConfig",
     "PrunePlan",
     "ShrinkPlan",
@@ -50,6 +54,7 @@ __all__ = [
     "analyze",
     "available",
     "certify",
+    "compare",
     "count_macs",
     "evaluate",
     "finetune_",
@@ -66,4 +71,5 @@ __all__ = [
     "shrink_",
     "unmerge_tokens_",
     "unpack_",
+    "write_report",
 ]

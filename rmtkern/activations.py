@@ -1,11 +1,12 @@
-"""The activations that a kernel can absorb, as PyTorch computes them: name -> function."""
+"""The activations that a kernel can absorb, as PyTorch computes them and their gradients: name -> function."""
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FUNCTIONS", "apply_activation"]
+__all__ = ["FUNCTIONS", "GRADIENTS", "apply_activation"]
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -13,6 +14,14 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "silu": torch.ops.aten.silu_backward,
+}
+"""Name -> function(gradient of the result, argument) -> gradient of the argument."""
 
 
 def apply_activation(y: Tensor, name: str | None) -> Tensor:

@@ -24,7 +24,7 @@ from rmtkern.packing_timing import Timer, interleaved_ms
 from rmtkern.packing_watch import reason_to_leave, watch
 from rmtkern.progress import progress
 from rmtkern.pruning.pattern import parse_pattern
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = ["PATTERNS", "Advice", "AdviceRow", "advise"]
 
@@ -56,7 +56,7 @@ class AdviceRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class Advice(Tabulated):
     """What `advise` found; prints as a table, the fastest last.
 
     Args:
@@ -92,9 +92,6 @@ class Advice:
                     f"fastest at {sparsity:.0%}: {best.dtype} {best.pattern}, {best.speedup_now:.2f}x as it is"
                 )
         return Table(columns, [tuple(asdict(row).values()) for row in self.rows], lines)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
     def to_json(self) -> str:
         """Everything as one JSON object."""

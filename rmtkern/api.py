@@ -49,6 +49,8 @@ def analyze(
 ) -> SpectralFits:
     """Fit the Marchenko-Pastur law to every weight matrix of a model.
 
+    Weights on a GPU are decomposed there, by CuPy where it is installed, else by torch (docs/gpu.md).
+
     Args:
         model: any module; not changed.
         targets: "all" (every Linear, Conv2d and attention projection: 50 matrices in ViT-B/16), roles, groups or
@@ -60,7 +62,7 @@ def analyze(
         beta: level of the Tracy-Widom edge, (0, 1); None: 0.1, or the published 0.8 with `legacy`.
         k_hill: eigenvalues in the Hill estimate, >= 2; None: half of them.
         legacy: the published (buggy) numbers.
-        max_bytes: bound on the memory of one batch of equal shapes; None: the default of spectrum.fit.fit_spectra.
+        max_bytes: bound on the memory of matrices computed together; None: the default of spectrum.fit.fit_spectra.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
@@ -108,6 +110,7 @@ def prune_(
     haar: float = 0.0,
     alpha_regime: bool = False,
     theta: str = "haar",
+    soft_threshold: float = 0.0,
     seed: int = 0,
     max_drop: float | None = None,
     evaluate: Any = None,
@@ -154,6 +157,8 @@ def prune_(
         haar: z of the singular-vector step before pruning; 0: none.
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents, as published.
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
+        soft_threshold: by how many times the published amount the weights that stay shrink after each cycle of method
+            "rmt", >= 0; 0: not at all.
         seed: of score "random", and of the order of images with `restore`.
         max_drop: find the highest sparsity whose top-1 on `evaluate` falls by at most this much, [0, 1); 0.01 is one
             point. By bisection, each trial pruned anew from the dense weights; one copy of the weights to return to and
@@ -178,6 +183,7 @@ def prune_(
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
         "repair": repair, "restore": restore, "permute": permute, "prior": prior, "alpha": alpha,
+        "soft_threshold": soft_threshold,
     }  # fmt: skip
     tensors = None if prior is None or isinstance(prior, str) else prior
     if tensors is not None:
@@ -218,7 +224,7 @@ def _prune_(
         return _choose_(model, weights, config, calibration, costs, priors, show_progress)
     dense = _values(model)
     try:
-        costs = permute_(model, weights, costs, config.pattern, calibration)
+        costs = permute_(model, weights, costs, config.pattern, calibration, show_progress)
         return _choose_(model, weights, config, calibration, costs, priors, show_progress)
     except BaseException:
         _set_(model, dense)
@@ -259,11 +265,11 @@ def _choose_(
         masks = [mask for mask, _ in pruned]
         if config.prior in PRIORS:
             priors = _prior_masks(model, weights, config, calibration, show_progress)
-        found, images = prune_layerwise(
+        del pruned
+        pruned, images = prune_layerwise(
             model, weights, config, masks, calibration,
             sensitivities=costs, priors=priors, show_progress=show_progress,
         )  # fmt: skip
-        pruned = list(found)
     plan = _plan(model, config, weights, pruned, fits, images)
     _write_(weights, pruned)
     return plan
@@ -490,11 +496,15 @@ def _plan(
 
 
 @torch.no_grad()
-def _write_(weights: Sequence[PrunableWeight], pruned: Sequence[Pruned]) -> None:
-    """Write zeros or new values into the parameters; if one fails, put back those already written and raise."""
+def _write_(weights: Sequence[PrunableWeight], pruned: list[Pruned]) -> None:
+    """Write zeros or new values into the parameters; if one fails, put back those already written and raise.
+
+    What is written leaves `pruned`, so that old and new values together take the model's size once.
+    """
     undo: list[Callable[[], object]] = []
     try:
-        for weight, (mask, value) in zip(weights, pruned, strict=True):
+        for weight in weights:
+            mask, value = pruned.pop(0)
             parameter = weight.parameter
             if value is None:
                 gone = weight.to_parameter(mask)

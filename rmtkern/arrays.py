@@ -2,18 +2,43 @@
 
 Everything in `spectrum` is written against the array API and asks here for its namespace. Arrays on the CPU are
 computed by NumPy whatever library holds them: its LAPACK is faster than torch's on AMD, and the memory is shared.
+Tensors on a GPU are computed by CuPy or by torch (`computing`), again in the memory where they are.
 """
 
+import importlib.util
 import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import array_api_compat
 import numpy as np
 import torch
 
-__all__ = ["Array", "as_computable", "cast", "check_finite", "like", "namespace", "to_numpy"]
+__all__ = [
+    "ROUTES",
+    "Array",
+    "as_computable",
+    "cast",
+    "check_finite",
+    "computing",
+    "gpu_route",
+    "like",
+    "namespace",
+    "returned",
+    "shares_with_torch",
+    "through_torch",
+    "to_numpy",
+]
 
 Array = Any  # a NumPy, CuPy, torch or array-api-strict array
+
+ROUTES = ("cupy", "torch")
+"""What can compute tensors that lie on a GPU."""
+
+_route: ContextVar[str] = ContextVar("route", default="torch")
 
 
 def namespace(*arrays: Array) -> Any:
@@ -26,7 +51,10 @@ def namespace(*arrays: Array) -> Any:
 
 
 def as_computable(array: Array) -> Array:
-    """The same data where it is fastest to compute on: a torch CPU tensor becomes a NumPy view, bf16/fp16 float32."""
+    """The same data where it is fastest to compute on; bf16/fp16 become float32, nothing else is copied.
+
+    A torch CPU tensor becomes a NumPy view; a CUDA tensor stays, or becomes a CuPy view inside `computing`.
+    """
     namespace(array)
     if isinstance(array, torch.Tensor):
         if array.is_meta:
@@ -34,6 +62,8 @@ def as_computable(array: Array) -> Array:
         array = array.detach()
         if array.dtype in (torch.bfloat16, torch.float16):
             array = array.float()
+        if array.device.type == "cuda" and _route.get() == "cupy":
+            return _cupy().from_dlpack(array)
         return array.numpy() if array.device.type == "cpu" else array
     xp = namespace(array)
     return xp.astype(array, xp.float32) if str(array.dtype).endswith("float16") else array
@@ -42,9 +72,17 @@ def as_computable(array: Array) -> Array:
 def like(result: Array, original: Array) -> Array:
     """The result as the kind and dtype of array that the caller gave."""
     if isinstance(original, torch.Tensor):
+        result = returned(result, original)
         tensor = result if isinstance(result, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(result))
         return tensor.to(original.dtype)
     return cast(result, original.dtype)
+
+
+def returned(result: Array, original: Array) -> Array:
+    """The result, as a torch view where CuPy only computed for a torch tensor."""
+    if isinstance(original, torch.Tensor) and array_api_compat.is_cupy_array(result):
+        return torch.from_dlpack(result)
+    return result
 
 
 def cast(array: Array, dtype: Any) -> Array:
@@ -67,3 +105,110 @@ def check_finite(array: Array, name: str) -> None:
     ends = (float(xp.max(array)), float(xp.min(array))) if 0 not in array.shape else ()  # NaN propagates
     if not all(map(math.isfinite, ends)):
         raise ValueError(f"{name} has NaN or Inf entries; expected finite weights: repair or reload the checkpoint")
+
+
+def _cupy() -> Any:
+    import cupy
+
+    return cupy
+
+
+def gpu_route() -> str:
+    """What computes tensors on a GPU: the environment's RMTKERN_SPECTRA, else CuPy where it can run, else torch.
+
+    Raises:
+        ValueError: RMTKERN_SPECTRA is none of ROUTES, or "cupy" where CuPy is missing or sees no device.
+    """
+    asked = os.environ.get("RMTKERN_SPECTRA") or None
+    if asked not in (None, *ROUTES):
+        raise ValueError(f"RMTKERN_SPECTRA is {asked!r}; valid: {', '.join(ROUTES)}")
+    if asked == "torch":
+        return asked
+    if importlib.util.find_spec("cupy") is None:
+        reason = "the package cupy is not installed; install rmtkern[gpu-cuda13] or rmtkern[gpu-cuda12]"
+    elif not _cupy().cuda.is_available():
+        reason = "cupy sees no device; install the one of this machine's CUDA"
+    else:
+        return "cupy"
+    if asked == "cupy":
+        raise ValueError(f"RMTKERN_SPECTRA is 'cupy', but {reason}, or unset it to compute by torch")
+    return "torch"
+
+
+@contextmanager
+def computing(arrays: Iterable[Array]) -> Iterator[None]:
+    """Inside, `as_computable` gives CUDA tensors to the library that `gpu_route` names; float32 products are not TF32.
+
+    CuPy then works on torch's current device and stream and takes its memory from torch, so that neither library waits
+    for the other nor keeps memory from it.
+
+    Args:
+        arrays: what will be computed on, all on one device; without a torch tensor on a GPU nothing is changed.
+
+    Raises:
+        ValueError: as `gpu_route`, wherever the arrays are.
+    """
+    device = next((a.device for a in arrays if isinstance(a, torch.Tensor) and a.device.type == "cuda"), None)
+    if device is None:
+        if os.environ.get("RMTKERN_SPECTRA"):
+            gpu_route()
+        yield
+        return
+    route = gpu_route()
+    with ExitStack() as stack:
+        stack.enter_context(_exact_products())
+        stack.enter_context(torch.cuda.device(device))
+        if route == "cupy":
+            cuda, stream = _cupy().cuda, torch.cuda.current_stream().cuda_stream
+            stack.enter_context(cuda.Device(torch.cuda.current_device()))
+            stack.enter_context(cuda.ExternalStream(stream))
+            stack.enter_context(cuda.using_allocator(cuda.PythonFunctionAllocator(_allocate, _free).malloc))
+        token = _route.set(route)
+        try:
+            yield
+        finally:
+            _route.reset(token)
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Inside, torch's float32 products on a GPU are not rounded to TF32, whatever the user has set."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+def _allocate(size: int, device: int) -> int:
+    """Address of `size` bytes of torch's memory pool, for work on torch's current stream."""
+    return torch.cuda.caching_allocator_alloc(size, device, torch.cuda.current_stream(device))
+
+
+def _free(address: int, device: int) -> None:
+    torch.cuda.caching_allocator_delete(address)
+
+
+def shares_with_torch(array: Array) -> bool:
+    """Whether it is a CuPy array whose memory this torch can use, as `through_torch` does."""
+    return bool(array_api_compat.is_cupy_array(array)) and torch.cuda.is_available()
+
+
+def through_torch(function: str, array: Array) -> Any:
+    """The result of a function of torch.linalg on another library's array, as that library's arrays; nothing is copied.
+
+    Args:
+        function: a name in torch.linalg, such as "eigh".
+        array: floating point, NumPy or CuPy.
+
+    Returns:
+        An array, or a tuple of arrays where the function returns several.
+    """
+    xp = namespace(array)
+    found = getattr(torch.linalg, function)(torch.from_dlpack(array))
+    if isinstance(found, torch.Tensor):
+        return xp.from_dlpack(found)
+    return tuple(xp.from_dlpack(part) for part in found)

@@ -6,10 +6,10 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rmtkern.advice import PATTERNS, advise
 from rmtkern.api import analyze, prune_
 from rmtkern.certificates import certify
+from rmtkern.comparison import DEFAULT, ENGINES, check_engines, compare
 from rmtkern.environment import environment, environment_line, version
 from rmtkern.errors import PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate, folder_batches, preprocessing_of
@@ -25,11 +26,14 @@ from rmtkern.gradual import CYCLE, DROP_THRESHOLD, GRID, prune_gradually_
 from rmtkern.loading import SHRUNK, input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
+from rmtkern.packing_report import PackReport
 from rmtkern.pruning.budget import BUDGETS
 from rmtkern.pruning.plan import PRIORS, PruneConfig, PrunePlan
 from rmtkern.pruning.presets import PRESETS, RESTORES
 from rmtkern.pruning.repair import REPAIRS
 from rmtkern.pruning.score import SCORES
+from rmtkern.report import write_report
+from rmtkern.report.source import load_checkpoint
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
 from rmtkern.speed import prune_to_speed_
@@ -75,6 +79,8 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
 HOW = {"budget": list(BUDGETS), "score": list(SCORES), "repair": list(REPAIRS), "restore": list(RESTORES)}
 """The parts of a method that `rmtkern prune` lets replace -> their names."""
 
+PLAN = "the JSON of a plan, or a checkpoint that holds one"
+
 SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
 """Field -> what the dataclass says of it; each is an option of `rmtkern finetune`."""
 
@@ -108,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--threads", type=int, help="threads of torch and of the kernels")
-    names = "{demo,analyze,advise,shrink,prune,sweep,certify,finetune,gradual,bench,info}"
+    names = "{demo,analyze,advise,shrink,prune,sweep,certify,finetune,gradual,bench,report,info}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
@@ -240,8 +246,21 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--keep-zeros", action="store_true", help="do not prune: take the zeros of the checkpoint")
     bench.add_argument("--batch", type=int, nargs="+", default=[8], help="batch sizes")
     bench.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="both sides run in it")
+    bench.add_argument(
+        "--compare", nargs="?", const=",".join(DEFAULT), help=f"also time other engines: a list of {', '.join(ENGINES)}"
+    )
     bench.add_argument("--decisions", type=Path, help="JSON file of measured times to use again and to complete")
     bench.add_argument("-o", "--output", type=Path, help="also write the packed model, for rmtkern.load")
+
+    page = verb("report", "write one HTML page about a checkpoint: zeros, spectra, and what was measured of it")
+    page.add_argument("checkpoint", type=Path, help="safetensors file, dense or packed")
+    page.add_argument("--model", help="what the checkpoint loads into; needed if packed, else names tell the layers")
+    page.add_argument("--packing", type=Path, help="what bench --json printed: what runs each layer, and its times")
+    page.add_argument("--decisions", type=Path, help="JSON file of measured times, as bench --decisions keeps it")
+    page.add_argument("--sweep", type=Path, nargs="+", default=[], help="CSV of sweep: accuracy and latency curves")
+    page.add_argument("--evaluate", type=Path, help="folder of images to score the model on; needs --model")
+    page.add_argument("--title", help="of the page; default: the name of the file")
+    page.add_argument("-o", "--output", type=Path, required=True, help="the page, such as report.html")
 
     verb("info", "versions, this CPU, and which layouts run here and why not the others")
     return parser
@@ -452,7 +471,9 @@ def _certify(args: argparse.Namespace) -> int:
         if _stored(args.pruned, "rmtkern") is not None:
             load_plan(args.pruned).verify(model)
     else:
-        reference = load_plan(args.plan) if args.plan.suffix == ".safetensors" else _plan_of_json(args.plan)
+        reference = (
+            load_plan(args.plan) if args.plan.suffix == ".safetensors" else _read_json(args.plan, _plan_of_json, PLAN)
+        )
     images: Iterable[Any] = folder_batches(
         args.images, preprocessing_of(dense), batch_size=args.batch, limit=args.limit
     )
@@ -472,18 +493,25 @@ def _certify(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan_of_json(path: Path) -> PrunePlan:
-    """The plan in a file that PrunePlan.to_json or `rmtkern prune --json` wrote."""
+def _plan_of_json(text: str) -> PrunePlan:
+    """The plan in what PrunePlan.to_json gave or `rmtkern prune --json` printed."""
+    record = json.loads(text)
+    if isinstance(record, dict) and isinstance(record.get("plan"), dict):
+        text = json.dumps(record["plan"])
+    return PrunePlan.from_json(text)
+
+
+Made = TypeVar("Made")
+
+
+def _read_json(path: Path, read: Callable[[str], Made], what: str) -> Made:
+    """What a function makes of a JSON file; `what` says what is expected in it."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the JSON of a plan, or a checkpoint that holds one")
+        raise ValueError(f"{path}: no such file; expected {what}")
     try:
-        text = path.read_text()
-        record = json.loads(text)
-        if isinstance(record, dict) and isinstance(record.get("plan"), dict):
-            text = json.dumps(record["plan"])
-        return PrunePlan.from_json(text)
+        return read(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}; expected the JSON of a plan, or a checkpoint that holds one") from error
+        raise ValueError(f"{path}: {error}; expected {what}") from error
 
 
 def _finetune(args: argparse.Namespace) -> int:
@@ -554,6 +582,8 @@ def _gradual(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    engines = None if args.compare is None else [name for name in args.compare.split(",") if name]
+    check_engines(engines or ())
     _check_folder(args.output)
     model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
     plan = None
@@ -568,13 +598,45 @@ def _bench(args: argparse.Namespace) -> int:
     if args.output is not None:
         shrunk = _stored(args.checkpoint, SHRUNK)
         save(packed, args.output, plan, None if shrunk is None else ShrinkPlan.from_json(shrunk))
+    compared = []
+    for example in examples if engines is not None else ():
+        compared.append(compare(model, example, engines or (), dtype=dtype or torch.float32, packed=packed))
     if args.json:
-        _print_json({"environment": environment(), **json.loads(report.to_json())})
+        found = {} if engines is None else {"compared": [json.loads(one.to_json()) for one in compared]}
+        _print_json({"environment": environment(), **json.loads(report.to_json()), **found})
     else:
-        print(f"{environment_line()}\n\n{report}")
-    if any(times.speedup < SLOWER for times in report.end_to_end):
+        print("\n\n".join([environment_line(), str(report), *map(str, compared)]))
+    speedups = [times.speedup for times in report.end_to_end]
+    speedups += [one.speedup for one in compared if one.speedup is not None]
+    if any(speedup < SLOWER for speedup in speedups):
         print("rmtkern bench: the packed model is slower than the strongest dense form", file=sys.stderr)
         return 1
+    return 0
+
+
+def _page(args: argparse.Namespace) -> int:
+    _check_folder(args.output)
+    if args.evaluate is not None and args.model is None:
+        raise ValueError("--evaluate needs a model to run: give --model NAME too")
+    printed = "what rmtkern bench --json printed"
+    packing = None if args.packing is None else _read_json(args.packing, PackReport.from_json, printed)
+    model: nn.Module | Path = args.checkpoint
+    scores = {}
+    if args.model is not None:
+        model = load_checkpoint(args.model, args.checkpoint)
+        if args.evaluate is not None:
+            scores[f"on {args.evaluate.name}"] = evaluate(model, args.evaluate)
+    written = write_report(
+        model,
+        args.output,
+        checkpoint=args.checkpoint,
+        packing=packing,
+        decisions=args.decisions,
+        sweeps=args.sweep,
+        scores=scores,
+        title=args.title,
+    )
+    print(written.to_json() if args.json else written)
     return 0
 
 
@@ -613,7 +675,8 @@ def _info(args: argparse.Namespace) -> int:
 
 VERBS = {
     "demo": _demo, "analyze": _analyze, "advise": _advise, "shrink": _shrink, "prune": _prune, "sweep": _sweep,
-    "certify": _certify, "finetune": _finetune, "gradual": _gradual, "bench": _bench, "info": _info,
+    "certify": _certify, "finetune": _finetune, "gradual": _gradual, "bench": _bench, "report": _page,
+    "info": _info,
 }  # fmt: skip
 
 

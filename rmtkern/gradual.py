@@ -16,7 +16,7 @@ from rmtkern.api import prune_
 from rmtkern.evaluation import evaluate
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.target import ROUNDING
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
 
@@ -56,7 +56,7 @@ class Cycle:
 
 
 @dataclass(frozen=True)
-class Gradual:
+class Gradual(Tabulated):
     """What `prune_gradually_` did; prints as a table.
 
     Args:
@@ -86,9 +86,6 @@ class Gradual:
             notes.append(f"fallen by more than {100 * self.drop:g} points: {at}")
         notes += [f"{cycle.sparsity:g} stopped: {cycle.stopped}" for cycle in self.cycles if cycle.stopped]
         return Table(("sparsity", "method", "pruned top-1 %", "top-1 %", "kept epoch"), rows, notes)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
     def to_json(self) -> str:
         """Everything, as a JSON object."""

@@ -18,7 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 from rmtkern.examples import as_example
 from rmtkern.models import ATTENTION_WORDS, ROLES, prunable_weights
 from rmtkern.pruning.calibrate import evaluating
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = ["LayerMacs", "MacReport", "count_macs"]
 
@@ -47,7 +47,7 @@ class LayerMacs:
 
 
 @dataclass(frozen=True, slots=True)
-class MacReport:
+class MacReport(Tabulated):
     """Multiply-accumulates of one forward pass; prints as a table by kind.
 
     Biases, norms, activations and softmax are not counted, as usual.
@@ -90,9 +90,6 @@ class MacReport:
                 rows.append((kind, count, macs / 1e9, nonzero / 1e9, 100 * macs / self.total))
         note = f"in all {self.total / 1e9:.4f} G, {self.nonzero / 1e9:.4f} G without zero weights"
         return Table(("kind", "layers", "GMACs", "without zeros", "% of all"), rows, [note])
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
     def to_json(self) -> str:
         """Everything, as a JSON object."""

@@ -20,9 +20,11 @@ __all__ = [
     "HEAD_WIDTHS",
     "ROLES",
     "PrunableWeight",
+    "block_name",
     "check_values",
     "layer_type",
     "prunable_weights",
+    "weights_of_state",
 ]
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -64,6 +66,9 @@ _EMBED_WORDS = ("patch_embed", "patch_embedding", "patch_embeddings", "stem", "e
 _HEAD_WORDS = ("head", "heads", "classifier", "head_dist", "fc", "cls_classifier", "distillation_classifier",
                "visual_projection")  # fmt: skip
 _NEITHER = ("cpb_mlp", "se", "squeeze_excitation", "pos_embed", "downsample", "rel_pos", "pooler")  # small and special
+_MULTIHEAD = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_LONGEST_NAME = 1000
+_TABLES = ("embedding", "embeddings", "wte", "wpe", "embed_tokens")  # modules that look rows up
 _WRAPPERS = ("linear", "conv", "ln", "c")  # a layer inside its own norm, as in LeViT: the word before decides
 
 
@@ -136,6 +141,25 @@ def _equal_blocks(name: str, rows: int, labels: Sequence[str]) -> dict[str, slic
 def layer_type(role: str) -> str:
     """The group of a role: "attn", "mlp" or "other"."""
     return next(group for group, roles in GROUPS.items() if role in roles)
+
+
+def block_name(name: str) -> str:
+    """The block that a weight belongs to: its path up to the last number before attention or MLP begins.
+
+    Args:
+        name: of the parameter, such as "blocks.3.mlp.fc1.weight" or "encoder.layers.encoder_layer_3.mlp.0.weight".
+
+    Returns:
+        Such as "blocks.3" or "encoder.layers.encoder_layer_3"; "" where nothing before the layer itself is numbered.
+    """
+    words = name.split(".")[:-2]
+    end = 0
+    for at, word in enumerate(words, 1):
+        if any(part in word.lower() for part in (*ATTENTION_WORDS, *_MLP_WORDS)):
+            break
+        if word.rpartition("_")[2].isdecimal():
+            end = at
+    return ".".join(words[:end])
 
 
 def prunable_weights(
@@ -217,6 +241,51 @@ def _name_the_embedding(weights: list[PrunableWeight]) -> list[PrunableWeight]:
     return [PrunableWeight(start.name, "embed", start.parameter, start.kind, start.groups, start.tied), *weights[1:]]
 
 
+def weights_of_state(state: Mapping[str, Tensor]) -> list[PrunableWeight]:
+    """The weights in a checkpoint whose model is not at hand; what each one does is told by names alone.
+
+    Args:
+        state: name -> tensor, as a state dict has it. Matrices and convolutions called `weight` count, and the
+            projections of nn.MultiheadAttention; lookup tables do not, as far as names tell. A convolution with one
+            input channel is taken for a depthwise one.
+
+    Returns:
+        In the order of `state`, with parameters that share its memory. Names of more than 1,000 characters, which no
+        model has, are left out.
+    """
+    found: list[tuple[str, Tensor, Literal["linear", "conv"], int]] = []
+    modules: dict[str, nn.Module] = {"": nn.Module()}
+    for name, tensor in state.items():
+        path, _, own = name.rpartition(".")
+        words = path.split(".")
+        stub, kind = _stub(words[-1], own, tensor)
+        if stub is None or len(name) > _LONGEST_NAME:
+            continue
+        for end in range(1, len(words)):
+            modules.setdefault(".".join(words[:end]), nn.Module())
+        modules[path] = stub
+        found.append((name, tensor, kind, getattr(stub, "groups", 1)))
+    weights = []
+    for name, tensor, kind, groups in found:
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        weights.append(PrunableWeight(name, _role(name, parameter, kind, modules), parameter, kind, groups))
+    return _name_the_embedding(weights)
+
+
+def _stub(last: str, own: str, tensor: Tensor) -> tuple[nn.Module | None, Literal["linear", "conv"]]:
+    """A module of the class that a tensor seems to belong to, without memory; None if it seems no weight."""
+    if not tensor.is_floating_point() or 0 in tensor.shape:
+        return None, "linear"
+    if own in _MULTIHEAD and tensor.ndim == 2:
+        return nn.MultiheadAttention(1, 1, device="meta"), "linear"
+    if own == "weight" and tensor.ndim == 2 and not last.endswith(_TABLES):
+        return nn.Linear(1, 1, device="meta"), "linear"
+    if own == "weight" and tensor.ndim == 4:
+        groups = tensor.shape[0] if tensor.shape[1] == 1 else 1
+        return nn.Conv2d(groups, groups, 1, groups=groups, device="meta"), "conv"
+    return None, "linear"
+
+
 def _list(model: nn.Module) -> list[PrunableWeight]:
     found: dict[int, PrunableWeight] = {}
     modules = dict(model.named_modules())
@@ -246,7 +315,7 @@ def _parameters(path: str, module: nn.Module) -> Iterator[_Found]:
     """The weights a module owns directly: (name, parameter, kind, groups)."""
     dot = f"{path}." if path else ""
     if isinstance(module, nn.MultiheadAttention):
-        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        for name in _MULTIHEAD:
             parameter = getattr(module, name, None)
             if isinstance(parameter, nn.Parameter):
                 yield dot + name, parameter, "linear", 1

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from rmtkern.activations import FUNCTIONS
 from rmtkern.errors import KernelUnavailable
+from rmtkern.gpu import has_device
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import rows_of
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = ["ACTIVATIONS", "Availability", "available", "gated_linear", "linear", "load_kernels"]
 
@@ -56,16 +57,11 @@ def load_kernels(layout: str) -> None:
             found[backend] = f"layout {layout} has no {backend} kernel yet"
         elif need is not None and importlib.util.find_spec(need) is None:
             found[backend] = f"the package {need} is not installed"
-        elif need is not None and not _has_device():
+        elif need is not None and not has_device():
             found[backend] = NO_DEVICE  # so that a machine without one never imports triton
         else:
             found[backend] = importlib.import_module(path)
     KERNELS[layout] = found
-
-
-def _has_device() -> bool:
-    """Whether GPU kernels can run in this process: on a device, or in Triton's interpreter."""
-    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _candidates(device: str, backend: str | None) -> tuple[str, ...]:
@@ -214,7 +210,7 @@ def _call(
 
 
 @dataclass(frozen=True)
-class Availability:
+class Availability(Tabulated):
     """Which layouts run on which backend and instruction set here, and why not the others.
 
     Args:
@@ -226,9 +222,6 @@ class Availability:
     def table(self) -> Table:
         """The rows as a table."""
         return Table(("layout", "backend", "isa", "runs", "why not"), self.rows)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
     def to_json(self) -> str:
         """JSON list with one object per row."""

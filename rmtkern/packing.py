@@ -7,6 +7,7 @@ a forward pass in packing_watch.py.
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -60,6 +61,7 @@ class _Layer:
     reason: str | None = None  # why it stays as it is
     sparsity: float = 0.0
     seen: Seen = field(default_factory=Seen)
+    calls: list[int] = field(default_factory=list)  # how many there were after each example
     choice: dict[int, str] = field(default_factory=dict)  # token count -> label
     dense: dict[int, str] = field(default_factory=dict)  # the same, dense forms only
     group: "_Group | None" = None
@@ -68,6 +70,11 @@ class _Layer:
     @property
     def tokens(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.seen.tokens)))
+
+    def tokens_of(self, examples: Iterable[int]) -> set[int]:
+        """The token counts of some examples."""
+        starts = [0, *self.calls]
+        return {tokens for index in examples for tokens in self.seen.tokens[starts[index] : self.calls[index]]}
 
     @property
     def sparsity_step(self) -> int:
@@ -144,8 +151,10 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
         return _tensors(model(*args, **kwargs))
 
 
-def _outputs(model: nn.Module, examples: Sequence[Example]) -> list[list[Tensor]]:
-    """The outputs on all examples."""
+def _outputs(
+    model: nn.Module, examples: Sequence[Example], after: Callable[[], None] = lambda: None
+) -> list[list[Tensor]]:
+    """The outputs on all examples; `after` is called after each."""
     found = []
     for index, example in enumerate(examples):
         try:
@@ -157,6 +166,7 @@ def _outputs(model: nn.Module, examples: Sequence[Example]) -> list[list[Tensor]
         if not output:
             raise TypeError(f"the model's output on example {index} holds no tensor, so it cannot be checked")
         found.append(output)
+        after()
     return found
 
 
@@ -347,7 +357,7 @@ class _Swaps:
         self.packed: Slots = dict(self.original)
         self.sites: dict[str, list[KernelForward]] = {}  # kernel -> what stands in modules in the packed state
         self.pairs: dict[str, tuple[GatedPair, Slots]] = {}  # by module; what they replace in the packed state
-        self.now: Slots | None = self.original
+        self.now: tuple[Slots, bool] | None = None  # what stands, and whether with the kernels of `sites`
 
     def put(self, slots: Slots, layer: _Layer, module: PackedLinear | None) -> None:
         """Set a layer, and the activation that it absorbs, in one of the states."""
@@ -404,15 +414,16 @@ class _Swaps:
         disable(self.sites.pop(kernel))
         self.now = None
 
-    def run(self, slots: Slots, example: Example) -> list[Tensor]:
-        """The model's output in one of the states."""
-        if self.now is not slots:
+    def run(self, slots: Slots, example: Example, *, kernels: bool = False) -> list[Tensor]:
+        """The model's output in one of the states; with the kernels of `sites` in the packed one, or where asked."""
+        kernels = kernels or slots is self.packed
+        if self.now is None or self.now[0] is not slots or self.now[1] != kernels:
             place_(self.model, self.split.arranged(slots))
-            (enable if slots is self.packed else disable)(self.forwards)
+            (enable if kernels else disable)(self.forwards)
             self.unfuse()
             if slots is self.packed:
                 fuse(self.model, [pair for pair, _ in self.pairs.values()])
-            self.now = slots
+            self.now = slots, kernels
         return _run(self.model, example)
 
 
@@ -447,65 +458,68 @@ def _verify(swaps: _Swaps, examples: Sequence[Example], expected: Sequence[Seque
 
 
 def _guard(
-    swaps: _Swaps, layers: Sequence[_Layer], examples: Sequence[Example], budget_ms: float, timer: Timer
+    swaps: _Swaps,
+    layers: Sequence[_Layer],
+    examples: Sequence[Example],
+    budget_ms: float,
+    timer: Timer,
+    show_progress: bool | None,
 ) -> tuple[list[EndToEnd], list[str]]:
-    """Time the three states on every example; put slow choices back until packed is not slower than dense.
+    """Time the states on every example; put slow choices back until packed is not slower than dense.
 
-    Choices only ever go back: from sparse to dense, and at the end, if that is still slower, to the original model
-    where it loses less on its worst example than the dense one does.
+    The dense forms are timed with and without the packed model's other kernels, so that what attention gains does not
+    pay for a sparse layer that loses. Choices only ever go back: from sparse to dense, at the token counts of the
+    examples that are slow, and at the end, if that is still slower, to the original model where it loses less on its
+    worst example than the dense one does.
     """
 
     def measure() -> list[EndToEnd]:
         found = []
-        for index, example in enumerate(examples):
-            states = {"original": swaps.original}
+        for index, example in enumerate(progress(examples, "timing the whole model", show=show_progress)):
+            states = {"original": partial(swaps.run, swaps.original, example)}
             if swaps.dense != swaps.original:
-                states["dense"] = swaps.dense
+                states["dense"] = partial(swaps.run, swaps.dense, example)
             if swaps.sites or swaps.packed not in (swaps.original, swaps.dense):
-                states["packed"] = swaps.packed
-            calls = {name: lambda s=slots, e=example: swaps.run(s, e) for name, slots in states.items()}
-            ms = timer(calls, budget_ms)
+                states["packed"] = partial(swaps.run, swaps.packed, example)
+            if swaps.sites and swaps.packed != swaps.dense:
+                states["kernels"] = partial(swaps.run, swaps.dense, example, kernels=True)
+            ms = timer(states, budget_ms)
             dense = ms.get("dense", ms["original"])
             equal = ms["original"] if swaps.packed == swaps.original else dense
-            found.append(EndToEnd(index, ms["original"], dense, ms.get("packed", equal)))
+            found.append(EndToEnd(index, ms["original"], dense, ms.get("packed", equal), ms.get("kernels")))
         return found
 
-    def slower(times: Sequence[EndToEnd]) -> bool:
-        return any(t.packed_ms > (1 + GUARD_NOISE) * min(t.original_ms, t.dense_ms) for t in times)
+    def behind(times: Sequence[EndToEnd], *, kernels: bool = False) -> list[int]:
+        """The examples on which packed is slower than dense; `kernels`: or than dense with the same kernels."""
+        found = []
+        for t in times:
+            rivals = [t.original_ms, t.dense_ms]
+            if kernels and t.kernels_ms is not None:
+                rivals.append(t.kernels_ms)
+            if t.packed_ms > (1 + GUARD_NOISE) * min(rivals):
+                found.append(t.example)
+        return found
 
     notes: list[str] = []
     times = measure()
-    if slower(times):
+    if behind(times, kernels=True):
         times = measure()  # a second look, before a choice is undone for noise
-    while slower(times):
-        alone = [layer for layer in layers if layer.name not in swaps.paired]
-        packed = [layer for layer in alone if swaps.packed[layer.name] is not swaps.dense[layer.name]]
-        groups = list({id(layer.group): layer.group for layer in packed if layer.group is not None}.values())
-        if not groups and swaps.pairs:
+    while slow := behind(times, kernels=True):
+        if worst := _worst(swaps, layers, slow):
+            notes.append(_put_back(swaps, *worst))
+        elif swaps.pairs:
             swaps.drop_pairs()
             notes.append("end to end gate and up in one kernel made the model slower: the linears are separate again")
-            times = measure()
-            continue
-        if not groups and not swaps.sites:
-            break
-        if not groups:
+        elif swaps.sites and behind(times):
             kernel = list(swaps.sites)[-1]
             swaps.drop_site(kernel)
             notes.append(f"end to end the {kernel} kernel made the model slower: PyTorch's was put back")
-            times = measure()
-            continue
-        worst = min(groups, key=lambda group: group.speedup(group.first.choice))
-        back = [layer for layer in worst.layers if layer.name not in swaps.paired]
-        for layer in back:
-            layer.choice = dict(layer.dense)
-            swaps.copy(swaps.packed, layer, swaps.dense)
-        names = ", ".join(layer.name for layer in back)
-        notes.append(f"end to end the packed model was slower than dense: {names} went back to the dense form")
-        worst.notes.append("put back to dense: the packed model was slower end to end")
+        else:
+            break
         times = measure()
     original_behind = max(t.original_ms / t.dense_ms for t in times)
     dense_behind = max(t.dense_ms / t.original_ms for t in times)
-    if slower(times) and original_behind < dense_behind:
+    if behind(times) and original_behind < dense_behind:
         for layer in layers:
             layer.choice = dict.fromkeys(layer.tokens, PLAIN)
         for kernel in tuple(swaps.sites):
@@ -513,8 +527,41 @@ def _guard(
         swaps.drop_pairs()
         swaps.packed = dict(swaps.original)  # a new state, so it is placed before it runs
         notes.append("end to end the swapped linears were slower than the original model: all were put back")
-        times = [replace(t, packed_ms=t.original_ms) for t in times]
+        times = [replace(t, packed_ms=t.original_ms, kernels_ms=None) for t in times]
     return times, notes
+
+
+def _worst(swaps: _Swaps, layers: Sequence[_Layer], slow: Sequence[int]) -> tuple[list[_Layer], set[int]] | None:
+    """The layers of the group that gains least from a form that is not dense on the slow examples, and where."""
+    found: dict[int, tuple[list[_Layer], set[int]]] = {}
+    for layer in layers:
+        sparse = {t for t in layer.tokens_of(slow) if layer.choice[t] != layer.dense[t]}
+        if layer.group is not None and sparse and layer.name not in swaps.paired:
+            members, tokens = found.setdefault(id(layer.group), ([], set()))
+            members.append(layer)
+            tokens |= sparse
+
+    def gain(one: tuple[list[_Layer], set[int]]) -> float:
+        (first, *_), tokens = one
+        return first.group.speedup({t: first.choice[t] for t in tokens}) if first.group is not None else 1.0
+
+    return min(found.values(), key=gain, default=None)
+
+
+def _put_back(swaps: _Swaps, layers: Sequence[_Layer], tokens: set[int]) -> str:
+    """Run some layers of one group in their dense form at some token counts; a note for the report."""
+    for layer in layers:
+        layer.choice = {t: layer.dense[t] if t in tokens else label for t, label in layer.choice.items()}
+        if layer.choice == layer.dense:
+            swaps.copy(swaps.packed, layer, swaps.dense)
+        else:
+            swaps.put(swaps.packed, layer, _pack_layer(layer, layer.choice))
+            swaps.now = None
+    at = ", ".join(map(str, sorted(tokens)))
+    if layers[0].group is not None:
+        layers[0].group.notes.append(f"put back to dense: the packed model was slower end to end at T={at}")
+    names = ", ".join(layer.name for layer in layers)
+    return f"end to end the packed model was slower than dense: {names} went back to the dense form at T={at}"
 
 
 @dataclass
@@ -550,6 +597,7 @@ def _measure_pairs(
     margin: float,
     budget_ms: float,
     timer: Timer,
+    show_progress: bool | None,
 ) -> list[GatedReport]:
     """Time each pair in one kernel against its linears in the forms chosen for them, and swap it where it is faster."""
     groups: dict[tuple[object, ...], _PairGroup] = {}
@@ -560,7 +608,7 @@ def _measure_pairs(
         group.pairs.append(pair)
         group.linears.append(mine)
     reports = {}
-    for group in groups.values():
+    for group in progress(list(groups.values()), "timing gate and up", show=show_progress):
         _measure_pair(group, swaps, layouts, budget_ms, timer)
         label, worst = group.best()
         for pair, mine in zip(group.pairs, group.linears, strict=True):
@@ -871,13 +919,18 @@ def _pack(
     layers = _find(model, split)
     movable = [layer for layer in layers if layer.reason is None]
     linears = {layer.name: layer.module for layer in movable}
+
+    def count_calls() -> None:
+        for layer in movable:
+            layer.calls.append(len(watched[layer.name].tokens))
+
     with (
         watch_calls(split.apart) as unlike,
         watch(model, linears, own=[child for name in split.apart for child in linears_of(name)]) as watched,
         watch_attention(model) as calls,
         watch_norms(model) as norm_calls,
     ):
-        outputs = _outputs(model, examples)
+        outputs = _outputs(model, examples, count_calls)
     for layer in movable:
         layer.seen = watched[layer.name]
         layer.reason = layer.seen.reason
@@ -898,9 +951,10 @@ def _pack(
 
     apart_calls = {name: calls[name] for name in split.apart if name in calls}
     calls = {**calls, **whole_calls}
-    sites = measure_sites("attention", calls, margin, budget_ms, time_calls) if attention else []
-    apart_sites = measure_sites("attention", apart_calls, margin, budget_ms, time_calls) if attention else []
-    norm_sites = measure_sites("layer_norm", norm_calls, margin, budget_ms, time_calls) if norms else []
+    timing = (margin, budget_ms, time_calls, show_progress)
+    sites = measure_sites("attention", calls, *timing) if attention else []
+    apart_sites = measure_sites("attention", apart_calls, *timing) if attention else []
+    norm_sites = measure_sites("layer_norm", norm_calls, *timing) if norms else []
     swaps = _Swaps(model, movable, split)
     for kernel, kind, found in (("attention", AttentionForward, sites), ("LayerNorm", NormForward, norm_sites)):
         if any(site.used for site in found):
@@ -921,14 +975,14 @@ def _pack(
         if movable or swaps.sites:
             _verify(swaps, examples, expected, swaps.dense)
             _verify(swaps, examples, expected, swaps.packed)
-            gated = _measure_pairs(pairs, by_name, swaps, layouts, margin, budget_ms, time_calls)
+            gated = _measure_pairs(pairs, by_name, swaps, layouts, *timing)
             if swaps.pairs:
                 try:
                     _verify(swaps, examples, expected, swaps.packed)
                 except PackedModelError as error:  # a forward that does not always compute what was tried
                     swaps.drop_pairs()
                     gated = [replace(pair, form=None, reason=str(error)) for pair in gated]
-            end_to_end, notes = _guard(swaps, movable, examples, 5 * budget_ms, time_calls)
+            end_to_end, notes = _guard(swaps, movable, examples, 5 * budget_ms, time_calls, show_progress)
             gated = [
                 replace(pair, form=None, reason=f"{pair.reason}; put back: the model was slower end to end")
                 if pair.form is not None and pair.name not in swaps.pairs

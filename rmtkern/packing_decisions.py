@@ -180,6 +180,26 @@ class Decisions(Mapping[DecisionKey, Times]):
         """One JSON-safe object per entry: its key and its times [ms]."""
         return [{"key": asdict(key), "ms": ms} for key, ms in self.items()]
 
+    @classmethod
+    def from_records(cls, records: object) -> Self:
+        """The inverse of `records`, also after JSON has made strings of the token counts.
+
+        Raises:
+            ValueError: not such a list; says which entry is wrong.
+        """
+        if not isinstance(records, list):
+            raise ValueError(f"entries: expected a list, got {short(records)}")
+        found: dict[DecisionKey, Times] = {}
+        for index, entry in enumerate(records):
+            try:
+                key, ms = _entry(entry)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"entry {index}: {error}") from error
+            if key in found:
+                raise ValueError(f"entry {index}: expected each key once, got one a second time")
+            found[key] = ms
+        return cls(found)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, complete or not at all.
 
@@ -213,15 +233,15 @@ class Decisions(Mapping[DecisionKey, Times]):
                 data = file.read(MAX_NBYTES + 1)
             if len(data) > MAX_NBYTES:
                 raise ValueError(f"expected at most {MAX_NBYTES} bytes, got more")
-            return cls(_entries(data))
+            return cls.from_records(_entries(data))
         except RecursionError as error:
             raise ValueError(f"{source}: not a file of decisions: it is nested too deeply; {remedy}") from error
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"{source}: not a file of decisions: {error}; {remedy}") from error
 
 
-def _entries(data: bytes) -> dict[DecisionKey, Times]:
-    """The entries of a file; TypeError or ValueError says what is wrong."""
+def _entries(data: bytes) -> object:
+    """What a file holds as entries, not checked; ValueError says what is wrong with the file around them."""
     try:
         record = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -232,18 +252,7 @@ def _entries(data: bytes) -> dict[DecisionKey, Times]:
         raise ValueError(f"expected a JSON object with format {FORMAT!r}, got {short(record)}")
     if type(record.get("version")) is not int or record["version"] != FORMAT_VERSION:
         raise ValueError(f"expected format version {FORMAT_VERSION}, got {short(record.get('version'))}")
-    if not isinstance(record.get("entries"), list):
-        raise ValueError(f"entries: expected a list, got {short(record.get('entries'))}")
-    found: dict[DecisionKey, Times] = {}
-    for index, entry in enumerate(record["entries"]):
-        try:
-            key, ms = _entry(entry)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"entry {index}: {error}") from error
-        if key in found:
-            raise ValueError(f"entry {index}: expected each key once, got one a second time")
-        found[key] = ms
-    return found
+    return record.get("entries")
 
 
 def _entry(entry: Any) -> tuple[DecisionKey, Times]:
@@ -254,9 +263,10 @@ def _entry(entry: Any) -> tuple[DecisionKey, Times]:
         raise ValueError(f"key: expected an object with {', '.join(names)}, got {short(entry['key'])}")
     key = DecisionKey(**entry["key"])
     names = [str(tokens) for tokens in key.tokens]  # JSON has only strings as names
-    if not isinstance(entry["ms"], dict) or set(entry["ms"]) != set(names):
+    ms = {str(tokens): times for tokens, times in entry["ms"].items()} if isinstance(entry["ms"], dict) else {}
+    if set(ms) != set(names):
         raise ValueError(f"ms: expected times for the token counts {', '.join(names)}, got {short(entry['ms'])}")
-    return key, _checked(key, {tokens: entry["ms"][str(tokens)] for tokens in key.tokens})
+    return key, _checked(key, {tokens: ms[str(tokens)] for tokens in key.tokens})
 
 
 def _isa() -> str:

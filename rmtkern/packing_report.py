@@ -1,13 +1,16 @@
 """PackReport: what pack_ measured and chose, layer by layer and end to end. Pure data; it times and packs nothing."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Self, TypeVar
 
+from rmtkern.errors import short
 from rmtkern.packing_decisions import Decisions
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
-__all__ = ["EndToEnd", "GatedReport", "LayerReport", "PackReport", "SiteReport"]
+__all__ = ["EndToEnd", "GatedReport", "LayerReport", "PackReport", "SiteReport", "is_dense"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +103,15 @@ class EndToEnd:
         original_ms: the model as it came.
         dense_ms: every linear in its fastest dense form (the strongest dense baseline).
         packed_ms: as pack_ left it.
+        kernels_ms: the dense forms with the attention and LayerNorm kernels of the packed model, which is what its
+            sparse layers have to gain on; None where that is one of the others.
     """
 
     example: int
     original_ms: float
     dense_ms: float
     packed_ms: float
+    kernels_ms: float | None = None
 
     @property
     def speedup(self) -> float:
@@ -114,7 +120,7 @@ class EndToEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class PackReport:
+class PackReport(Tabulated):
     """What pack_ did; prints as a table.
 
     Args:
@@ -166,7 +172,7 @@ class PackReport:
         """One row per layer, totals as notes."""
         rows = []
         for layer in self.layers:
-            dense = [min(ms for label, ms in times.items() if _is_dense(label)) for times in layer.ms.values()]
+            dense = [min(ms for label, ms in times.items() if is_dense(label)) for times in layer.ms.values()]
             rows.append(
                 (
                     layer.name,
@@ -210,9 +216,6 @@ class PackReport:
             )
         return [*lines, *self.notes]
 
-    def __str__(self) -> str:
-        return self.table().to_text()
-
     def to_markdown(self) -> str:
         """The table in Markdown."""
         return self.table().to_markdown()
@@ -229,6 +232,109 @@ class PackReport:
         record["nbytes_before"], record["nbytes_after"] = self.nbytes_before, self.nbytes_after
         return json.dumps(record, indent=1)
 
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`; what `rmtkern bench --json` prints is such an object with further keys.
 
-def _is_dense(label: str) -> bool:
+        Raises:
+            ValueError: not the JSON of such a report; says what is wrong.
+        """
+        try:
+            record = json.loads(text)
+            if not isinstance(record, dict):
+                raise ValueError(f"expected an object, got {short(record)}")
+            return cls(
+                layers=_all(record["layers"], LayerReport, shape=_matrix, tokens=_sizes, ms=_times),
+                end_to_end=_all(record["end_to_end"], EndToEnd),
+                threads=_checked("threads", record["threads"], int),
+                notes=_names(record["notes"]),
+                attention=_all(record["attention"], SiteReport, shapes=_shapes),
+                decisions=Decisions.from_records(record["decisions"]),
+                groups_measured=_checked("groups_measured", record["groups_measured"], int),
+                groups_reused=_checked("groups_reused", record["groups_reused"], int, None),
+                gated=_all(record["gated"], GatedReport, linears=_names, ms=_times),
+                norms=_all(record["norms"], SiteReport, shapes=_shapes),
+            )
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"not the JSON of a PackReport ({error}); expected what to_json wrote") from error
+
+
+def is_dense(label: str) -> bool:
+    """Whether the label of a form names a dense one."""
     return label.startswith("dense/")
+
+
+Row = TypeVar("Row")
+_KINDS: dict[str, tuple[type | None, ...]] = {
+    "str": (str,), "str | None": (str, None), "bool": (bool,), "int": (int,), "float": (float,),
+    "float | None": (float, None),
+}  # fmt: skip
+
+
+def _checked(name: str, value: Any, *kinds: type | None) -> Any:
+    """A value of JSON of one of some kinds; an int is a float too, NaN and infinities are none."""
+    for kind in kinds:
+        if kind is None and value is None:
+            return None
+        if kind is float and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        if kind is not float and kind is not None and type(value) is kind:
+            return value
+    wanted = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
+    raise ValueError(f"{name}: expected {wanted}, got {short(value)}")
+
+
+def _all(records: Any, kind: type[Row], **convert: Callable[[Any], Any]) -> tuple[Row, ...]:
+    """Rows of a dataclass from JSON; its plain fields by their annotation, the others by a function."""
+    rows = []
+    for record in _list(kind.__name__, records):
+        found = {}
+        for item in fields(kind):  # type: ignore[arg-type]
+            if isinstance(record, dict) and item.name not in record and item.default is not MISSING:
+                continue  # younger than the file
+            if not isinstance(record, dict) or item.name not in record:
+                raise ValueError(f"{kind.__name__}: expected an object with {item.name}, got {short(record)}")
+            value = record[item.name]
+            if item.name in convert:
+                found[item.name] = convert[item.name](value)
+            else:
+                found[item.name] = _checked(item.name, value, *_KINDS[_annotation(item.type)])
+        rows.append(kind(**found))
+    return tuple(rows)
+
+
+def _annotation(kind: Any) -> str:
+    return str(getattr(kind, "__name__", kind)) if isinstance(kind, type) else str(kind)
+
+
+def _list(name: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, got {short(value)}")
+    return value
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    return tuple(_checked("size", item, int) for item in _list("sizes", value))
+
+
+def _matrix(value: Any) -> tuple[int, ...]:
+    if len(sizes := _sizes(value)) != 2 or min(sizes) < 1:
+        raise ValueError(f"shape: expected [N, K], got {short(value)}")
+    return sizes
+
+
+def _shapes(value: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return tuple(tuple(_sizes(shape) for shape in _list("shapes", call)) for call in _list("shapes", value))
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(_checked("name", item, str) for item in _list("names", value))
+
+
+def _times(value: Any) -> dict[int, dict[str, float]]:
+    if not isinstance(value, dict) or not all(isinstance(times, dict) for times in value.values()):
+        raise ValueError(f"ms: expected times by token count and candidate, got {short(value)}")
+    return {
+        int(tokens): {label: _checked(f"ms of {label}", ms, float) for label, ms in times.items()}
+        for tokens, times in value.items()
+    }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rmtkern.packing_report import SiteReport
 from rmtkern.packing_timing import Timer
+from rmtkern.progress import progress
 
 __all__ = ["Call", "KernelForward", "disable", "enable", "measure_sites"]
 
@@ -66,7 +67,12 @@ def disable(forwards: Iterable[KernelForward]) -> None:
 
 
 def measure_sites(
-    kernel: str, calls: Mapping[str, Sequence[Call]], margin: float, budget_ms: float, timer: Timer
+    kernel: str,
+    calls: Mapping[str, Sequence[Call]],
+    margin: float,
+    budget_ms: float,
+    timer: Timer,
+    show_progress: bool | None = False,
 ) -> list[SiteReport]:
     """Check and time our kernel against PyTorch's on the calls that each module made.
 
@@ -76,6 +82,7 @@ def measure_sites(
         margin: by what fraction the kernel must be faster, [0, 1).
         budget_ms: time spent on each distinct call [ms].
         timer: as `pack_` takes it.
+        show_progress: show a bar; None: only on a terminal.
 
     Returns:
         One entry for each module; `used` says whether the kernel won all of its calls.
@@ -83,7 +90,8 @@ def measure_sites(
     theirs, ours = f"{kernel}/torch", f"{kernel}/kernel"
     ms: dict[int, Mapping[str, float]] = {}
     why: dict[int, str] = {}
-    for call in {id(call): call for found in calls.values() for call in found}.values():
+    distinct = {id(call): call for found in calls.values() for call in found}
+    for call in progress(distinct.values(), f"timing {kernel}", total=len(distinct), show=show_progress):
         if call.reason is not None:
             why[id(call)] = call.reason
             continue

@@ -1,22 +1,37 @@
-"""Pictures as matplotlib figures: a spectrum under its fitted law, accuracy against sparsity or speed.
+"""Pictures as matplotlib figures: a spectrum under its law, accuracy or latency over sparsity, sparsity as a map.
 
 Data in, figure out. matplotlib is an extra (`rmtkern[report]`) and is imported only here, only when a function is
 called.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rmtkern.spectrum import law
-from rmtkern.spectrum.fit import SpectralFit
+from rmtkern.arrays import Array
+from rmtkern.models import ROLES
+from rmtkern.pruning.plan import sparsity_grid
+from rmtkern.spectrum.fit import SpectralFit, fit_singular_values, spectra_of
+from rmtkern.spectrum.histogram import spectral_histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_figure", "demo_figure", "draw_accuracy", "draw_spectrum", "draw_speed", "speed_figure"]
+__all__ = [
+    "accuracy_figure",
+    "demo_figure",
+    "draw_accuracy",
+    "draw_latency",
+    "draw_sparsity",
+    "draw_spectrum",
+    "draw_speed",
+    "latency_figure",
+    "sparsity_figure",
+    "spectrum_figure",
+    "speed_figure",
+]
 
 # Okabe & Ito's colours: told apart with any colour vision
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -45,32 +60,20 @@ def draw_spectrum(axes: "Axes", singular_values: np.ndarray, fit: SpectralFit, n
     Raises:
         ValueError: the fit has no bulk to draw.
     """
-    if not fit.sigma2 or fit.lambda_plus is None:
-        raise ValueError(f"{name}: the fit has no bulk ({', '.join(fit.flags)}); nothing to draw")
-    p, n = min(fit.shape), max(fit.shape)
-    unit = fit.sigma2
-    values = np.asarray(singular_values, dtype=np.float64) ** 2 / n / unit
-    edge = fit.lambda_plus / unit
-    reach = min(float(values.max()), 2.2 * edge) * 1.05
-    bins = np.linspace(0, reach, 45)
-    shown = values[values <= reach]
-    weights = np.full(len(shown), 1 / (p * (bins[1] - bins[0])))
-    axes.hist(shown, bins=list(bins), weights=weights, color=BLUE, alpha=0.45, label="eigenvalues of $WW^T/n$")
-    bulk = float((values <= edge).mean())
-    grid = np.linspace(1e-6, edge, 600)
-    curve = bulk * law.density(grid, p / n)
-    axes.plot(grid, curve, color=ORANGE, lw=2, label=f"Marchenko-Pastur ({bulk:.0%} of values)")
-    axes.axvline(edge, color=RED, ls="--", lw=1.5, label=r"noise edge $\lambda_+$")
-    spikes = values[values > edge]
-    inside = spikes[spikes <= reach]
-    axes.plot(inside, np.zeros_like(inside), "|", color=RED, ms=14, mew=1.2, clip_on=False, label="above the edge")
-    beyond = len(spikes) - len(inside)
+    shown = spectral_histogram(singular_values, fit, name)
+    label = "eigenvalues of $WW^T/n$"
+    axes.stairs(shown.heights, shown.bounds, fill=True, color=BLUE, alpha=0.45, label=label)
+    curve = f"Marchenko-Pastur ({shown.bulk:.0%} of values)"
+    axes.plot(*shown.curve(600), color=ORANGE, lw=2, label=curve)
+    axes.axvline(shown.edge, color=RED, ls="--", lw=1.5, label=r"noise edge $\lambda_+$")
+    level = np.zeros_like(shown.spikes)
+    axes.plot(shown.spikes, level, "|", color=RED, ms=14, mew=1.2, clip_on=False, label="above the edge")
     title = f"{name}  ({fit.shape[0]}x{fit.shape[1]})\nfit error {fit.mu:.3f}, {fit.n_spikes} spikes"
-    axes.set_title(title + (f", {beyond} beyond the axis" if beyond else ""), fontsize=10)
+    axes.set_title(title + (f", {shown.beyond} beyond the axis" if shown.beyond else ""), fontsize=10)
     axes.set_xlabel(r"eigenvalue / $\sigma^2$")
     axes.set_ylabel("density")
-    axes.set_xlim(0, reach)
-    axes.set_ylim(0, 1.15 * float(np.histogram(shown, bins=bins, weights=weights)[0].max()))
+    axes.set_xlim(0, shown.reach)
+    axes.set_ylim(0, 1.15 * float(shown.heights.max()))
     axes.legend(fontsize=8, framealpha=0.9, edgecolor="none")
 
 
@@ -102,16 +105,93 @@ def draw_speed(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]]
     axes.set_xlabel(f"times as fast as the strongest dense form\n{how}")
 
 
+def draw_latency(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]], how: str) -> None:
+    """Time of one call of packed models against sparsity, one line per method.
+
+    Args:
+        axes: matplotlib axes to draw on.
+        curves: method -> points (sparsity in [0, 1), ms), as `Sweep.latency_curves` has them.
+        how: dtype, input and machine of the measurement, for the axis label.
+    """
+    _draw_lines(axes, {name: [(100 * x, y) for x, y in points] for name, points in curves.items()})
+    axes.set_ylim(bottom=0)
+    axes.set_title("Latency, packed", fontsize=10)
+    axes.set_xlabel(f"sparsity of the attention and MLP weights [%]\n{how}")
+    axes.set_ylabel("latency [ms]")
+
+
+def draw_sparsity(axes: "Axes", layers: Iterable[Any]) -> None:
+    """A map of sparsity by block and layer type, with the percentages.
+
+    Args:
+        axes: matplotlib axes to draw on.
+        layers: those of a plan, as pruning.plan.sparsity_grid takes them.
+
+    Raises:
+        ValueError: no layers.
+    """
+    grid = sparsity_grid(layers)
+    if not grid:
+        raise ValueError("no layers to draw; pass those of a plan: plan.layers")
+    roles = [role for role in ROLES if any(role in row for row in grid.values())]
+    values = np.array([[row[role].sparsity if role in row else np.nan for role in roles] for row in grid.values()])
+    axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "white" if value > 0.5 else "black"
+            axes.text(x, y, f"{100 * value:.1f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(roles)), roles)
+    axes.set_yticks(range(len(grid)), list(grid))
+    axes.set_title("Zeros [%]", fontsize=10)
+
+
 def _draw_curves(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]], images: int) -> None:
     """Top-1 in [0, 1] against anything, one line per method."""
+    _draw_lines(axes, {name: [(x, 100 * y) for x, y in points] for name, points in curves.items()})
+    axes.set_ylabel(f"top-1 on {images:,} test images [%]")
+
+
+def _draw_lines(axes: "Axes", curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Anything against anything, one line per method."""
     styles = [(BLUE, "o-"), (ORANGE, "s--"), (GREEN, "^-."), (RED, "d:"), (GREY, "v-"), (PURPLE, "x--"), (SKY, "*-.")]
     for index, (name, points) in enumerate(curves.items()):
         color, style = styles[index % len(styles)]
         x, y = zip(*points, strict=True)
-        axes.plot(np.array(x), 100 * np.array(y), style, color=color, label=name, ms=5)
-    axes.set_ylabel(f"top-1 on {images:,} test images [%]")
+        axes.plot(np.array(x), np.array(y), style, color=color, label=name, ms=5)
     axes.grid(color=GREY, alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
+
+
+def spectrum_figure(weight: Array, name: str = "W") -> "Figure":
+    """`draw_spectrum` alone, of a matrix that is decomposed and fitted here.
+
+    Args:
+        weight: [N, K] floating point; NumPy, torch or CuPy.
+        name: of the layer.
+
+    Raises:
+        ValueError: no matrix, NaN or Inf, or a fit without a bulk.
+    """
+    figure = _figure_class()(figsize=(6, 4.2), layout="constrained")
+    (values,) = spectra_of({name: weight}, show_progress=False).values()
+    rows, columns = weight.shape
+    draw_spectrum(figure.subplots(), values, fit_singular_values(values, (int(rows), int(columns))), name)
+    return figure
+
+
+def sparsity_figure(layers: Iterable[Any]) -> "Figure":
+    """`draw_sparsity` alone, as high as the model has blocks; arguments as its own."""
+    layers = list(layers)
+    figure = _figure_class()(figsize=(6, 1.2 + 0.3 * len(sparsity_grid(layers))), layout="constrained")
+    draw_sparsity(figure.subplots(), layers)
+    return figure
+
+
+def latency_figure(curves: Mapping[str, Sequence[tuple[float, float]]], how: str) -> "Figure":
+    """`draw_latency` alone; arguments as its own."""
+    figure = _figure_class()(figsize=(6, 4.2), layout="constrained")
+    draw_latency(figure.subplots(), curves, how)
+    return figure
 
 
 def accuracy_figure(curves: Mapping[str, Sequence[tuple[float, float]]], images: int) -> "Figure":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.blocks import Block, cut_all_, find_blocks
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = ["BlockPlan", "ShrinkPlan"]
 
@@ -43,7 +43,7 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
-class ShrinkPlan:
+class ShrinkPlan(Tabulated):
     """What was removed from a model; prints as a table.
 
     Args:
@@ -105,9 +105,6 @@ class ShrinkPlan:
             *(f"left whole: {name}: {reason}" for name, reason in self.left.items()),
         ]
         return Table(("block", "kind", "units", "kept", "loss %"), rows, notes)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
     def to_json(self) -> str:
         """Everything, as a JSON object."""

@@ -19,7 +19,7 @@ from rmtkern.packing_decisions import Decisions
 from rmtkern.packing_report import EndToEnd
 from rmtkern.packing_timing import Timer
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = ["SpeedReport", "SpeedTrial", "packed_copy", "prune_to_speed_"]
 
@@ -40,7 +40,7 @@ class SpeedTrial:
 
 
 @dataclass(frozen=True)
-class SpeedReport:
+class SpeedReport(Tabulated):
     """What was asked, tried and done; prints as a table.
 
     Args:
@@ -59,9 +59,6 @@ class SpeedReport:
         last = self.trials[-1]
         notes = [f"asked: {self.speedup:g}x; packed, the model pruned to {last.sparsity:g} ran {last.speedup:.2f}x"]
         return Table(("sparsity", "speed-up", "method"), rows, notes)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
 
 def packed_copy(model: nn.Module, example: Any, **options: Any) -> tuple[nn.Module, tuple[EndToEnd, ...]]:

@@ -6,6 +6,7 @@ It joins prune_, evaluate and, if asked, pack_ (through speed.py); it draws and 
 import copy
 import csv
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,10 +25,10 @@ from rmtkern.progress import progress
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.speed import packed_copy
 from rmtkern.storage import replacing
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 from rmtkern.token_merging import merging_of
 
-__all__ = ["PACK", "Sweep", "SweepRow", "sweep"]
+__all__ = ["PACK", "Sweep", "SweepRow", "load_sweeps", "sweep"]
 
 DENSE = "dense"
 PACK = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,6 +115,8 @@ class SweepRow:
         row = cls(**{name: _value(name, cells[name]) for name in COLUMNS if name in cells or name in ASKED})
         if row.pack and (row.speedup is None or row.packed_top1 is None):
             raise ValueError("a packed model without times and top-1")
+        if not all(math.isfinite(value) for value in asdict(row).values() if isinstance(value, float)):
+            raise ValueError("NaN or an infinite number")
         return row
 
 
@@ -137,7 +140,7 @@ def _value(name: str, cell: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Tabulated):
     """The rows that were asked for, dense first; prints as a table.
 
     Args:
@@ -150,8 +153,15 @@ class Sweep:
 
     @property
     def curves(self) -> dict[str, list[tuple[float, float]]]:
-        """Method (and pattern, where there are several) -> (sparsity, top-1) from dense on, for plots."""
+        """Method (and pattern, calibration, if there are several) -> (sparsity, top-1) from dense on, for plots."""
         return self._curves([(row.sparsity, row.top1) for row in self.rows])
+
+    @property
+    def latency_curves(self) -> dict[str, list[tuple[float, float]]]:
+        """The same with (sparsity, packed ms), from the packed dense model on; empty without packing."""
+        points = [(row.sparsity, row.packed_ms) for row in self.rows]
+        timed = [(sparsity, ms) for sparsity, ms in points if ms is not None]
+        return self._curves(timed) if len(timed) == len(points) else {}
 
     @property
     def speed_curves(self) -> dict[str, list[tuple[float, float]]]:
@@ -161,12 +171,18 @@ class Sweep:
         return self._curves(timed) if len(timed) == len(points) else {}
 
     def _curves(self, points: Sequence[tuple[float, float]]) -> dict[str, list[tuple[float, float]]]:
-        several = len({row.pattern for row in self.rows[1:]}) > 1
-        curves: dict[str, list[tuple[float, float]]] = {}
+        patterns = len({row.pattern for row in self.rows[1:]}) > 1
+        calibrations = len({row.calibration for row in self.rows[1:] if row.calibration}) > 1
+        curves: dict[str, list[tuple[float, tuple[float, float]]]] = {}
         for row, point in zip(self.rows[1:], points[1:], strict=True):
-            name = f"{row.method} {row.pattern}" if several else row.method
-            curves.setdefault(name, [points[0]]).append(point)
-        return curves
+            name = f"{row.method} {row.pattern}" if patterns else row.method
+            if calibrations and row.calibration:
+                name = f"{name} ({row.calibration})"
+            curves.setdefault(name, []).append((row.sparsity, point))
+        return {
+            name: [points[0], *(point for _, point in sorted(line, key=lambda pair: pair[0]))]
+            for name, line in curves.items()
+        }
 
     def table(self) -> Table:
         """One line per row."""
@@ -189,9 +205,6 @@ class Sweep:
                 "dense form in the same dtype, timed in the same run"
             )
         return Table(columns, lines, notes)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
 
 def sweep(
@@ -286,6 +299,40 @@ def sweep(
                 computed += 1
             rows.append(fitting[0].unpacked if pack is None else fitting[0])
     return Sweep(tuple(rows), computed)
+
+
+def load_sweeps(path: str | Path) -> tuple[Sweep, ...]:
+    """What a CSV of `sweep` holds, by model and images.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        For each model and images a Sweep of everything that was scored, without packing; after it, one for each way in
+        which it was packed and timed. Dense is first, then by method, pattern, calibration and sparsity.
+
+    Raises:
+        ValueError: no such file, no such CSV, or rows without the dense one of their model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the CSV that rmtkern sweep wrote")
+    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], SweepRow]] = {}
+    for row in _read(path):
+        groups.setdefault((row.weights, row.data, ""), {})[row.key] = row.unpacked
+        if row.pack:
+            groups.setdefault((row.weights, row.data, row.packing), {})[row.key] = row
+    found = []
+    for (weights, data, _), rows in groups.items():
+        dense = [row for row in rows.values() if row.method == DENSE]
+        others = sorted(
+            (row for row in rows.values() if row.method != DENSE),
+            key=lambda row: (row.method, row.pattern, row.calibration, row.sparsity),
+        )
+        if not dense:
+            raise ValueError(f"{path}: no row of the dense model {weights} on {data}; sweep it again")
+        found.append(Sweep((*dense, *others), 0))
+    return tuple(found)
 
 
 def _packing(pack: str | None, example: Tensor | None) -> tuple[str, str, int | None, str]:

@@ -1,4 +1,4 @@
-"""Rows of cells as text, Markdown, CSV or JSON: the one place that formats a table.
+"""Rows of cells as text, Markdown, HTML, CSV or JSON: the one place that formats a table.
 
 It knows nothing about what the cells mean.
 """
@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Table"]
+from rmtkern.markup import escape
+
+__all__ = ["Table", "Tabulated", "cell_text"]
 
 
-def _cell(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """A cell as people read it: "-" for None, yes or no for a boolean, four digits of a float."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -40,19 +43,23 @@ class Table:
     rows: Sequence[Sequence[Any]]
     notes: Sequence[str] = ()
 
-    def to_text(self) -> str:
-        """Aligned columns for a terminal; numbers to the right, words to the left."""
-        cells = [[_cell(value) for value in row] for row in self.rows]
-        widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(self.columns)]
-        numeric = [
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers (or None) only."""
+        return [
             bool(self.rows) and all(row[i] is None or isinstance(row[i], int | float) for row in self.rows)
             for i in range(len(self.columns))
         ]
 
+    def to_text(self) -> str:
+        """Aligned columns for a terminal; numbers to the right, words to the left."""
+        cells = [[cell_text(value) for value in row] for row in self.rows]
+        widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(self.columns)]
+
         def line(row: Sequence[str]) -> str:
             parts = (
                 text.rjust(width) if right else text.ljust(width)
-                for text, width, right in zip(row, widths, numeric, strict=True)
+                for text, width, right in zip(row, widths, self.numeric, strict=True)
             )
             return "  ".join(parts).rstrip()
 
@@ -66,8 +73,23 @@ class Table:
             return "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"
 
         body = [line(self.columns), "|" + "---|" * len(self.columns)]
-        body += [line([_cell(value) for value in row]) for row in self.rows]
+        body += [line([cell_text(value) for value in row]) for row in self.rows]
         return "\n".join([*body, *(f"\n{note}" for note in self.notes)])
+
+    def to_html(self) -> str:
+        """A table element with a header for each column and row, and the notes as paragraphs; text is escaped."""
+
+        def line(cells: Sequence[str], head: bool) -> str:
+            parts = []
+            for index, (text, right) in enumerate(zip(cells, self.numeric, strict=True)):
+                tag, scope = ("th", ' scope="col"') if head else ("th", ' scope="row"') if index == 0 else ("td", "")
+                side = "right" if right else "left"
+                parts.append(f'<{tag}{scope} style="text-align:{side}">{escape(text)}</{tag}>')
+            return f"<tr>{''.join(parts)}</tr>"
+
+        body = "\n".join(line([cell_text(value) for value in row], False) for row in self.rows)
+        notes = "\n".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<table>\n<thead>{line(self.columns, True)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>\n{notes}"
 
     def to_csv(self) -> str:
         """RFC 4180 CSV with full precision; None is an empty cell; notes are left out."""
@@ -80,3 +102,19 @@ class Table:
     def to_json(self) -> str:
         """JSON list with one object per row."""
         return json.dumps([dict(zip(self.columns, row, strict=True)) for row in self.rows], indent=1)
+
+
+class Tabulated:
+    """What shows as its table: as text where it is printed, as HTML in a notebook."""
+
+    __slots__ = ()
+
+    def table(self) -> Table:
+        """Its rows."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.table().to_text()
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()

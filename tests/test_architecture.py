@@ -47,6 +47,11 @@ def test_spectrum_knows_only_mathematics():
     assert offenders("spectrum", (*TOP, *RIGHT, "pruning", "models")) == []
 
 
+def test_what_anyone_may_import_knows_nothing_of_ours():
+    for name in ("gpu.py", "triton_target.py", "activations.py", "errors.py"):
+        assert offenders(name, (*TOP, *LEFT, *RIGHT)) == []
+
+
 def test_pruning_knows_no_storage_and_no_kernel():
     assert offenders("pruning", (*TOP, *RIGHT)) == []
     assert offenders("models.py", (*TOP, *RIGHT, "pruning", "spectrum")) == []
@@ -79,6 +84,17 @@ def test_the_columns_meet_only_at_the_top():
         assert offenders(name, ("sweep",)) == []  # which meets the other column through speed
     for name in ("token_merging.py", "macs.py"):
         assert offenders(name, (*TOP, *RIGHT, "spectrum")) == []
+    for folder in sorted(
+        path.name for path in PACKAGE.glob("*") if path.name not in ("report", "cli.py", "__init__.py")
+    ):
+        if (PACKAGE / folder).suffix == ".py" or (PACKAGE / folder / "__init__.py").exists():
+            assert offenders(folder, ("report",)) == []
+    for name in ("svg", "page", "figures", "contents"):
+        assert offenders(f"report/{name}.py", ("report.write", "report.source", "files", "loading", "storage")) == []
+    assert imports(PACKAGE / "peers.py") == set()
+    for name in ("packing.py", "api.py", "speed.py", "advice.py", "files.py"):
+        assert offenders(name, ("comparison", "peers")) == []
+    assert [name for name in imports(PACKAGE / "report/svg.py") if not name.startswith("markup")] == []
     assert offenders("evaluation.py", (*RIGHT, "packing", "pruning", "spectrum", "cli", "demo")) == []
 
 

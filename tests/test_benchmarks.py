@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy, cases, contenders, growth, kernel, peers, record, run, tables, timing
-from benchmarks import model as models
+from benchmarks import accuracy, cases, contenders, growth, kernel, record, run, tables, timing
 from benchmarks.cases import KernelCase
+from rmtkern import comparison, peers
 
 
 def parsed(*options):
@@ -159,8 +159,12 @@ def test_a_model_output_is_held_to_its_precision():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)).eval()
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        allowed = [models._allowed(dtype, model, images, model(images)) for dtype in ("float32", "bfloat16", "int8")]
-    assert allowed[0] == 1e-4 < 4 * torch.finfo(torch.bfloat16).eps < allowed[1] < allowed[2] == models.INT8_TOLERANCE
+        allowed = [
+            comparison.allowed_error(dtype, model, images, model(images)) for dtype in ("float32", "bfloat16", "int8")
+        ]
+    assert (
+        allowed[0] == 1e-4 < 4 * torch.finfo(torch.bfloat16).eps < allowed[1] < allowed[2] == comparison.INT8_TOLERANCE
+    )
 
 
 def test_options_select_cases():

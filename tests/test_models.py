@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from rmtkern.errors import PackedModelError
-from rmtkern.models import GROUPS, ROLES, check_values, layer_type, prunable_weights
+from rmtkern.models import GROUPS, ROLES, block_name, check_values, layer_type, prunable_weights, weights_of_state
 
 
 def roles(model, targets="all"):
@@ -89,6 +89,51 @@ def test_roles_of_real_models(name):
         assert dict(model.named_parameters())[weight.name] is weight.parameter
         assert weight.as_matrix().shape == weight.shape
         assert torch.equal(weight.to_parameter(weight.as_matrix()), weight.parameter)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_alone_tells_the_same_roles(name):
+    model = MODELS[name][0]()
+    known = {weight.name: weight for weight in prunable_weights(model, "all")}
+    found = {weight.name: weight for weight in weights_of_state(model.state_dict())}
+    assert list(found) == list(known)
+    different = {name: (found[name].role, known[name].role) for name in known if found[name].role != known[name].role}
+    assert different == {}
+    for weight in found.values():
+        assert weight.shape == known[weight.name].shape and weight.groups == known[weight.name].groups
+
+
+def test_a_checkpoint_alone_leaves_out_what_is_no_weight():
+    state = {
+        "embeddings.word_embeddings.weight": torch.zeros(9, 4),
+        "norm.weight": torch.zeros(4),
+        "index.weight": torch.zeros(4, 4, dtype=torch.int64),
+        "empty.weight": torch.zeros(0, 4),
+        "pos_embed": torch.zeros(4, 4),
+        f"{'x.' * 501}weight": torch.zeros(4, 4),
+        "": torch.zeros(4, 4),
+        "forward..weight": torch.zeros(4, 4),
+        "weight": torch.zeros(3, 3),
+    }
+    assert [weight.name for weight in weights_of_state(state)] == ["forward..weight", "weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("blocks.3.attn.qkv.weight", "blocks.3"),
+        ("encoder.layers.encoder_layer_3.mlp.0.weight", "encoder.layers.encoder_layer_3"),
+        ("encoder.layer.11.attention.attention.query.weight", "encoder.layer.11"),
+        ("encoder.layers.0.self_attn.in_proj_weight", "encoder.layers.0"),
+        ("layers.1.blocks.0.mlp.fc1.weight", "layers.1.blocks.0"),
+        ("patch_embed.proj.weight", ""),
+        ("head.weight", ""),
+        ("2.weight", ""),
+        ("weight", ""),
+    ],
+)
+def test_block_names(name, block):
+    assert block_name(name) == block
 
 
 def test_vit_base_has_the_papers_50_matrices():

@@ -47,7 +47,8 @@ def timer(cheap="bitmask", whole=None):
         for call in calls.values():
             call()
         if "original" in calls:
-            return {name: (whole or {"original": 9.0, "dense": 8.0, "packed": 4.0})[name] for name in calls}
+            states = whole or {"original": 9.0, "dense": 8.0, "kernels": 7.0, "packed": 4.0}
+            return {name: states[name] for name in calls}
         return {
             label: 1.0 if label.startswith(cheap) else 2.0 + 0.1 * i if label.startswith("dense") else 3.0
             for i, label in enumerate(calls)
@@ -293,6 +294,55 @@ def test_guard_undoes_only_what_is_slow():
 
     report = pack_(model, x, timer=measure)
     assert [layer.packed for layer in report.layers] == [True, False]  # the smaller win went first
+
+
+def test_guard_undoes_only_where_it_is_slow():
+    """Of two examples one loses: its token count runs dense, the other sparse."""
+    model, examples = mlp(0.9), [torch.randn(8, 128), torch.randn(64, 128)]
+    dense = copy.deepcopy(model)
+    states = itertools.cycle([{"original": 4.0, "dense": 3.0}, {"original": 40.0, "dense": 30.0}])
+    layers = timer()
+
+    def measure(calls, budget_ms):
+        if "original" not in calls:
+            return layers(calls, budget_ms)
+        times = next(states)
+        calls["packed"]()
+        ran = {m.form(8).layout for m in model.modules() if isinstance(m, PackedLinear)}
+        slow = times["dense"] == 3.0 and "bitmask" in ran
+        return {**times, "packed": 5.0 if slow else times["dense"] if times["dense"] == 3.0 else 10.0}
+
+    report = pack_(model, examples, timer=measure)
+    assert [layer.form for layer in report.layers] == ["dense/torch | bitmask"] * 2
+    assert [times.speedup for times in report.end_to_end] == [1.0, 3.0]
+    assert all("slower end to end at T=8" in layer.reason for layer in report.layers)
+    for x in examples:
+        assert_same_function(model, dense, x)
+
+
+def test_what_another_kernel_gains_does_not_pay_for_a_sparse_layer_that_loses():
+    torch.manual_seed(0)
+    model = prune(nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 64)), 0.9)
+    layers = timer()
+
+    def measure(calls, budget_ms):
+        if "layer_norm/kernel" in calls:
+            return {"layer_norm/torch": 2.0, "layer_norm/kernel": 1.0}
+        if "original" not in calls:
+            return layers(calls, budget_ms)
+        for name in calls.keys() & {"kernels", "packed"}:
+            calls[name]()
+            assert "forward" in vars(model[0])
+        calls["original"]()
+        assert "forward" not in vars(model[0])
+        packed = 3.0 if isinstance(model[1], PackedLinear) or "kernels" in calls else 2.0
+        return {name: {"original": 4.0, "dense": 4.0, "kernels": 2.0, "packed": packed}[name] for name in calls}
+
+    report = pack_(model, torch.randn(8, 128), timer=measure)
+    assert report.norms[0].used and "forward" in vars(model[0])
+    assert report.packed_layers == 0
+    (times,) = report.end_to_end
+    assert (times.original_ms, times.packed_ms, times.kernels_ms) == (4.0, 2.0, None)
 
 
 class Shared(nn.Module):

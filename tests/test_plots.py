@@ -5,7 +5,17 @@ import sys
 import numpy as np
 import pytest
 
-from rmtkern.plots import accuracy_figure, demo_figure, draw_accuracy, draw_spectrum, speed_figure
+from rmtkern.plots import (
+    accuracy_figure,
+    demo_figure,
+    draw_accuracy,
+    draw_spectrum,
+    latency_figure,
+    sparsity_figure,
+    spectrum_figure,
+    speed_figure,
+)
+from rmtkern.pruning.plan import LayerPlan
 from rmtkern.spectrum.fit import fit_spectrum
 
 figure_module = pytest.importorskip("matplotlib.figure")
@@ -38,7 +48,8 @@ def test_spectrum(axes, spiked):
     # all values under the histogram or named as beyond the axis
     beyond = int((values**2 / 200 / fit.sigma2 > axes.get_xlim()[1]).sum())
     assert (f"{beyond} beyond the axis" in axes.get_title()) == (beyond > 0) and beyond > 0
-    area = sum(patch.get_height() * patch.get_width() for patch in axes.patches)
+    heights, bounds, _ = axes.patches[0].get_data()
+    area = float((heights * np.diff(bounds)).sum())
     assert area == pytest.approx(1 - beyond / 120)
     # the law's curve has the share of the bulk as its area (trapezoids of 600 points under a square root: 1 %)
     law = next(line for line in axes.lines if "Marchenko" in line.get_label())
@@ -73,6 +84,36 @@ def test_speed_figure():
     assert axes.lines[1].get_ydata() == pytest.approx([90, 70])
     assert "strongest dense form\nbfloat16, 8" in axes.get_xlabel() and "2,000" in axes.get_ylabel()
     assert [list(line.get_xdata()) for line in axes.lines[2:]] == [[1, 1]]  # as fast as dense
+
+
+def test_spectrum_figure_fits_by_itself(rng):
+    weight = rng.standard_normal((60, 90))
+    axes = spectrum_figure(weight, "mine").axes[0]
+    fit = fit_spectrum(weight)
+    assert axes.get_title() == f"mine  (60x90)\nfit error {fit.mu:.3f}, {fit.n_spikes} spikes"
+
+
+def test_latency_figure():
+    axes = latency_figure({"one": [(0.0, 9.0), (0.5, 6.0)]}, "float32, 8").axes[0]
+    assert axes.lines[0].get_xdata() == pytest.approx([0, 50]) and axes.lines[0].get_ydata() == pytest.approx([9, 6])
+    assert axes.get_ylabel() == "latency [ms]" and axes.get_ylim()[0] == 0 and axes.get_xlabel().endswith("float32, 8")
+
+
+def test_sparsity_figure():
+    layers = [
+        LayerPlan("patch_embed.proj.weight", "embed", (4, 8), 8, ""),
+        LayerPlan("blocks.0.attn.qkv.weight", "qkv", (2, 5), 5, ""),
+        LayerPlan("blocks.0.mlp.fc1.weight", "mlp_in", (2, 5), 9, ""),
+        LayerPlan("blocks.1.mlp.fc1.weight", "mlp_in", (2, 5), 0, ""),
+    ]
+    axes = sparsity_figure(layers).axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["qkv", "mlp_in", "embed"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["blocks.0", "blocks.1", "outside the blocks"]
+    shown = axes.images[0].get_array().filled(np.nan)
+    np.testing.assert_allclose(shown, [[0.5, 0.9, np.nan], [np.nan, 0.0, np.nan], [np.nan, np.nan, 0.25]])
+    assert sorted(text.get_text() for text in axes.texts) == ["0.0", "25.0", "50.0", "90.0"]
+    with pytest.raises(ValueError, match=r"no layers to draw; pass those of a plan: plan.layers"):
+        sparsity_figure([])
 
 
 def test_demo_figure_is_written(tmp_path, spiked):

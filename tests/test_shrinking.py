@@ -1,6 +1,7 @@
 """shrink_: smaller models of three libraries compute what the masked ones do, load, pack, prune, and fail whole."""
 
 import copy
+import json
 
 import pytest
 import timm
@@ -497,6 +498,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     file = tmp_path / "small.safetensors"
     assert main(["shrink", spec, "--mlp", "0.5", "--heads", "0.25", "-o", str(file)]) == 0
     assert "blocks.1.attn" in capsys.readouterr().out
+    assert main(["shrink", spec, "--mlp", "0.5", "-o", str(tmp_path / "again.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["mlp"] == 0.5
     pruned = tmp_path / "pruned.safetensors"
     arguments = ["prune", spec, "--checkpoint", str(file), "--sparsity", "0.5", "-o", str(pruned)]
     assert main(arguments) == 0

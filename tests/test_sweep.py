@@ -16,7 +16,7 @@ from rmtkern.api import prune_
 from rmtkern.environment import cpu_model
 from rmtkern.evaluation import evaluate
 from rmtkern.packing import pack_
-from rmtkern.sweep import ASKED, COLUMNS, sweep
+from rmtkern.sweep import ASKED, COLUMNS, Sweep, SweepRow, load_sweeps, sweep
 
 module = sys.modules["rmtkern.sweep"]  # the name may also be the function
 
@@ -273,3 +273,48 @@ def test_bad_requests_are_refused_before_anything_is_computed(path, counted, opt
     with pytest.raises(ValueError, match=message):
         sweep(net(), (X, Y), path, **options)
     assert not counted and not path.exists()
+
+
+def made(method, sparsity, *, data="images", calibration="", pack="", ms=1.0, weights="w"):
+    packed = (pack, "8x16", 1, "cpu", 3.0, 2.0, ms, 0.5) if pack else ("", "", None, "", None, None, None, None)
+    pattern = "" if method == "dense" else "unstructured"
+    return SweepRow(weights, data, calibration, method, pattern, sparsity, 0.9 - sparsity, 1.0, 0.1, 9, *packed)
+
+
+def test_a_file_comes_back_by_model_images_and_packing(path):
+    rows = [
+        made("dense", 0.0, pack="float32", ms=2.0), made("row", 0.6, pack="float32"), made("row", 0.3, pack="float32"),
+        made("dense", 0.0, data="other"), made("row", 0.3, data="other"), made("seb", 0.3),
+    ]  # fmt: skip
+    module._write(path, rows)
+    scored, packed, other = load_sweeps(path)
+    assert [(row.method, row.sparsity, row.pack) for row in scored.rows] == [
+        ("dense", 0.0, ""), ("row", 0.3, ""), ("row", 0.6, ""), ("seb", 0.3, "")]  # fmt: skip
+    assert [row.packed_ms for row in packed.rows] == [2.0, 1.0, 1.0] and packed.rows[0].pack == "float32"
+    assert packed.latency_curves == {"row": [(0.0, 2.0), (0.3, 1.0), (0.6, 1.0)]} and scored.latency_curves == {}
+    assert [row.data for row in other.rows] == ["other", "other"] and other.computed == 0
+
+
+def test_what_sweep_wrote_is_what_is_read(path):
+    found = sweep(net(), (X, Y), path, sparsities=(0.6, 0.3), methods=("row",), show_progress=False)
+    (loaded,) = load_sweeps(path)
+    assert set(loaded.rows) == set(found.rows) and loaded.curves == found.curves
+
+
+def test_curves_rise_in_sparsity_and_tell_calibrations_apart():
+    rows = [made("dense", 0.0), made("row", 0.6), made("wanda", 0.3, calibration="a"),
+            made("wanda", 0.3, calibration="b"), made("row", 0.3)]  # fmt: skip
+    curves = Sweep(tuple(rows), 0).curves
+    assert list(curves) == ["row", "wanda (a)", "wanda (b)"]
+    assert [x for x, _ in curves["row"]] == [0.0, 0.3, 0.6]
+
+
+def test_files_that_are_no_sweep(path):
+    with pytest.raises(ValueError, match=r"sweep.csv: no such file; give the CSV that rmtkern sweep wrote"):
+        load_sweeps(path)
+    module._write(path, [made("row", 0.3)])
+    with pytest.raises(ValueError, match=r"sweep.csv: no row of the dense model w on images; sweep it again"):
+        load_sweeps(path)
+    module._write(path, [made("dense", 0.0), made("row", float("nan"))])
+    with pytest.raises(ValueError, match=r"line 3: not a row of a sweep \(NaN or an infinite number\); remove it"):
+        load_sweeps(path)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = ["Bound", "Certificate", "Measured", "StepCertificate"]
 
@@ -117,7 +117,7 @@ class StepCertificate:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Tabulated):
     """What can be guaranteed about a pruned model, and what only seems so; prints as tables with words.
 
     Args:
@@ -200,6 +200,9 @@ class Certificate:
 
     def __str__(self) -> str:
         return f"{self.table().to_text()}\n\n{self.step_table().to_text()}"
+
+    def _repr_html_(self) -> str:
+        return f"{self.table().to_html()}\n{self.step_table().to_html()}"
 
     def to_json(self) -> str:
         """Everything, as a JSON object; what is infinite or unknown is null."""

@@ -7,6 +7,8 @@ run them yet. It knows no kernel and imports no triton.
 from dataclasses import dataclass, replace
 from typing import Self
 
+from rmtkern.gpu import ARCHITECTURES, architecture, precision
+
 __all__ = [
     "ARCHITECTURES",
     "DESCRIBING",
@@ -17,9 +19,6 @@ __all__ = [
     "precision",
     "shape_class",
 ]
-
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-"""What the kernels are compiled and checked for; others are refused."""
 
 DESCRIBING = ("sm_90", "sm_100", "sm_120")
 """Those with a copy engine that takes tensor descriptors; elsewhere a kernel with descriptors spills."""
@@ -97,6 +96,12 @@ _DESCRIPTOR_32: _Table = {
     "batch": Config(128, 64, 32, 8, 3),
     "ragged": Config(32, 64, 32, 4, 3),
 }
+# The threshold of masked_linear is applied in registers. It is for training, which has many tokens: one class.
+_MASKED_16: _Table = {
+    **dict.fromkeys(SHAPE_CLASSES, Config(128, 128, 64, 8, 3)),
+    "ragged": Config(64, 64, 32, 4, 3),
+}
+_MASKED_32: _Table = dict.fromkeys((*SHAPE_CLASSES, "ragged"), Config(128, 64, 16, 8, 3))
 # A bitmask tile is as deep as a mask is wide (bk = 64). It can pay for small T only; larger T stay correct.
 _BITMASK_16: _Table = {
     "row": Config(16, 32, 64, 4, 2),
@@ -152,6 +157,8 @@ _NOFM_32: _Table = {
 
 
 def _table(layout: str, itemsize: int, arch: str) -> _Table:
+    if layout == "masked":
+        return _MASKED_16 if itemsize == 2 else _MASKED_32
     if layout == "bitmask":
         return _BITMASK_16 if itemsize == 2 else _BITMASK_32
     if layout == "spectral":
@@ -178,7 +185,8 @@ def choose(
     """The tile for a call.
 
     Args:
-        layout: "dense", "bitmask", "spectral", "block", "nofm" or "descriptor" (dense, by tensor descriptors).
+        layout: "dense", "bitmask", "spectral", "block", "nofm", "descriptor" (dense, by tensor descriptors) or "masked"
+            (masked_linear.py).
         itemsize: bytes of an element, 2 or 4.
         arch: a name in `ARCHITECTURES`.
         tokens: T >= 1.
@@ -198,24 +206,3 @@ def candidates(
     """Every distinct tile that `choose` can return for a layout, element size, architecture, alignment and block."""
     chosen = (choose(layout, itemsize, arch, most or 2**20, aligned, block) for most in SHAPE_CLASSES.values())
     return tuple(dict.fromkeys(chosen))
-
-
-def architecture(backend: str, arch: int | str) -> str | None:
-    """The name in `ARCHITECTURES` whose code runs on a device, or None if none does.
-
-    Args:
-        backend: "cuda" or "hip".
-        arch: compute capability as an integer (86 for 8.6), or AMD's name such as "gfx942:sramecc+".
-    """
-    if backend == "hip":
-        name = str(arch).split(":")[0]
-    else:
-        number = int(arch)
-        same_family = {87: 86, 101: 100, 103: 100, 121: 120}
-        name = f"sm_{same_family.get(number, number)}"
-    return name if name in ARCHITECTURES else None
-
-
-def precision(itemsize: int, arch: str) -> str:
-    """How a dot product of float32 is summed: three TF32 products on NVIDIA's tensor cores, exactly elsewhere."""
-    return "tf32x3" if itemsize == 4 and arch.startswith("sm_") else "ieee"

@@ -12,11 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
-from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts.base import PackedWeight
-from rmtkern.layouts.gpu_configs import ARCHITECTURES, architecture, candidates, choose, shape_class
+from rmtkern.layouts.gpu_configs import candidates, choose, shape_class
+from rmtkern.triton_target import INTERPRETED, reason_against_device, target
 
 __all__ = ["DTYPES", "FEATURES", "GROUP", "ROWS", "finish", "linear", "rows_at", "run", "supports", "target", "tile_of"]
 
@@ -24,7 +23,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS = 2**31  # tokens and stored values are counted in 32 bits
 FEATURES = 2**23  # N and K stay below: the offsets within a tile of 128 rows are counted in 32 bits too
 GROUP = 8  # tiles of tokens that are computed before the next columns of W are read
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # read by @triton.jit when it decorates, so fixed for a process
 
 
 @triton.jit
@@ -116,28 +114,7 @@ def supports(w: PackedWeight, x: Tensor) -> str | None:
         return f"the weight is {w.shape}; N and K must be less than 2^23"
     if max(x.numel() // w.shape[1], *(part.numel() for part in parts if part.ndim == 1), 0) >= ROWS:
         return "tokens or stored values reach 2^31; split the call"
-    if x.device.type == "cuda" and not torch.compiler.is_compiling() and _arch(x.device) is None:
-        return f"{torch.cuda.get_device_name(x.device)} is none of {', '.join(ARCHITECTURES)}"
-    return None
-
-
-def _arch(device: torch.device) -> str | None:
-    """Name in ARCHITECTURES of a CUDA or ROCm device."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return architecture("hip", properties.gcnArchName)
-    return architecture("cuda", 10 * properties.major + properties.minor)
-
-
-def target() -> str:
-    """The architecture that a launch on the current device compiles for; the interpreter runs sm_80's tables."""
-    if INTERPRETED:
-        return "sm_80"
-    found = driver.active.get_current_target()
-    name = architecture(found.backend, found.arch)
-    if name is None:
-        raise KernelUnavailable(f"no Triton kernel for {found.backend} {found.arch}; expected {ARCHITECTURES}")
-    return name
+    return reason_against_device(x.device)
 
 
 _tuned: dict[Any, Any] = {}

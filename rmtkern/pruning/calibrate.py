@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +29,7 @@ __all__ = [
     "tensors_of", "weights_in_order",
 ]  # fmt: skip
 
-_BATCH = 32
+_BATCH, _BATCH_ENTRIES = 32, 8 * 3 * 224 * 224  # at most; what a block computes of one batch should fit beside a model
 _GRADIENT_BATCH, _GRADIENT_IMAGES = 2, 128  # a backward pass holds all activations
 
 
@@ -83,14 +83,14 @@ def calibrate(
 
 
 def forward_passes(
-    model: nn.Module, images: Tensor | Iterable[Any], size: int = _BATCH
+    model: nn.Module, images: Tensor | Iterable[Any], size: int | None = None
 ) -> Iterator[tuple[Callable[[], Any], int]]:
     """For each batch of calibration images: the model applied to it, as a function to call, and the number of images.
 
     Args:
         model: takes one batch of images as its first argument.
         images: as for `calibrate`; a loader is read batch by batch.
-        size: images in a batch, if they are one tensor.
+        size: images in a batch, if they are one tensor; None: 32, or fewer large ones (8 of 3 x 224 x 224).
 
     Raises:
         TypeError: a batch of another type.
@@ -215,13 +215,14 @@ def tensors_of(found: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors_of(part)]
 
 
-def _batches(images: Tensor | Iterable[Any], size: int) -> Iterator[Any]:
+def _batches(images: Tensor | Iterable[Any], size: int | None) -> Iterator[Any]:
     if isinstance(images, tuple) and len(images) == 2 and isinstance(images[0], Tensor) and images[0].ndim > 1:
         labels = images[1]
         if not isinstance(labels, Tensor) or labels.ndim <= 1:
             images = images[0]
     if isinstance(images, Tensor):
-        return iter(images.split(size))
+        entries = max(1, images[:1].numel())
+        return iter(images.split(size or max(1, min(_BATCH, _BATCH_ENTRIES // entries))))
     if isinstance(images, str | bytes) or not isinstance(images, Iterable):
         raise TypeError(f"calibration: expected a tensor or an iterable of batches, got {type(images).__name__}")
     return iter(images)
@@ -398,7 +399,8 @@ class _Watch(TorchFunctionMode):
         moments = []
         for at in range(0, weight.shape[0], block):
             seen = [rows for rows in sums if rows[0] <= at < rows[1]]
-            moments.append(torch.stack([sums[rows] for rows in seen]).sum(0) / sum(counts[rows] for rows in seen))
+            total = reduce(torch.add, (sums[rows] for rows in seen))
+            moments.append(total / sum(counts[rows] for rows in seen))
         moment = torch.cat(moments) if len(moments) > 1 else moments[0]
         if not bool(torch.isfinite(moment).all()):
             raise ValueError(

@@ -9,6 +9,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rmtkern.models import PrunableWeight, layer_type
 from rmtkern.progress import progress
@@ -17,7 +18,7 @@ from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.score import LAYERWISE, SCORES
 from rmtkern.pruning.sensitivity import Sensitivity
-from rmtkern.spectrum.denoise import legacy_theta, sparsify_haar, sparsify_singular_vectors
+from rmtkern.spectrum.denoise import legacy_shrinkage, legacy_theta, sparsify_haar, sparsify_singular_vectors
 from rmtkern.spectrum.fit import SpectralFit
 
 __all__ = ["Pruned", "layer_weights", "make_masks", "matrices"]
@@ -91,16 +92,14 @@ def make_masks(
             f"already and stay so; ask for at least {zeros / total:.6g}"
         )
     if config.haar:
-        values = [_keep_zeros(value, mask, _haar(weight, value, fits, config.haar))
-                  for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
+        values = _by_block(weights, values, masks, fits, _haar(fits, config.haar))
     changes = config.haar > 0 or config.budget == "cycle"
     cycles = count(1) if config.budget == "cycle" else range(1, 2)
     for cycle in progress(cycles, "prune", show=show_progress):
         if cycle > 1:
             fits = fit(matrices(weights, values))
         if config.budget == "cycle" and cycle % 2 == 0:
-            values = [_keep_zeros(value, mask, _sparsify(weight, value, fits, config.theta, cycle))
-                      for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
+            values = _by_block(weights, values, masks, fits, _sparsify(config.theta, cycle))
         layers = _layers(weights, values, masks, fits, moments, sensitivities or {}, config, kind, params)
         left = goal - sum(layer.zeros for layer in layers)
         if kind == "n:m":
@@ -114,6 +113,9 @@ def make_masks(
         del keys, layers  # as large as the weights
         if changes:
             values = [value.masked_fill(mask, 0) for value, mask in zip(values, masks, strict=True)]
+        if config.budget == "cycle" and config.soft_threshold > 0:
+            values = [_keep_zeros(value, mask, _shrunk(weight, value, fits, config.soft_threshold, cycle))
+                      for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
         if take == left:
             break
     return list(zip(masks, values if changes else [None] * len(masks), strict=True))
@@ -192,41 +194,95 @@ def _keep_zeros(before: Tensor, mask: Tensor, after: Tensor) -> Tensor:
     return torch.where(after == 0, before, after).masked_fill(mask, 0)
 
 
+Step = Callable[[Tensor, list[float], list[float | None]], Tensor]
+"""(blocks [B, N, K], their sigma_plus, their hill_alpha) -> blocks [B, N, K]."""
+
+_TOGETHER = 1 << 30
+"""Bytes that one batch of blocks may need on a GPU."""
+
+
 def _by_block(
-    weight: PrunableWeight, value: Tensor, fits: Fits, step: Callable[[Tensor, float, float | None], Tensor]
-) -> Tensor:
-    """Apply step(block, sigma_plus, hill_alpha) to each block of a weight that has an edge; the others stay."""
-    out = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-    for label, rows in weight.blocks().items():
-        fit = fits.get(label)
-        if fit is not None and fit.sigma_plus:
-            out[rows] = step(out[rows], fit.sigma_plus, fit.hill_alpha)
-    return out
+    weights: Sequence[PrunableWeight], values: Sequence[Tensor], masks: Sequence[Tensor], fits: Fits, step: Step
+) -> list[Tensor]:
+    """Apply a step to each block of each weight that has an edge; other blocks stay, and so do zeros and non-zeros."""
+    changed: list[Tensor] = list(values)
+    for group in _groups(weights, values):
+        blocks: list[tuple[int, slice, SpectralFit]] = [
+            (index, rows, fit)
+            for index in group
+            for label, rows in weights[index].blocks().items()
+            if (fit := fits.get(label)) is not None and fit.sigma_plus
+        ]
+        after = {index: values[index].to(torch.promote_types(values[index].dtype, torch.float32), copy=True)
+                 for index in group}  # fmt: skip
+        if blocks:
+            batch = torch.stack([after[index][rows] for index, rows, _ in blocks])
+            edges = [float(fit.sigma_plus or 0) for _, _, fit in blocks]
+            found = step(batch, edges, [fit.hill_alpha for _, _, fit in blocks])
+            for (index, rows, _), block in zip(blocks, found, strict=True):
+                after[index][rows] = block
+        for index in group:
+            changed[index] = _keep_zeros(values[index], masks[index], after[index])
+    return changed
 
 
-def _haar(weight: PrunableWeight, value: Tensor, fits: Fits, z: float) -> Tensor:
+def _groups(weights: Sequence[PrunableWeight], values: Sequence[Tensor]) -> list[list[int]]:
+    """Which weights are decomposed together: on a GPU those whose blocks have one shape, as far as memory allows.
+
+    On a CPU, where a batch is a loop and only costs memory, each weight alone.
+    """
+    groups: list[list[int]] = []
+    last: dict[tuple[object, ...], tuple[list[int], int]] = {}
+    for index, (weight, value) in enumerate(zip(weights, values, strict=True)):
+        (n, k), count = value.shape, len(weight.blocks())
+        key = (n, k, count, value.dtype, value.device) if value.device.type == "cuda" else (index,)
+        needed = 8 * (4 * n * k + 3 * count * min(n // count, k) ** 2)  # float64: both factors, copies, Gram matrices
+        group, used = last.get(key, ([], 0))
+        if not group or used + needed > _TOGETHER:
+            group, used = [], 0
+            groups.append(group)
+        group.append(index)
+        last[key] = group, used + needed
+    return groups
+
+
+def _haar(fits: Fits, z: float) -> Step:
     """The Haar step of docs/math.md (17), scaled by the layer's Hill exponent over the mean of all layers."""
     mean = _mean([fit.hill_alpha for fit in fits.values()])
 
-    def step(block: Tensor, edge: float, alpha: float | None) -> Tensor:
-        return sparsify_haar(block, edge, z=z, power=3, scale=alpha / mean if alpha and mean else 1.0)
+    def step(blocks: Tensor, edges: list[float], alphas: list[float | None]) -> Tensor:
+        scales = [alpha / mean if alpha and mean else 1.0 for alpha in alphas]
+        return sparsify_haar(blocks, edges, z=z, power=3, scale=scales)
 
-    return _by_block(weight, value, fits, step)
+    return step
 
 
 _CYCLE_Z = 0.5
 
 
-def _sparsify(weight: PrunableWeight, value: Tensor, fits: Fits, theta: str, cycle: int) -> Tensor:
+def _sparsify(theta: str, cycle: int) -> Step:
     """The singular-vector step of an even cycle, docs/math.md (16) and (23): thresholds grow by 1.02 with each cycle.
 
     "legacy" takes the published theta; "haar" takes 0.5 * 1.02^i standard deviations of a random unit vector's
     coordinate on either side, whatever the shape.
     """
 
-    def step(block: Tensor, edge: float, alpha: float | None) -> Tensor:
+    def step(blocks: Tensor, edges: list[float], alphas: list[float | None]) -> Tensor:
         if theta == "legacy":
-            return sparsify_singular_vectors(block, edge, legacy_theta(cycle, (block.shape[0], block.shape[1])))
-        return sparsify_singular_vectors(block, edge, _CYCLE_Z * 1.02**cycle, haar_units=True)
+            return sparsify_singular_vectors(blocks, edges, legacy_theta(cycle, (blocks.shape[1], blocks.shape[2])))
+        return sparsify_singular_vectors(blocks, edges, _CYCLE_Z * 1.02**cycle, haar_units=True)
 
-    return _by_block(weight, value, fits, step)
+    return step
+
+
+def _shrunk(weight: PrunableWeight, value: Tensor, fits: Fits, strength: float, cycle: int) -> Tensor:
+    """The soft threshold sign(w) max(|w| - strength delta, 0), block by block, with the delta of `legacy_shrinkage`.
+
+    A block without a fit counts as noise, mu = 0.
+    """
+    out = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+    for label, rows in weight.blocks().items():
+        fit = fits.get(label)
+        mu = 0.0 if fit is None or fit.mu is None else fit.mu
+        out[rows] = F.softshrink(out[rows], strength * legacy_shrinkage(cycle, mu))
+    return out

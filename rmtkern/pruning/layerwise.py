@@ -21,7 +21,7 @@ from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.repair import REPAIRS, damped
 from rmtkern.pruning.score import GROUPED
 from rmtkern.pruning.sensitivity import Sensitivity
-from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
+from rmtkern.pruning.stages import Call, Stage, find_stages, give_memory_back, visit_stages
 
 __all__ = ["MASKS", "prune_layerwise"]
 
@@ -37,13 +37,13 @@ def prune_layerwise(
     model: nn.Module,
     weights: Sequence[PrunableWeight],
     config: PruneConfig,
-    chosen: Sequence[Tensor],
+    chosen: list[Tensor],
     images: Tensor | Iterable[Any],
     *,
     sensitivities: Mapping[str, Sensitivity] | None = None,
     priors: Sequence[Tensor] | None = None,
     show_progress: bool | None = None,
-) -> tuple[list[tuple[Tensor, Tensor]], int]:
+) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
     """Choose (scores of MASKS) and repair every weight for the inputs that the layers pruned before it give.
 
     The model runs once over the images, block by block. Between two weights it holds pruned weights (with a score of
@@ -54,7 +54,7 @@ def prune_layerwise(
         weights: of the model.
         config: resolved, with a score of MASKS or a repair other than "none".
         chosen: bool [N, K] for each weight: the mask, or with a score of MASKS how many units go from each weight (with
-            budget "row", from each row).
+            budget "row", from each row). Emptied, so that what was used takes no room.
         images: as for calibrate.calibrate.
         sensitivities: weight name -> what its outputs are worth against each other; None: all the same.
         priors: bool [N, K] for each weight, true where a mask to stay close to lets it go, for a score of
@@ -69,7 +69,8 @@ def prune_layerwise(
         ValueError: no image, inputs with NaN or Inf, a weight that no image reaches, batches that the model treats
             differently.
     """
-    masks = {weight.name: mask for weight, mask in zip(weights, chosen, strict=True)}
+    left = {weight.name: chosen.pop(0) for weight in weights}
+    masks: dict[str, Tensor] = {}
     near = {weight.name: prior for weight, prior in zip(weights, priors or [], strict=priors is not None)}
     alone = config.score in GROUPED and config.repair == "none"  # as published; see docs/calibrated.md
     matrices: dict[str, Tensor] = {}
@@ -86,14 +87,15 @@ def prune_layerwise(
     def visit(stage: Stage, calls: list[Call]) -> None:
         for weight, uses in weights_in_order(stage, calls[0]):
             cost = (sensitivities or {}).get(weight.name)
-            chosen, prior = masks[weight.name], near.get(weight.name)
             masks[weight.name], matrix = _prune(
-                weight, chosen, second_moment(stage, weight, uses, calls), config, cost, prior
-            )
+                weight, left.pop(weight.name), second_moment(stage, weight, uses, calls), config, cost,
+                near.get(weight.name),
+            )  # fmt: skip
             if alone:
                 matrices[weight.name] = matrix
             else:
                 weight.parameter.copy_(weight.to_parameter(matrix))
+            give_memory_back()
             next(steps, None)
 
     with torch.no_grad(), evaluating(model), _restored(weights) as swap:
@@ -106,21 +108,26 @@ def prune_layerwise(
 
 @contextmanager
 def _restored(weights: Sequence[PrunableWeight]) -> Iterator[Any]:
-    """Put back the values that the weights have now; `swap()` does so earlier and returns those they had until then."""
-    before = [weight.parameter.detach().clone() for weight in weights]
+    """Put back the values that the weights have now; `swap()` does so earlier and returns those they had until then.
+
+    Of each weight either the one or the other is kept, never both.
+    """
+    before = {weight.name: weight.parameter.detach().clone() for weight in weights}
 
     def swap() -> list[Tensor]:
         found = []
-        for i, weight in enumerate(weights):
+        for weight in weights:
             found.append(weight.as_matrix().clone())
-            weight.parameter.copy_(before[i])
+            weight.parameter.copy_(before[weight.name])
+            del before[weight.name]
         return found
 
     try:
         yield swap
     finally:
-        for weight, value in zip(weights, before, strict=True):
-            weight.parameter.copy_(value)
+        for weight in weights:
+            if weight.name in before:
+                weight.parameter.copy_(before[weight.name])
 
 
 def _prune(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.models import PrunableWeight
+from rmtkern.progress import progress
 from rmtkern.pruning.calibrate import evaluating, forward_passes, tensors_of, weights_in_order
 from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.sensitivity import Sensitivity
@@ -69,6 +70,7 @@ def permute_(
     costs: Mapping[str, Sensitivity],
     pattern: str,
     images: Tensor | Iterable[Any],
+    show_progress: bool | None = None,
 ) -> dict[str, Sensitivity]:
     """Let channels of a model change places so that a pattern loses less; it computes the same.
 
@@ -82,6 +84,7 @@ def permute_(
         costs: of the weights.
         pattern: as pattern.parse_pattern takes it; "unstructured" leaves all as it is.
         images: as for calibrate.calibrate; the first few are used to try.
+        show_progress: progress bar; None: only on a terminal.
 
     Returns:
         The costs of the weights as they are now.
@@ -99,7 +102,8 @@ def permute_(
         return found
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for site in find_sites(model, weights, unit, images):
+        sites = find_sites(model, weights, unit, images)
+        for site in progress(sites, "permute", show=show_progress):
             if spread and site.consumer is not None:
                 order = _spread(site.consumer, site.block, found[site.consumer.name], params)
             else:

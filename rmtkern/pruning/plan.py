@@ -8,12 +8,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from torch import Tensor, nn
 
-from rmtkern.models import PrunableWeight, prunable_weights
+from rmtkern.models import ROLES, PrunableWeight, block_name, prunable_weights
 from rmtkern.pruning.budget import BUDGETS, MEASURED, SPECTRAL
 from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, HYBRID_UNTIL, PRESETS, RESTORES, Preset
@@ -21,9 +21,9 @@ from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
 from rmtkern.pruning.score import CALIBRATED, GROUPED, LAYERWISE, SCORES
 from rmtkern.pruning.target import Target, Trial
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
-__all__ = ["GIVEN", "PRIORS", "Count", "LayerPlan", "PruneConfig", "PrunePlan", "mask_hash"]
+__all__ = ["GIVEN", "PRIORS", "Count", "LayerPlan", "PruneConfig", "PrunePlan", "mask_hash", "sparsity_grid"]
 
 THETAS = ("haar", "legacy")
 
@@ -73,6 +73,8 @@ class PruneConfig:
         alpha_regime: budget "edge" at s <= 0.20 uses the Hill exponents as published, instead of plain magnitude.
         theta: unit of the thresholds on singular vectors in budget "cycle": "haar" (scale-free) or "legacy"
             (theta grows with N K, as published).
+        soft_threshold: after each cycle of budget "cycle" the weights that stay shrink by this many times the published
+            amount (docs/math.md (23)), >= 0; none of them to zero. 0: no such step; 1: as published.
         seed: of score "random", and of the order of the images with `restore`.
         restore: one of RESTORES, by what entries come back after 3 % more than asked were removed: "movement" (training
             these alone) or "gradient" (|g W|); both need calibration images with labels. None: the method's.
@@ -102,6 +104,7 @@ class PruneConfig:
     permute: bool | None = None
     prior: str | None = None
     alpha: float = 0.5
+    soft_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -155,6 +158,9 @@ class PruneConfig:
         _number("alpha", self.alpha)
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ValueError(f"alpha: expected a finite number >= 0, got {self.alpha}")
+        _number("soft_threshold", self.soft_threshold)
+        if not (math.isfinite(self.soft_threshold) and self.soft_threshold >= 0):
+            raise ValueError(f"soft_threshold: expected a finite number >= 0, got {self.soft_threshold}")
         _one_of("theta", self.theta, THETAS)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
@@ -259,6 +265,9 @@ class Count:
         """Fraction of zeros."""
         return self.zeros / self.total if self.total else 0.0
 
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.zeros + other.zeros, self.total + other.total)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -290,6 +299,12 @@ class LayerPlan:
         """Fraction of zeros."""
         return self.zeros / self.total
 
+    def holds(self, weight: PrunableWeight | None) -> bool:
+        """Whether a weight has this shape and exactly these zeros."""
+        if weight is None or weight.shape != self.shape:
+            return False
+        return mask_hash(weight.as_matrix() == 0) == self.mask_hash
+
 
 def mask_hash(mask: Tensor) -> str:
     """SHA-256 of a zero pattern.
@@ -305,8 +320,41 @@ def mask_hash(mask: Tensor) -> str:
     return hashlib.sha256(np.packbits(whole.cpu().numpy()).tobytes()).hexdigest()
 
 
+class _Counted(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def zeros(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+
+
+OUTSIDE = "outside the blocks"
+"""Name in `sparsity_grid` of what belongs to no numbered block."""
+
+
+def sparsity_grid(layers: Iterable[_Counted]) -> dict[str, dict[str, Count]]:
+    """Zeros by block and role, as a heat map shows them.
+
+    Args:
+        layers: those of a plan, or others with name, role, zeros and total.
+
+    Returns:
+        Block -> role -> zeros; blocks in the order of the layers, "outside the blocks" last, roles as in models.ROLES.
+    """
+    grid: dict[str, dict[str, Count]] = {}
+    for layer in layers:
+        row = grid.setdefault(block_name(layer.name) or OUTSIDE, {})
+        row[layer.role] = row.get(layer.role, Count(0, 0)) + Count(layer.zeros, layer.total)
+    if OUTSIDE in grid:
+        grid[OUTSIDE] = grid.pop(OUTSIDE)
+    return {block: {role: row[role] for role in ROLES if role in row} for block, row in grid.items()}
+
+
 @dataclass(frozen=True)
-class PrunePlan:
+class PrunePlan(Tabulated):
     """What was pruned, per layer; travels with the checkpoint as JSON.
 
     Args:
@@ -344,7 +392,7 @@ class PrunePlan:
             ValueError: names the weights that are missing, have another shape or other zeros.
         """
         weights = {weight.name: weight for weight in prunable_weights(model, "all")}
-        wrong = [layer.name for layer in self.layers if not _holds(layer, weights.get(layer.name))]
+        wrong = [layer.name for layer in self.layers if not layer.holds(weights.get(layer.name))]
         if wrong:
             raise ValueError(
                 f"the zeros of {', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''} ({len(wrong)} of "
@@ -375,9 +423,6 @@ class PrunePlan:
                 verdict = "" if target.allows(trial.accuracy) else ", too low"
                 notes.append(f"  {trial.sparsity:.4f}: {trial.accuracy:.2%}{verdict}")
         return Table(("weight", "role", "shape", "zeros", "total", "sparsity %"), rows, notes)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
     def to_json(self) -> str:
         """Everything, as a JSON object."""
@@ -422,7 +467,3 @@ class PrunePlan:
 
 def _target(data: Mapping[str, Any]) -> Target:
     return Target(**{**data, "trials": tuple(Trial(**trial) for trial in data["trials"])})
-
-
-def _holds(layer: LayerPlan, weight: PrunableWeight | None) -> bool:
-    return weight is not None and weight.shape == layer.shape and mask_hash(weight.as_matrix() == 0) == layer.mask_hash

@@ -14,7 +14,7 @@ from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.calibrate import evaluating, forward_passes, output_gradients, second_moments
 from rmtkern.pruning.repair import damped
-from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
+from rmtkern.pruning.stages import Call, Stage, find_stages, give_memory_back, visit_stages
 
 __all__ = ["Sensitivity", "sensitivities"]
 
@@ -84,6 +84,7 @@ def sensitivities(
         moments = second_moments(stage, calls, enough=_ENOUGH)
         for name in list(moments):
             columns[name] = _columns(damped(moments.pop(name)))
+            give_memory_back()
             next(steps, None)
 
     with torch.no_grad(), evaluating(model):

@@ -4,8 +4,9 @@ Every batch runs in a thread that waits at the next block, so any model will do 
 thread runs at a time. It must not know what is done with the blocks.
 """
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread, current_thread
@@ -16,7 +17,7 @@ from torch import nn
 
 from rmtkern.models import PrunableWeight
 
-__all__ = ["Call", "Stage", "find_stages", "visit_stages"]
+__all__ = ["Call", "Stage", "find_stages", "give_memory_back", "visit_stages"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +120,7 @@ class _Forward:
             self._started = True
             self.thread.start()
         kind, value = self._events.get()
+        give_memory_back()  # what this thread took
         self._ended = kind != "stage"
         if kind == "error":
             raise value
@@ -130,6 +132,15 @@ class _Forward:
             self._answers.put(False)
         if self._started:
             self.thread.join()
+
+
+def give_memory_back() -> None:
+    """To the system, what the allocator keeps of it: glibc's keeps some for every thread, several times a model's size.
+
+    Nothing happens with another C library, or where it cannot be reached.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def visit_stages(
@@ -164,10 +175,12 @@ def visit_stages(
                 left.discard(stage.name)
                 visit(stage, calls)
                 calls.clear()
+                give_memory_back()  # what visit took
                 found = [forward.advance() for forward in forwards]
         finally:
             for forward in forwards:
                 forward.stop()
+            give_memory_back()
     if left:
         names = [weight.name for stage in stages if stage.name in left for weight in stage.weights]
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Singular values and vectors of many matrices of one shape: exact through the Gram matrix, or randomised.
+"""Singular values and vectors of many matrices at once: exact through the Gram matrix, or randomised.
 
 Written once against the array API. Two facts decide the routes (measured, docs/math.md): an fp32 Gram matrix gives the
 bulk to 1e-7 when no spike dwarfs it, and batched LAPACK is a loop, so only the GEMMs gain from batching.
@@ -10,12 +10,13 @@ from functools import cache
 import numpy as np
 from array_api_compat import device, is_numpy_array
 
-from rmtkern.arrays import Array, as_computable, cast, namespace, to_numpy
+from rmtkern.arrays import Array, as_computable, cast, namespace, shares_with_torch, through_torch, to_numpy
 
 __all__ = ["randomized_svd", "singular_values", "svd"]
 
 _FP32_SAFE = 30.0  # s_1 / median s up to which an fp32 Gram matrix keeps the edge to 1e-6 (tests/spectrum)
 _FP64_SAFE = 1e5  # the same for a float64 Gram matrix; beyond it only a direct SVD keeps the small values
+_JACOBI = 32  # largest side of the eigenproblems that CuPy solves itself, by Jacobi's method (docs/gpu.md)
 _SAFE_MEAN_SQUARE = (1e-24, 1e24)  # of the entries: squares neither underflow nor overflow in float32
 
 
@@ -38,18 +39,24 @@ def _scale(batch: Array) -> Array:
     return 2.0 ** xp.round(xp.log2(xp.where(largest > 0, largest, xp.ones_like(largest))))
 
 
-def _gram(matrix: Array) -> tuple[Array, float]:
-    """Gram matrix [p, p] of the matrix divided by a power of two, and that divisor; 1 unless squares would not fit."""
-    xp = namespace(matrix)
-    wide = _wide(matrix)
+def _grams(matrices: Sequence[Array]) -> tuple[Array, np.ndarray]:
+    """Gram matrices [B, p, p] of the matrices, each divided by a power of two, and those divisors [B].
+
+    The divisor is 1 unless squares would not fit. The host waits once for all.
+    """
+    xp = namespace(*matrices)
+    wides = [_wide(matrix) for matrix in matrices]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        gram = wide @ xp.matrix_transpose(wide)
-        mean_square = float(xp.linalg.trace(gram)) / (matrix.shape[0] * matrix.shape[1])
-    if _SAFE_MEAN_SQUARE[0] <= mean_square <= _SAFE_MEAN_SQUARE[1]:
-        return gram, 1.0
-    scale = _scale(matrix)
-    wide = wide / scale
-    return wide @ xp.matrix_transpose(wide), float(scale[0, 0])
+        grams = [wide @ xp.matrix_transpose(wide) for wide in wides]
+        traces = to_numpy(xp.stack([xp.linalg.trace(gram) for gram in grams]))
+    mean_squares = traces / [matrix.shape[0] * matrix.shape[1] for matrix in matrices]
+    scales = np.ones(len(grams))
+    for index, mean_square in enumerate(mean_squares):
+        if not _SAFE_MEAN_SQUARE[0] <= mean_square <= _SAFE_MEAN_SQUARE[1]:
+            scale = _scale(matrices[index])
+            wide = wides[index] / scale
+            grams[index], scales[index] = wide @ xp.matrix_transpose(wide), float(scale[0, 0])
+    return xp.stack(grams), scales
 
 
 @cache
@@ -64,28 +71,47 @@ def _numpy_solver() -> Callable[[np.ndarray], np.ndarray]:
     )
 
 
+def _by_torch(grams: Array) -> bool:
+    """Whether torch solves an eigenproblem of CuPy's: it has cuSOLVER's batched solver, CuPy only Jacobi's."""
+    return grams.shape[-1] > _JACOBI and shares_with_torch(grams)
+
+
 def _roots(grams: Array) -> np.ndarray:
     """Square roots of the eigenvalues of [B, p, p], descending, float64."""
-    xp = namespace(grams)
-    solve = _numpy_solver() if is_numpy_array(grams) else xp.linalg.eigvalsh
-    return np.sqrt(np.maximum(to_numpy(solve(grams)), 0.0))[:, ::-1].copy()
+    if is_numpy_array(grams):
+        values = _numpy_solver()(grams)
+    elif _by_torch(grams):
+        values = through_torch("eigvalsh", grams)
+    else:
+        values = namespace(grams).linalg.eigvalsh(grams)
+    return np.sqrt(np.maximum(to_numpy(values), 0.0))[:, ::-1].copy()
+
+
+def _eigh(grams: Array) -> tuple[Array, Array]:
+    """Eigenvalues [B, p], ascending, and eigenvectors [B, p, p] of symmetric matrices."""
+    if _by_torch(grams):
+        values, vectors = through_torch("eigh", grams)
+    else:
+        values, vectors = namespace(grams).linalg.eigh(grams)
+    return values, vectors
 
 
 def singular_values(batch: Array | Sequence[Array]) -> np.ndarray:
-    """All singular values of a batch of matrices, descending.
+    """All singular values of many matrices, descending.
 
     The Gram matrix is formed in float32 for float32 input and in float64 otherwise; a matrix whose largest value dwarfs
     its bulk is computed again with more precision. The bulk is what is exact: values below about 1e-3 (float32 route)
     of the largest carry the rounding of squaring.
 
     Args:
-        batch: [B, N, K] floating point, NumPy, CuPy or torch; or B matrices [N, K], which saves stacking them.
+        batch: [B, N, K] floating point, NumPy, CuPy or torch; or B matrices [N, K], which saves stacking them and may
+            differ in shape if the shorter sides are equal: their Gram matrices are one batch.
 
     Returns:
         [B, min(N, K)] NumPy float64, in the unit of the weights.
 
     Raises:
-        ValueError: not a batch of matrices of one shape, or an empty dimension.
+        ValueError: not a batch of matrices with one shorter side, or an empty dimension.
 
     Source: docs/math.md (8).
     """
@@ -97,22 +123,22 @@ def singular_values(batch: Array | Sequence[Array]) -> np.ndarray:
         _check(stacked, 3)
         parts = [stacked[index, ...] for index in range(stacked.shape[0])]
     shapes = {tuple(matrix.shape) for matrix in parts}
-    if len(shapes) != 1:
-        raise ValueError(f"expected one or more matrices of one shape, got shapes {sorted(shapes)}")
+    if len({min(shape, default=0) for shape in shapes}) != 1:
+        raise ValueError(f"expected one or more matrices with one shorter side, got shapes {sorted(shapes)}")
     matrices = [as_computable(matrix) for matrix in parts]
     for matrix in matrices:
         _check(matrix, 2)
     xp = namespace(matrices[0])
     if matrices[0].dtype != xp.float32:
         matrices = [cast(matrix, xp.float64) for matrix in matrices]
-    grams, scales = zip(*map(_gram, matrices), strict=True)
-    scale = np.array(scales)
-    values = _roots(xp.stack(grams))
+    grams, scale = _grams(matrices)
+    values = _roots(grams)
     spread = values[:, 0] / np.maximum(np.median(values, axis=1), 1e-300)
-    for index in np.flatnonzero(spread > _FP32_SAFE) if matrices[0].dtype == xp.float32 else ():
-        gram, scale[index] = _gram(cast(matrices[index], xp.float64))
-        values[index] = _roots(gram[None, ...])[0]
-        spread[index] = values[index, 0] / max(np.median(values[index]), 1e-300)
+    again = np.flatnonzero(spread > _FP32_SAFE) if matrices[0].dtype == xp.float32 else np.arange(0)
+    if len(again):
+        grams, scale[again] = _grams([cast(matrices[index], xp.float64) for index in again])
+        values[again] = _roots(grams)
+        spread[again] = values[again, 0] / np.maximum(np.median(values[again], axis=1), 1e-300)
     for index in np.flatnonzero((spread > _FP64_SAFE) & (values[:, 0] > 0)):
         full = cast(matrices[index], xp.float64)
         exact = to_numpy(xp.linalg.svdvals(full / scale[index]))
@@ -121,37 +147,41 @@ def singular_values(batch: Array | Sequence[Array]) -> np.ndarray:
 
 
 def svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """Thin singular value decomposition of one matrix in float64, W = U diag(s) Vh.
+    """Thin singular value decomposition in float64, W = U diag(s) Vh, of one matrix or of a batch.
 
     Args:
-        matrix: [N, K] floating point, NumPy, CuPy or torch.
+        matrix: [N, K] or [B, N, K] floating point, NumPy, CuPy or torch.
 
     Returns:
-        U [N, p], s [p] descending, Vh [p, K] with p = min(N, K), in the namespace that computes fastest (NumPy for CPU
-        tensors).
+        U [..., N, p], s [..., p] descending, Vh [..., p, K] with p = min(N, K), in the namespace that computes fastest
+        (NumPy for CPU tensors).
 
     Raises:
-        ValueError: not a matrix, or an empty dimension.
+        ValueError: not a matrix or a batch, or an empty dimension.
 
     Source: eigenvectors of the float64 Gram matrix, five times faster than LAPACK's SVD; a matrix with
     s_p < 1e-5 s_1, where that would lose the small vectors, goes to LAPACK's SVD. docs/math.md (8).
     """
     matrix = as_computable(matrix)
-    _check(matrix, 2)
+    if matrix.ndim != 3:
+        _check(matrix, 2)
+        u, s, vh = svd(matrix[None, ...])
+        return u[0, ...], s[0, ...], vh[0, ...]
+    _check(matrix, 3)
     xp = namespace(matrix)
     full = cast(matrix, xp.float64)
     scale = _scale(full)
     wide = _wide(full / scale)
-    squares, vectors = xp.linalg.eigh(wide @ xp.matrix_transpose(wide))
-    if float(squares[0]) > 1e-10 * float(squares[-1]):
-        u = xp.flip(vectors, axis=-1)
-        rest = xp.matrix_transpose(u) @ wide
-        s = xp.linalg.vector_norm(rest, axis=-1)
-        vh = rest / s[:, None]
-    else:
-        u, s, vh = xp.linalg.svd(wide, full_matrices=False)
-    s = s * scale[0, 0]
-    if full.shape[0] <= full.shape[1]:
+    squares, vectors = _eigh(wide @ xp.matrix_transpose(wide))
+    u = xp.flip(vectors, axis=-1)
+    rest = xp.matrix_transpose(u) @ wide
+    s = xp.linalg.vector_norm(rest, axis=-1)
+    vh = rest / xp.where(s > 0, s, xp.ones_like(s))[..., None]
+    lost = squares[:, 0] <= 1e-10 * squares[:, -1]
+    for index in np.flatnonzero(to_numpy(lost)):
+        u[index, ...], s[index, ...], vh[index, ...] = xp.linalg.svd(wide[index, ...], full_matrices=False)
+    s = s * scale[..., 0]
+    if full.shape[-2] <= full.shape[-1]:
         return u, s, vh
     return xp.matrix_transpose(vh), s, xp.matrix_transpose(u)
 
@@ -205,7 +235,7 @@ def randomized_svd(
         block = _orthonormal(xp.matrix_transpose(matrices) @ block)
         block = _orthonormal(matrices @ block)
     small = xp.matrix_transpose(block) @ matrices
-    squares, vectors = xp.linalg.eigh(small @ xp.matrix_transpose(small))
+    squares, vectors = _eigh(small @ xp.matrix_transpose(small))
     squares, vectors = xp.flip(squares, axis=-1)[:, :rank], xp.flip(vectors, axis=-1)[:, :, :rank]
     s = xp.sqrt(xp.where(squares > 0, squares, xp.zeros_like(squares)))
     safe = xp.where(s > 0, s, xp.ones_like(s))

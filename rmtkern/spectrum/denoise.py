@@ -1,21 +1,25 @@
 """What can be done to singular values and vectors below the noise edge: sparsify, shrink, truncate, split.
 
-Each function takes a dense matrix and returns dense matrices of the same kind; none knows models or layouts.
+Each function takes a dense matrix (the first two also a batch) and returns the same kind; none knows models or layouts.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from array_api_compat import device
 from numpy.typing import ArrayLike, NDArray
 
-from rmtkern.arrays import Array, as_computable, check_finite, like, namespace
+from rmtkern.arrays import Array, as_computable, cast, check_finite, like, namespace
 from rmtkern.spectrum.decompose import svd
+from rmtkern.spectrum.sparsify import recompose, sparsify
 
 __all__ = [
     "debias_singular_values",
     "hard_threshold",
+    "legacy_shrinkage",
     "legacy_theta",
     "shrink",
     "shrink_singular_values",
@@ -26,10 +30,11 @@ __all__ = [
 ]
 
 
-def _decompose(W: Array) -> tuple[Any, Array, Array, Array]:
+def _decompose(W: Array, *, batches: bool = False) -> tuple[Any, Array, Array, Array]:
     matrix = as_computable(W)
-    if matrix.ndim != 2:
-        raise ValueError(f"expected a matrix [N, K], got shape {tuple(matrix.shape)}")
+    if matrix.ndim != 2 and not (batches and matrix.ndim == 3):
+        wanted = "a matrix [N, K] or a batch [B, N, K]" if batches else "a matrix [N, K]"
+        raise ValueError(f"expected {wanted}, got shape {tuple(matrix.shape)}")
     check_finite(matrix, "W")
     u, s, vh = svd(matrix)
     return namespace(u), u, s, vh
@@ -38,6 +43,22 @@ def _decompose(W: Array) -> tuple[Any, Array, Array, Array]:
 def _check_edge(sigma_plus: float) -> None:
     if not (math.isfinite(sigma_plus) and sigma_plus > 0):
         raise ValueError(f"sigma_plus must be a positive finite number, got {sigma_plus!r}")
+
+
+def _of_each(numbers: float | Sequence[float], W: Array, name: str) -> list[float]:
+    """One number for each matrix of W: as it is for a single one, repeated or checked for a batch."""
+    count = W.shape[0] if getattr(W, "ndim", 2) == 3 else 1
+    given: Any = [numbers] * count if np.ndim(numbers) == 0 else numbers
+    found = [float(number) for number in given]
+    if len(found) != count:
+        raise ValueError(f"{name}: expected one number or one for each of {count} matrices, got {len(found)}")
+    return found
+
+
+def _column(numbers: list[float], s: Array) -> Array:
+    """One number for each matrix as an array that broadcasts against its singular values s [R] or [B, R]."""
+    column = namespace(s).asarray(numbers, dtype=s.dtype, device=device(s))
+    return column[:, None] if s.ndim == 2 else column
 
 
 def legacy_theta(cycle: int, shape: tuple[int, int]) -> float:
@@ -50,9 +71,33 @@ def legacy_theta(cycle: int, shape: tuple[int, int]) -> float:
     return 1.125e-5 * 0.06 * 1.02**cycle * shape[0] * shape[1]
 
 
+def legacy_shrinkage(cycle: int, mu: float) -> float:
+    """By how much one published stage of training on the regulariser alone shrinks every weight of a layer.
+
+    5000 + 1000 (i - 1) steps of Adam, whose rate falls from 5e-8 to 0 as a cosine and whose gradient is g sign(w):
+    delta = 2.5e-8 (4000 + 1000 i) g / (g + 1e-8), g = 5e-7 / (1 + 1e4 mu / i).
+
+    Args:
+        cycle: i >= 1.
+        mu: share of the layer's eigenvalues above the edge, [0, 1]: the noisier a layer, the more it shrinks.
+
+    Returns:
+        In the units of the weights, > 0.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Source: reference code of arXiv 2503.01922; docs/math.md (23).
+    """
+    if not (cycle >= 1 and 0 <= mu <= 1):
+        raise ValueError(f"need cycle >= 1 and mu in [0, 1]; got {cycle!r}, {mu!r}")
+    gradient = 5e-7 / (1 + 1e4 * mu / cycle)
+    return 2.5e-8 * (4000 + 1000 * cycle) * gradient / (gradient + 1e-8)
+
+
 def sparsify_singular_vectors(
     W: Array,
-    sigma_plus: float,
+    sigma_plus: float | Sequence[float],
     theta: float,
     *,
     power: float = 30,
@@ -64,8 +109,8 @@ def sparsify_singular_vectors(
     T_i = theta max(floor, (1 - s_i / sigma_plus)_+^power); coordinates of u_i and v_i below T_i in magnitude become 0.
 
     Args:
-        W: [N, K] floating point; NumPy, torch or CuPy.
-        sigma_plus: noise edge for singular values [weight], > 0.
+        W: [N, K], or a batch [B, N, K], floating point; NumPy, torch or CuPy.
+        sigma_plus: noise edge for singular values [weight], > 0; of a batch one, or one for each matrix.
         theta: threshold scale, >= 0; an absolute coordinate, or with `haar_units` a multiple of the standard deviation
             1/sqrt(N) (u) and 1/sqrt(K) (v) of a random unit vector.
         power: of the ramp into the bulk, > 0.
@@ -73,66 +118,70 @@ def sparsify_singular_vectors(
         haar_units: see theta.
 
     Returns:
-        [N, K] dense, kind and dtype of W.
+        Dense, shape, kind and dtype of W. On a GPU the product is that of `sparsify`, in float32.
 
     Raises:
-        ValueError: W is not a finite matrix, or a parameter is out of range.
+        ValueError: W is not finite or neither a matrix nor a batch, or a parameter is out of range.
 
     Source: arXiv 2503.01922, singular-vector sparsification; docs/math.md (16).
     """
-    _check_edge(sigma_plus)
+    edges = _of_each(sigma_plus, W, "sigma_plus")
+    for edge in edges:
+        _check_edge(edge)
     if not (theta >= 0 and power > 0 and 0 <= floor <= 1):
         raise ValueError(f"need theta >= 0, power > 0, floor in [0, 1]; got {theta!r}, {power!r}, {floor!r}")
-    xp, u, s, vh = _decompose(W)
-    depth = 1 - s / sigma_plus
+    xp, u, s, vh = _decompose(W, batches=True)
+    depth = 1 - s / _column(edges, s)
     ramp = xp.where(depth > 0, depth, xp.zeros_like(depth)) ** power
     limit = theta * xp.where(ramp > floor, ramp, xp.ones_like(ramp) * floor)
-    return like(_recompose(u, s, vh, limit, haar_units), W)
+    return _recompose(W, u, s, vh, limit, haar_units)
 
 
 def sparsify_haar(
     W: Array,
-    sigma_plus: float,
+    sigma_plus: float | Sequence[float],
     *,
     z: float = 0.5,
     power: float = 3,
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
 ) -> Array:
     """Zero coordinates of bulk singular vectors that a random unit vector would have anyway, and recompose.
 
     For s_i < sigma_plus: coordinates below z scale (1 - s_i / sigma_plus)^power / sqrt(dim) become 0; spikes are kept.
 
     Args:
-        W: [N, K] floating point; NumPy, torch or CuPy.
-        sigma_plus: noise edge for singular values [weight], > 0.
+        W: [N, K], or a batch [B, N, K], floating point; NumPy, torch or CuPy.
+        sigma_plus: noise edge for singular values [weight], > 0; of a batch one, or one for each matrix.
         z: threshold in standard deviations of a random unit vector's coordinate, >= 0.
         power: of the ramp into the bulk, > 0.
-        scale: the layer's factor, alpha_l / mean(alpha), > 0.
+        scale: the layer's factor, alpha_l / mean(alpha), > 0; of a batch one, or one for each matrix.
 
     Returns:
-        [N, K] dense, kind and dtype of W.
+        Dense, shape, kind and dtype of W. On a GPU the product is that of `sparsify`, in float32.
 
     Raises:
-        ValueError: W is not a finite matrix, or a parameter is out of range.
+        ValueError: W is not finite or neither a matrix nor a batch, or a parameter is out of range.
 
     Source: reference code of arXiv 2606.02608, z-score variant; docs/math.md (17).
     """
-    _check_edge(sigma_plus)
-    if not (z >= 0 and power > 0 and scale > 0):
+    edges, scales = _of_each(sigma_plus, W, "sigma_plus"), _of_each(scale, W, "scale")
+    for edge in edges:
+        _check_edge(edge)
+    if not (z >= 0 and power > 0 and min(scales) > 0):
         raise ValueError(f"need z >= 0, power > 0, scale > 0; got {z!r}, {power!r}, {scale!r}")
-    xp, u, s, vh = _decompose(W)
-    depth = 1 - s / sigma_plus
-    limit = z * scale * xp.where(depth > 0, depth, xp.zeros_like(depth)) ** power
-    return like(_recompose(u, s, vh, limit, haar_units=True), W)
+    xp, u, s, vh = _decompose(W, batches=True)
+    depth = 1 - s / _column(edges, s)
+    limit = z * _column(scales, s) * xp.where(depth > 0, depth, xp.zeros_like(depth)) ** power
+    return _recompose(W, u, s, vh, limit, haar_units=True)
 
 
-def _recompose(u: Array, s: Array, vh: Array, limit: Array, haar_units: bool) -> Array:
-    xp = namespace(u)
-    limit_u = limit / math.sqrt(u.shape[0]) if haar_units else limit
-    limit_v = limit / math.sqrt(vh.shape[1]) if haar_units else limit
-    sparse_u = xp.where(xp.abs(u) < limit_u[None, :], xp.zeros_like(u), u)
-    sparse_vh = xp.where(xp.abs(vh) < limit_v[:, None], xp.zeros_like(vh), vh)
-    return (sparse_u * s[None, :]) @ sparse_vh
+def _recompose(W: Array, u: Array, s: Array, vh: Array, limit: Array, haar_units: bool) -> Array:
+    limit_u = limit / math.sqrt(u.shape[-2]) if haar_units else limit
+    limit_v = limit / math.sqrt(vh.shape[-1]) if haar_units else limit
+    parts = (u, s, vh, limit_u, limit_v)
+    if isinstance(u, torch.Tensor) and W.dtype != torch.float64:  # on a GPU, which has a kernel for it
+        return sparsify(*(cast(part, torch.float32) for part in parts), dtype=W.dtype).weight
+    return like(recompose(*parts), W)
 
 
 def _discriminant(y: NDArray[np.float64], c: float) -> NDArray[np.float64]:

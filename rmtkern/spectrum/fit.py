@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from rmtkern.arrays import Array, as_computable, check_finite, namespace
+from rmtkern.arrays import Array, as_computable, check_finite, computing, namespace, returned
 from rmtkern.progress import progress
 from rmtkern.spectrum import law
 from rmtkern.spectrum.decompose import randomized_svd, singular_values
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 
 __all__ = [
     "FitOptions",
@@ -24,6 +24,7 @@ __all__ = [
     "fit_singular_values",
     "fit_spectra",
     "fit_spectrum",
+    "spectra_of",
     "spike_vectors",
 ]
 
@@ -100,7 +101,7 @@ class FitOptions:
             raise ValueError(f"k_hill must be at least 2, or None for half of the values, got {self.k_hill!r}")
 
 
-class SpectralFits(Mapping[str, SpectralFit]):
+class SpectralFits(Tabulated, Mapping[str, SpectralFit]):
     """Fits of many matrices by name; prints as a table."""
 
     def __init__(self, fits: Mapping[str, SpectralFit]) -> None:
@@ -126,10 +127,7 @@ class SpectralFits(Mapping[str, SpectralFit]):
             rows.append([name, *cells])
         return Table(["name", *names], rows)
 
-    def __str__(self) -> str:
-        return self.table().to_text()
-
-    __repr__ = __str__
+    __repr__ = Tabulated.__str__
 
     def to_csv(self) -> str:
         """CSV, one row per matrix, full precision."""
@@ -272,8 +270,11 @@ def fit_spectrum(
     ]
 
 
-def _batches(weights: Mapping[str, Array], max_bytes: int | None) -> list[list[str]]:
-    """Names of matrices of one shape, kind and device, as many together as `max_bytes` of working memory allow."""
+def _batches(weights: Mapping[str, Array], max_bytes: int | None, *, one_shape: bool) -> list[list[str]]:
+    """Names of matrices that are computed together, as many as `max_bytes` of working memory allow.
+
+    They are of one kind and device and have one shorter side (whose Gram matrices are one batch), or one shape.
+    """
     bound = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
     if bound <= 0:
         raise ValueError(f"max_bytes must be positive, got {max_bytes!r}")
@@ -282,14 +283,25 @@ def _batches(weights: Mapping[str, Array], max_bytes: int | None) -> list[list[s
         namespace(weight)
         if weight.ndim != 2 or 0 in weight.shape:
             raise ValueError(f"{name}: expected a matrix [N, K] with N, K >= 1, got shape {tuple(weight.shape)}")
-        kind = (tuple(weight.shape), str(weight.dtype), type(weight), str(getattr(weight, "device", "cpu")))
+        shape = tuple(weight.shape)
+        kind = (
+            shape if one_shape else min(shape),
+            str(weight.dtype),
+            type(weight),
+            str(getattr(weight, "device", "cpu")),
+        )
         groups.setdefault(kind, []).append(name)
-    batches = []
-    for (shape, *_), names in groups.items():
-        p, n = min(shape), max(shape)
-        per_matrix = 8 * (2 * p * n + 3 * p * p)  # a scaled copy and the Gram matrix, float64 at worst
-        size = max(1, bound // per_matrix)
-        batches += [names[i : i + size] for i in range(0, len(names), size)]
+    batches: list[list[str]] = []
+    for names in groups.values():
+        used = bound
+        for name in names:
+            p, n = min(weights[name].shape), max(weights[name].shape)
+            needed = 8 * (2 * p * n + 3 * p * p)  # a scaled copy and the Gram matrix, float64 at worst
+            if used + needed > bound:
+                batches.append([])
+                used = 0
+            batches[-1].append(name)
+            used += needed
     return batches
 
 
@@ -334,11 +346,13 @@ def spike_vectors(
                 f"{name}: expected the fit of a matrix of shape {tuple(weight.shape)}, got {fits.get(name)}"
             )
     found: dict[str, tuple[Array, Array, Array]] = {}
-    for names in progress(_batches(weights, max_bytes), "spikes", show=show_progress):
-        arrays = _finite_arrays(weights, names)
-        ranks = [fits[name].n_spikes or 0 for name in names]
-        batch = namespace(*arrays).stack(arrays)
-        u, s, vh = randomized_svd(batch, max(1, *ranks), n_iter=6)
+    for names in progress(_batches(weights, max_bytes, one_shape=True), "spikes", show=show_progress):
+        with computing(weights[name] for name in names):
+            arrays = _finite_arrays(weights, names)
+            ranks = [fits[name].n_spikes or 0 for name in names]
+            batch = namespace(*arrays).stack(arrays)
+            parts = randomized_svd(batch, max(1, *ranks), n_iter=6)
+            u, s, vh = (returned(part, weights[names[0]]) for part in parts)
         for index, (name, rank) in enumerate(zip(names, ranks, strict=True)):
             found[name] = (u[index, :, :rank], s[index, :rank], vh[index, :rank, :])
     return {name: found[name] for name in weights}
@@ -355,7 +369,7 @@ def fit_spectra(
     max_bytes: int | None = None,
     show_progress: bool | None = None,
 ) -> SpectralFits:
-    """Fit many matrices at once; matrices of one shape are decomposed in batches.
+    """Fit many matrices at once; those with one shorter side are decomposed in batches.
 
     Args:
         weights: name -> [N, K], as for `fit_spectrum`.
@@ -375,11 +389,33 @@ def fit_spectra(
         ValueError: a value is not a matrix or has NaN or Inf, named by its key; an option is out of range.
     """
     options = FitOptions(alpha, edge, (0.8 if legacy else 0.1) if beta is None else beta, k_hill, legacy)
-    found: dict[str, SpectralFit] = {}
-    for names in progress(_batches(weights, max_bytes), "spectra", show=show_progress):
-        arrays = _finite_arrays(weights, names)
-        values = singular_values(arrays)
-        shape = tuple(int(side) for side in arrays[0].shape)
-        for name, s in zip(names, values, strict=True):
-            found[name] = fit_singular_values(s, (shape[0], shape[1]), options)
-    return SpectralFits({name: found[name] for name in weights})
+    values = spectra_of(weights, max_bytes=max_bytes, show_progress=show_progress)
+    fits = {}
+    for name, s in values.items():
+        rows, columns = weights[name].shape
+        fits[name] = fit_singular_values(s, (int(rows), int(columns)), options)
+    return SpectralFits(fits)
+
+
+def spectra_of(
+    weights: Mapping[str, Array], *, max_bytes: int | None = None, show_progress: bool | None = None
+) -> dict[str, np.ndarray]:
+    """All singular values of many matrices; those with one shorter side are decomposed in batches.
+
+    Args:
+        weights: name -> [N, K], as for `fit_spectrum`.
+        max_bytes: as for `fit_spectra`.
+        show_progress: as for `fit_spectra`.
+
+    Returns:
+        name -> min(N, K) values, descending, float64 [weight], in the order of `weights`.
+
+    Raises:
+        TypeError: a value is not an array.
+        ValueError: a value is not a matrix or has NaN or Inf, named by its key.
+    """
+    found: dict[str, np.ndarray] = {}
+    for names in progress(_batches(weights, max_bytes, one_shape=False), "spectra", show=show_progress):
+        with computing(weights[name] for name in names):
+            found.update(zip(names, singular_values(_finite_arrays(weights, names)), strict=True))
+    return {name: found[name] for name in weights}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from rmtkern.pruning.plan import Count
-from rmtkern.tables import Table
+from rmtkern.tables import Table, Tabulated
 from rmtkern.training.config import FinetuneConfig
 
 __all__ = ["Epoch", "FinetuneReport"]
@@ -38,7 +38,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class FinetuneReport:
+class FinetuneReport(Tabulated):
     """What `finetune_` did.
 
     Args:
@@ -76,9 +76,6 @@ class FinetuneReport:
             *([f"stopped: {self.stopped}"] if self.stopped else []),
         ]
         return Table(("epoch", "loss", "penalty", "held-out loss", "held-out top-1 %", "lr", "seconds"), rows, notes)
-
-    def __str__(self) -> str:
-        return self.table().to_text()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe dictionary."""

@@ -28,6 +28,7 @@ from rmtkern.layouts.triton_descriptor import descriptor_kernel
 from rmtkern.layouts.triton_product import product_kernel
 from rmtkern.layouts.triton_strips import strips_kernel
 from tests.gpu import compiler
+from tests.gpu.more_cases import OtherCase, compile_other, other_cases
 
 BASELINE = Path(__file__).with_name("baseline.json")
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -73,7 +74,7 @@ class Case:
         return f"{self.layout}{block}/{self.dtype}/{self.config.label}{kind}/{self.arch}"
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[Case | OtherCase]:
     """Every shipped config of every kernel, whose tables know only the size of an element, and so fp16 once for each.
 
     Gate-up pairs for one dtype of each size, of most layouts with the largest tile alone; ragged N and K likewise, on
@@ -99,6 +100,7 @@ def cases() -> Iterator[Case]:
     for arch, dtype in product(ARCHITECTURES, ("fp16", "bf16")):
         if arch.startswith("sm_8"):  # where PyTorch has a product on sparse tensor cores, which this one follows
             yield from (Case("epilogue", dtype, arch, EPILOGUE, True, gated) for gated in (False, True))
+    yield from other_cases()
 
 
 def compile_case(case: Case) -> Any:
@@ -135,24 +137,24 @@ def compile_case(case: Case) -> Any:
     )
 
 
-def violations(case: Case, figures: compiler.Figures) -> list[str]:
+def violations(case: Case | OtherCase, figures: compiler.Figures) -> list[str]:
     """What a compilation breaks of the rules that hold without a baseline."""
     found = []
     if figures.spilled or figures.kinds.get("local"):
         found.append(f"{figures.spilled} bytes spilled, {figures.kinds.get('local', 0)} local memory instructions")
     if not figures.blocks:
         found.append(f"{figures.shared} bytes of shared memory or the registers do not fit")
-    if case.layout == "epilogue":
+    if isinstance(case, Case) and case.layout == "epilogue":
         return found
-    needed = ["tensor"]
+    needed = ["tensor"] if isinstance(case, Case) else [*case.needed]
     if case.arch.startswith("sm_"):
-        if case.layout == "descriptor":
+        if isinstance(case, Case) and case.layout == "descriptor":
             needed.append("UTMALDG")  # the copy by a descriptor
-        elif case.aligned:
+        elif isinstance(case, Case) and case.aligned:
             needed.append("LDGSTS")  # the asynchronous copy of the pipeline
-        if case.config.bm >= 64 and case.arch in ("sm_90", "sm_100"):
+        if isinstance(case, Case) and case.config.bm >= 64 and case.arch in ("sm_90", "sm_100"):
             needed.append("HGMMA" if case.arch == "sm_90" else "UTCMMA")
-        if not figures.loop:
+        if not figures.loop and (isinstance(case, Case) or case.loops):
             found.append("no loop found in the machine code")
     found += [f"no {kind} instruction" for kind in needed if not figures.kinds.get(kind)]
     return found
@@ -170,9 +172,10 @@ def regressions(now: dict[str, int], before: dict[str, int]) -> list[str]:
     return worse
 
 
-def _run(case: Case) -> tuple[Case, compiler.Figures | str]:
+def _run(case: Case | OtherCase) -> tuple[Case | OtherCase, compiler.Figures | str]:
     try:
-        return case, compiler.figures(compile_case(case), case.arch)
+        compiled = compile_case(case) if isinstance(case, Case) else compile_other(case)
+        return case, compiler.figures(compiled, case.arch)
     except Exception as error:
         return case, f"does not compile: {error!r:.300}"
 

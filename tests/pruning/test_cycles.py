@@ -1,11 +1,14 @@
 """The pruning loop against plain NumPy written from docs/math.md, in float64 so that no rounding can flip an order."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rmtkern.models import prunable_weights
+from rmtkern.pruning import cycles
 from rmtkern.pruning.cycles import make_masks, matrices
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.spectrum.fit import fit_spectra
@@ -64,7 +67,7 @@ def test_seb_against_its_formula(sparsity, beta, vanish):
         assert np.array_equal(matrix.numpy(), np.where(want, 0, array))
 
 
-def numpy_cycles(arrays, sparsity, z=0.5):
+def numpy_cycles(arrays, sparsity, z=0.5, shrink=0.0):
     """docs/math.md (16) and (23), trimmed to the exact count, with thresholds in Haar units."""
     arrays = [array.copy() for array in arrays]
     masks = [np.zeros(array.shape, bool) for array in arrays]
@@ -91,16 +94,21 @@ def numpy_cycles(arrays, sparsity, z=0.5):
         for mask, more, array in zip(masks, smallest(keys, min(left, round(sum(targets)))), arrays, strict=True):
             mask |= more
             array[mask] = 0
+        for array, fit, mask in zip(arrays, fits, masks, strict=True):
+            g = 5e-7 / (1 + 1e4 * fit.mu / cycle)
+            less = np.abs(array) - shrink * 2.5e-8 * (4000 + 1000 * cycle) * g / (g + 1e-8)
+            array[:] = np.where(~mask & (less > 0), np.sign(array) * less, array)
     return masks, arrays, cycle
 
 
-@pytest.mark.parametrize("sparsity", [0.05, 0.4, 0.7])
-def test_rmt_cycles_against_plain_numpy(sparsity):
+@pytest.mark.parametrize("sparsity, shrink", [(0.05, 0), (0.4, 0), (0.7, 0), (0.05, 1), (0.4, 3), (0.4, 30)])
+def test_rmt_cycles_against_plain_numpy(sparsity, shrink):
     net = model(*SHAPES)
     arrays = [weight.as_matrix().numpy() for weight in prunable_weights(net, "all")]
-    masks, matrices_, cycles = numpy_cycles(arrays, sparsity)
+    masks, matrices_, cycles = numpy_cycles(arrays, sparsity, shrink=shrink)
     assert cycles >= (2 if sparsity > 0.1 else 1)  # 0.0612 of what is left at most in the first
-    for (mask, matrix), want, array in zip(run(net, method="rmt", sparsity=sparsity), masks, matrices_, strict=True):
+    found = run(net, method="rmt", sparsity=sparsity, soft_threshold=shrink)
+    for (mask, matrix), want, array in zip(found, masks, matrices_, strict=True):
         assert np.array_equal(mask.numpy(), want)
         np.testing.assert_allclose(matrix.numpy(), array, atol=1e-12)  # two different SVD drivers, float64
 
@@ -132,6 +140,41 @@ def test_haar_step_before_pruning():
     assert any(not torch.equal(a, b) for (_, a), (_, b) in zip(plain, cleaned, strict=True))
     for mask, matrix in cleaned:
         assert torch.equal(matrix == 0, mask)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "uniform", "haar": 1.0}, {"method": "rmt"}, {"method": "rmt", "theta": "legacy"}]
+)
+def test_blocks_of_one_shape_together_are_as_each_alone(options, monkeypatch):
+    """As on a GPU: the same decisions and values, whichever weights share a batch."""
+    torch.manual_seed(3)
+    net = model((40, 30), (40, 30), (30, 30), (40, 30), (6, 5))  # the last is too small for a fit
+    alone = run(net, sparsity=0.5, **options)
+    asked = []
+
+    def together(weights, values):
+        asked.append(len(values))
+        return [[0, 1, 3], [2], [4]]
+
+    monkeypatch.setattr(cycles, "_groups", together)
+    for (mask, value), (other, again) in zip(alone, run(net, sparsity=0.5, **options), strict=True):
+        assert torch.equal(mask, other)
+        torch.testing.assert_close(value, again, rtol=1e-9, atol=1e-12)
+    assert asked and set(asked) == {5}
+
+
+def test_only_a_gpu_computes_weights_together(monkeypatch):
+    def there(n, k, blocks=1, device="cuda"):
+        value = SimpleNamespace(shape=(n, k), dtype=torch.float32, device=torch.device(device))
+        return SimpleNamespace(blocks=lambda: range(blocks)), value
+
+    def groups(*pairs):
+        return cycles._groups(*zip(*pairs, strict=True))
+
+    assert groups(there(8, 4), there(8, 4), there(4, 8), there(8, 4, 2), there(8, 4)) == [[0, 1, 4], [2], [3]]
+    assert groups(there(8, 4, device="cpu"), there(8, 4, device="cpu")) == [[0], [1]]
+    monkeypatch.setattr(cycles, "_TOGETHER", 2 * 8 * (4 * 8 * 4 + 3 * 4 * 4))
+    assert groups(*[there(8, 4)] * 5) == [[0, 1], [2, 3], [4]]
 
 
 def test_tiny_and_depthwise_layers_are_neutral():

@@ -62,6 +62,17 @@ def test_a_batch_equals_a_list_on_every_namespace(rng):
         np.testing.assert_allclose(singular_values(convert(batch)), expected, rtol=1e-10)
 
 
+def test_matrices_with_one_shorter_side_are_one_batch(rng):
+    """As qkv, proj, fc1 and fc2 of a ViT are; each takes the route that its own spread asks for."""
+    shapes = [(96, 32), (32, 32), (128, 32), (32, 128)]
+    matrices = [spiked(rng, shape, [spike]) for shape, spike in zip(shapes, (0.0, 1e3, 1e7, 30.0), strict=True)]
+    for found, matrix in zip(singular_values(matrices), matrices, strict=True):
+        exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+        assert found.shape == (32,)
+        np.testing.assert_allclose(found, exact, rtol=2e-5)
+        np.testing.assert_allclose(found, singular_values([matrix])[0], rtol=1e-6)
+
+
 def test_rounding_noise_of_a_low_rank_matrix_is_zero(rng):
     matrix = rng.standard_normal((60, 5)) @ rng.standard_normal((5, 80))
     values = singular_values([matrix])[0]
@@ -77,6 +88,38 @@ def test_svd_recomposes_and_is_orthonormal(shape, rng):
         np.testing.assert_allclose((u * s) @ vh, matrix, atol=1e-9 * (1 + s[0]))
         np.testing.assert_allclose(u.T @ u, np.eye(len(s)), atol=1e-9)
         np.testing.assert_allclose(vh @ vh.T, np.eye(len(s)), atol=1e-9)
+
+
+def test_svd_of_a_batch_is_that_of_its_matrices(rng):
+    # the second has rank 3, so that its small vectors are LAPACK's
+    low = rng.standard_normal((20, 3)) @ rng.standard_normal((3, 30))
+    batch = np.stack([spiked(rng, (20, 30), [50.0], np.float64), low, np.zeros((20, 30))])
+    for convert in NAMESPACES.values():
+        u, s, vh = (np.asarray(part) for part in svd(convert(batch)))
+        assert u.shape == (3, 20, 20) and s.shape == (3, 20) and vh.shape == (3, 20, 30)
+        np.testing.assert_allclose((u * s[:, None]) @ vh, batch, atol=1e-9 * s[0, 0])
+        for index, matrix in enumerate(batch):
+            np.testing.assert_allclose(s[index], np.linalg.svd(matrix, compute_uv=False), atol=1e-9 * s[0, 0])
+            np.testing.assert_allclose(u[index].T @ u[index], np.eye(20), atol=1e-9)
+    turned = svd(np.swapaxes(batch, 1, 2))
+    np.testing.assert_allclose((turned[0] * turned[1][:, None]) @ turned[2], np.swapaxes(batch, 1, 2), atol=1e-8)
+
+
+@pytest.mark.parametrize("side", [4, 40])
+def test_eigenproblems_of_another_library_through_torch(side, rng, monkeypatch):
+    """What CuPy's larger eigenproblems take, here with NumPy in its place."""
+    monkeypatch.setattr(decompose, "shares_with_torch", lambda array: True)
+    monkeypatch.setattr(decompose, "is_numpy_array", lambda array: False)
+    batch = rng.standard_normal((3, side, side + 5))
+    expected = np.linalg.svd(batch, compute_uv=False)
+    used = []
+    through = decompose.through_torch
+    monkeypatch.setattr(decompose, "through_torch", lambda name, array: used.append(name) or through(name, array))
+    np.testing.assert_allclose(singular_values(batch), expected, rtol=1e-8)
+    u, s, vh = svd(batch)
+    np.testing.assert_allclose((u * s[:, None]) @ vh, batch, atol=1e-10)
+    assert isinstance(u, np.ndarray) and used == ([] if side <= 32 else ["eigvalsh", "eigh"])
+    np.testing.assert_allclose(randomized_svd(batch, 2, oversample=side)[1], expected[:, :2], rtol=1e-10)
 
 
 NAMESPACES = {
@@ -124,8 +167,8 @@ def test_randomized_svd_is_deterministic_and_scales(rng):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"expected \[B, N, K\]"):
         singular_values(np.ones((3, 3)))
-    with pytest.raises(ValueError, match="matrices of one shape"):
-        singular_values([np.ones((3, 3)), np.ones((3, 4))])
+    with pytest.raises(ValueError, match="matrices with one shorter side, got shapes"):
+        singular_values([np.ones((3, 3)), np.ones((4, 4))])
     with pytest.raises(ValueError, match=r"expected \[N, K\]"):
         svd(np.ones(3))
     with pytest.raises(ValueError, match=r"rank must lie in 1\.\.3"):

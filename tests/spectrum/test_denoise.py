@@ -37,6 +37,42 @@ def test_haar_rule_against_a_plain_loop(rng):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+def test_a_batch_is_its_matrices(rng):
+    batch = np.stack([spiked(rng, (20, 30), [spike], np.float64) for spike in (0.0, 40.0, 1e4)])
+    edges = [8.0, 10.0, 12.0]
+    for kind in (np.asarray, torch.from_numpy):
+        found = denoise.sparsify_haar(kind(batch), edges, scale=[0.5, 1.0, 2.0])
+        legacy = denoise.sparsify_singular_vectors(kind(batch), edges, 0.3)
+        assert found.shape == legacy.shape == (3, 20, 30) and type(found) is type(kind(batch))
+        for index, (edge, scale) in enumerate(zip(edges, (0.5, 1.0, 2.0), strict=True)):
+            one = denoise.sparsify_haar(batch[index], edge, scale=scale)
+            np.testing.assert_allclose(np.asarray(found[index]), one, atol=1e-9 * np.abs(one).max())
+            one = denoise.sparsify_singular_vectors(batch[index], edge, 0.3)
+            np.testing.assert_allclose(np.asarray(legacy[index]), one, atol=1e-9 * np.abs(one).max())
+    with pytest.raises(ValueError, match="scale: expected one number or one for each of 3 matrices, got 2"):
+        denoise.sparsify_haar(batch, edges, scale=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"expected a matrix \[N, K\] or a batch \[B, N, K\], got shape \(20,\)"):
+        denoise.sparsify_haar(batch[0, :, 0], 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_tensors_that_stay_tensors_are_recomposed_by_sparsify(dtype, rng, monkeypatch):
+    """As on a GPU, where torch computes: the same matrix to the rounding of float32, in the dtype of the weight."""
+    weight = torch.from_numpy(spiked(rng, (20, 30), [40.0], np.float64)).to(dtype)
+    expected = denoise.sparsify_haar(weight, 10.0), denoise.sparsify_singular_vectors(weight, 10.0, 0.3)
+    calls = []
+    monkeypatch.setattr(denoise, "as_computable", lambda array: array.float() if dtype == torch.bfloat16 else array)
+    monkeypatch.setattr("rmtkern.spectrum.decompose.as_computable", lambda array: array)
+    kernel = denoise.sparsify
+    monkeypatch.setattr(denoise, "sparsify", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    found = denoise.sparsify_haar(weight, 10.0), denoise.sparsify_singular_vectors(weight, 10.0, 0.3)
+    assert len(calls) == (0 if dtype == torch.float64 else 2)
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        rtol = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(one, wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+
+
 def test_haar_coordinates_are_gaussian(rng):
     """T10: singular vectors of noise have entries N(0, 1/N); max |u| is about sqrt(2 log(2N) / N)."""
     size = 384
@@ -113,6 +149,20 @@ def test_kind_and_dtype_are_kept(dtype, rng):
         *denoise.split(weight, 10.0, 0.1),
     ):
         assert isinstance(found, torch.Tensor) and found.dtype == dtype
+
+
+@pytest.mark.parametrize("cycle, mu, published", [
+    (1, 0.01, 4.2e-5), (1, 0.05, 1.2e-5), (10, 0.01, 2.9e-4), (10, 0.05, 1.7e-4), (10, 0.2, 7e-5), (30, 0.2, 3.6e-4),
+])  # fmt: skip
+def test_legacy_shrinkage_values(cycle, mu, published):
+    """What AdamW really does there is in the paper's experiment T14; these are its published amounts, two digits."""
+    assert denoise.legacy_shrinkage(cycle, mu) == pytest.approx(published, rel=0.06)
+
+
+@pytest.mark.parametrize("cycle, mu", [(0, 0.1), (1, -0.1), (1, 1.1)])
+def test_legacy_shrinkage_refuses(cycle, mu):
+    with pytest.raises(ValueError, match="need cycle >= 1 and mu in"):
+        denoise.legacy_shrinkage(cycle, mu)
 
 
 def test_legacy_theta_values():

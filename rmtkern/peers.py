@@ -44,6 +44,12 @@ def _torch_fp32(model: nn.Module, example: Tensor, threads: int) -> Call:
     return lambda: model(example)
 
 
+def _compile_fp32(model: nn.Module, example: Tensor, threads: int) -> Call:
+    torch._dynamo.reset()  # compiled code holds the thread count it was compiled for
+    compiled = torch.compile(deepcopy(model))
+    return lambda: compiled(example)
+
+
 def _torch_bf16(model: nn.Module, example: Tensor, threads: int) -> Call:
     narrow = deepcopy(model).bfloat16()
     return lambda: narrow(example.bfloat16())
@@ -127,6 +133,7 @@ def _openvino_int8(model: nn.Module, example: Tensor, threads: int) -> Call:
 PEERS: dict[str, Peer] = {
     "torch-fp32": Peer("float32", (), _torch_fp32),
     "torch-bf16": Peer("bfloat16", (), _torch_bf16),
+    "compile-fp32": Peer("float32", (), _compile_fp32),
     "compile-bf16": Peer("bfloat16", (), _compile_bf16),
     "onnxruntime-fp32": Peer("float32", ("onnxruntime", "onnx", "onnxscript"), _onnxruntime),
     "openvino-fp32": Peer("float32", ("openvino",), _openvino_fp32),
