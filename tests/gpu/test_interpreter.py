@@ -111,7 +111,7 @@ def test_out_of_bounds_is_an_error():
 
 @pytest.mark.interpreted
 def test_tf32_rounding():
-    from tests.gpu.interpreter import round_to_tf32, truncate_to_tf32
+    from tests.gpu.rounding import round_to_tf32, truncate_to_tf32
 
     x = np.array([1 + 2**-11, 1 + 2**-11 - 2**-23, -(1 + 2**-11), np.inf, np.nan], np.float32)
     # ties go away from zero; truncation drops everything below 2^-10
