@@ -402,9 +402,8 @@ def test_what_is_missing_around_a_product_is_found(removed, kind, schedule):
 def test_traffic():
     x, y = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     # all lanes of a warp ask for one number, twice; then each writes its own
-    body = (
-        f"ld.global.b32 %r1, [%rd0]; ld.global.b32 %r2, [%rd0]; add.s64 %rd10, %rd1, %rd9; st.global.b32 [%rd10], %r1;"
-    )
+    body = """add.s64 %rd10, %rd1, %rd9; ld.global.b32 %r1, [%rd0]; ld.global.b32 %r2, [%rd0];
+        st.global.b32 [%rd10], %r1;"""
     launch = run(body, x, y, threads=64).launches[0]
     assert (launch.traffic["buffer0"].read, launch.traffic["buffer0"].distinct) == (16, 4)
     assert (launch.traffic["buffer1"].total, launch.traffic["buffer1"].distinct_written) == (256, 256)

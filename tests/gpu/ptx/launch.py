@@ -16,7 +16,7 @@ from tests.gpu.ptx.machine import Machine
 from tests.gpu.ptx.moment import Moment
 from tests.gpu.ptx.text import parse
 
-__all__ = ["execute"]
+__all__ = ["execute", "without"]
 
 _parsed = functools.lru_cache(maxsize=8)(parse)
 TOGETHER = 8192  # threads that a machine runs at most, unless one block has more
@@ -68,7 +68,7 @@ def execute(
 
 
 def without(ptx: str, pattern: str, number: int = 0) -> str:
-    """PTX with one instruction taken out: the `number`-th match of a regular expression.
+    """PTX with something taken out: the `number`-th match of a regular expression, or the first group of that match.
 
     Raises:
         ValueError: there is no such match.
@@ -76,5 +76,5 @@ def without(ptx: str, pattern: str, number: int = 0) -> str:
     found = list(re.finditer(pattern, ptx))
     if number >= len(found):
         raise ValueError(f"{pattern!r} occurs {len(found)} times, there is no number {number}")
-    begin, end = found[number].span()
+    begin, end = found[number].span(1 if found[number].re.groups else 0)
     return ptx[:begin] + ptx[end:]

@@ -35,19 +35,22 @@ def operand_numbers(patterns: Array, kind: str) -> Array:
     raise Unsupported(f"matrices of {kind}")
 
 
-def rows_by_k(numbers: Array, rows: int) -> Array:
-    """A fragment [warps, 32, registers, numbers of a register] -> the matrix [warps, rows, k]; rows is 8 or 16.
+def matrix_order(rows: int, registers: int, each: int) -> Array:
+    """Where the entries [rows, k] of a matrix lie in its fragment [32 lanes, registers, numbers of a register].
 
-    With 16 rows, registers alternate between the upper and the lower 8, and then go on along k.
+    Registers go along k; with 16 rows they alternate between the upper and the lower 8.
     """
-    warps, _, registers, each = numbers.shape
     halves = rows // 8
-    matrix = np.empty((warps, rows, registers // halves * 4 * each), np.float32)
+    order = np.empty((rows, registers // halves * 4 * each), np.intp)
     for register in range(registers):
         for i in range(each):
-            k = register // halves * 4 * each + each * COLUMN + i
-            matrix[:, ROW + 8 * (register % halves), k] = numbers[:, :, register, i]
-    return matrix
+            k = (register // halves * 4 + COLUMN) * each + i
+            order[ROW + 8 * (register % halves), k] = (LANE * registers + register) * each + i
+    return order
+
+
+# where the numbers [4, 32] of a fragment of d lie in the matrix [16, 8]
+RESULT_ORDER = np.stack([(ROW + 8 * (i >> 1)) * 8 + 2 * COLUMN + (i & 1) for i in range(4)])
 
 
 @instruction("mma.sync.aligned", words="m16n8k4 m16n8k8 m16n8k16 row col")
@@ -65,16 +68,17 @@ def _mma(machine: Machine, what: Instruction) -> Step:
     if len(a) * 2 * each != int(shape.rpartition("k")[2]) or len(b) * 4 * each != int(shape.rpartition("k")[2]):
         raise Unsupported(f"the instruction {what}")
 
-    def fragment(reads: list[Read], lanes: Lanes) -> Array:
+    order_a, order_b = matrix_order(16, len(a), each), matrix_order(8, len(b), each)
+
+    def matrix(reads: list[Read], order: Array, lanes: Lanes) -> Array:
         patterns = np.stack([read(lanes) for read in reads], 1)
-        return operand_numbers(patterns, kind).reshape(-1, 32, len(reads), each)
+        return operand_numbers(patterns, kind).reshape(len(lanes) // 32, -1)[:, order].astype(np.float64)
 
     def step(lanes: Lanes) -> None:
         machine.whole_warps(lanes)
-        left, right = rows_by_k(fragment(a, lanes), 16), rows_by_k(fragment(b, lanes), 8)
-        product = left.astype(np.float64) @ right.transpose(0, 2, 1).astype(np.float64)  # [warps, 16, 8]
+        product = matrix(a, order_a, lanes) @ matrix(b, order_b, lanes).transpose(0, 2, 1)  # [warps, 16, 8]
+        numbers = product.reshape(-1, 128)[:, RESULT_ORDER]
         for i, (read, store) in enumerate(zip(c, stores, strict=True)):
-            added = product[:, ROW + 8 * (i >> 1), 2 * COLUMN + (i & 1)].ravel() + read(lanes)
-            store(lanes, added.astype(np.float32))
+            store(lanes, (numbers[:, i].ravel() + read(lanes)).astype(np.float32))
 
     return step

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.gpu.ptx.findings import Unsupported
-from tests.gpu.ptx.instructions.products import COLUMN, ROW, operand_numbers, rows_by_k
+from tests.gpu.ptx.instructions.products import COLUMN, ROW, matrix_order, operand_numbers
 from tests.gpu.ptx.instructions.table import instruction
 from tests.gpu.ptx.machine import AT_PRODUCT, WARPGROUP, Machine, Step
 from tests.gpu.ptx.registers import Lanes, Registers, parts
@@ -180,8 +180,8 @@ def _wgmma(machine: Machine, what: Instruction) -> Step:
             a, also = matrix(descriptors[0], 4 * WARP_ROWS, int(threads[0]))
             operands = [used, also]
         else:
-            numbers = operand_numbers(factor, kind).reshape(4, 32, len(factors), each)
-            a, operands = rows_by_k(numbers, WARP_ROWS).reshape(4 * WARP_ROWS, -1), [used]
+            order = matrix_order(WARP_ROWS, len(factors), each)
+            a, operands = operand_numbers(factor, kind).reshape(4, -1)[:, order].reshape(4 * WARP_ROWS, -1), [used]
         products.begin(threads, accumulators, factors, operands)
         return a.astype(np.float64) @ b.astype(np.float64).T
 
