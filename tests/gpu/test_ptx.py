@@ -9,11 +9,12 @@ from functools import partial
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
 from rmtkern.layouts import LAYOUTS
 from rmtkern.testing import assert_as_accurate_as_dense
 from tests.gpu.test_accuracy import KERNELS, pack, problem
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 pytestmark = pytest.mark.compiled
 
@@ -45,6 +46,30 @@ every_kernel = pytest.mark.parametrize(
 )
 
 
+@triton.jit
+def described_kernel(x_desc, w_desc, y_ptr, T, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """A product whose tiles the copy engine fetches."""
+    row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        acc = tl.dot(x_desc.load([row, k]), w_desc.load([column, k]).T, acc, input_precision="tf32x3")
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    inside = (rows < T)[:, None] & (columns < N)[None, :]
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], acc.to(y_ptr.dtype.element_ty), inside)
+
+
+def described(dtype, shape):
+    """Triton's tensor descriptors, that is TMA."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    t, n, k = shape
+    w, x, *_ = problem(*shape, dtype, "cpu")
+    y, (bm, bn, bk) = torch.zeros(t, n, dtype=dtype), (64, 32, 128 // dtype.itemsize)
+    maps = TensorDescriptor.from_tensor(x, [bm, bk]), TensorDescriptor.from_tensor(w, [bn, bk])
+    described_kernel[triton.cdiv(t, bm), triton.cdiv(n, bn)](*maps, y, t, n, k, bm, bn, bk, num_warps=4, num_stages=3)
+    assert_as_accurate_as_dense(y, x, w)
+
+
 def executed(arch, launch):
     """Run `launch` under every schedule of an architecture; nothing may be found."""
     from tests.gpu.ptx.driver import executing
@@ -67,3 +92,117 @@ def test_sm_90(name, dtype):
     report = executed(90, partial(TABLE[name][0], dtype, ALIGNED))
     if dtype in HALF and name in ("dense", "bitmask", "spectral"):
         assert all(launch.instructions["wgmma"] for launch in report.launches)
+
+
+# ---------------------------------------------------------------- that faults are found
+
+LOOP = (37, 80, 448)  # seven steps, more than there are buffers
+# the loop's barrier: what other threads copied is there after it, and a buffer is copied to again only after it
+LOOP_BARRIER = r"cp\.async\.wait_group\s+\d+;\s*(bar\.sync\s+0;)"
+LOOP_WAIT = r"cp\.async\.wait_group\s+\d+;"
+FAULTS = [
+    (80, LOOP_BARRIER, {"race"}),
+    (80, LOOP_WAIT, {"unwaited copy"}),
+    (90, LOOP_BARRIER, {"race"}),
+    (90, LOOP_WAIT, {"unwaited copy"}),
+    (90, r"wgmma\.wait_group\.sync\.aligned\s+1;", {"unwaited product"}),
+    (90, r"wgmma\.fence\.sync\.aligned;", {"missing fence"}),
+    (90, r"fence\.proxy\.async\.shared::cta;", {"missing fence"}),
+]
+
+
+@pytest.mark.parametrize(("arch", "removed", "kinds"), FAULTS)
+def test_what_is_taken_out_is_missed(arch, removed, kinds):
+    from tests.gpu.ptx.driver import executing
+    from tests.gpu.ptx.launch import without
+
+    for schedule in SCHEDULES[arch]:
+        with executing(arch, schedule, lambda ptx: without(ptx, removed)) as report:
+            try:
+                linear("dense", torch.bfloat16, LOOP)
+            except AssertionError as error:  # the result is wrong
+                assert "accuracy rule" in str(error)
+        assert report.kinds() & kinds, (schedule, report.findings)
+
+
+def test_a_pointer_out_of_bounds_is_found():
+    from tests.gpu.ptx.driver import executing
+    from tests.gpu.ptx.findings import OutOfBounds
+
+    w, x, bias, _, residual = problem(*ALIGNED, torch.bfloat16, "cpu")
+    packed, _ = pack("dense", w)
+    with executing(80), pytest.raises(OutOfBounds, match=r"a read of \d+ bytes at byte \d+ of bias_ptr \(158 bytes\)"):
+        op("dense", packed, x, 80, bias[:79])
+    with executing(80), pytest.raises(OutOfBounds, match=r"a read .* of residual_ptr \(3358 bytes\).*triton.py:\d+"):
+        op("dense", packed, x, 80, residual=residual.flatten()[:-1])
+
+
+# ---------------------------------------------------------------- how much is moved
+
+X_ONCE = (128, 192, 192)  # whole tiles of 64 x 64
+RANK = 16
+
+
+def test_spectral_reads_x_once_for_each_tile_of_outputs():
+    """And moves at most 0.6 of the activations of a sparse kernel and two products with the factors."""
+    from tests.gpu.ptx.driver import executing
+
+    (t, n, k), dtype = X_ONCE, torch.bfloat16
+    w, x, bias, *_ = problem(t, n, k, dtype, "cpu", 0.9)
+    factors = torch.randn(n, RANK).to(dtype) / 8, torch.randn(RANK, k).to(dtype) / 8
+    spectral = LAYOUTS["spectral"].from_parts(*factors, w)
+    with executing(80) as fused:
+        together = op("spectral", spectral, x, n, bias)
+    with executing(80) as apart:
+        sparse = op("bitmask", LAYOUTS["bitmask"].pack(w), x, n, bias)
+        both = op("lowrank", LAYOUTS["lowrank"].from_factors(*factors), x, n, residual=sparse)
+    assert_as_accurate_as_dense(together, x, spectral.unpack(), bias)
+    torch.testing.assert_close(both, together, rtol=0.02, atol=0.05)
+
+    (launch,) = fused.launches
+    tiles = 2 * 3
+    assert launch.grid == (tiles, 1, 1)
+    assert launch.traffic["x_ptr"].read == tiles * 64 * k * x.element_size()  # each tile's rows, once
+    assert launch.traffic["x_ptr"].distinct_read == x.nbytes
+    assert launch.traffic["y_ptr"].written == together.nbytes
+
+    activations = ("x_ptr", "residual_ptr", "y_ptr")
+
+    def moved(report, kind):
+        return sum(
+            getattr(launch.traffic[name], kind)
+            for launch in report.launches
+            for name in activations
+            if name in launch.traffic
+        )
+
+    assert len(apart.launches) == 3
+    for kind in ("total", "distinct"):  # as the warps ask for it, and with a perfect cache
+        assert moved(fused, kind) <= 0.6 * moved(apart, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tensor_descriptors(dtype):
+    report = executed(90, partial(described, dtype, (70, 40, 328)))
+    x = report.launches[0].traffic["x_desc"]
+    assert x.distinct_read == 70 * 328 * dtype.itemsize and x.read == 2 * x.distinct_read  # for two tiles of columns
+
+
+@pytest.mark.parametrize(
+    ("removed", "kinds"),
+    [
+        (r"waitLoop:[^}]*", {"unwaited copy"}),
+        (r"wgmma\.wait_group\.sync\.aligned\s+1;", {"unwaited product"}),
+    ],
+)
+def test_what_is_taken_out_of_tensor_descriptors_is_missed(removed, kinds):
+    from tests.gpu.ptx.driver import executing
+    from tests.gpu.ptx.launch import without
+
+    for schedule in SCHEDULES[90]:
+        with executing(90, schedule, lambda ptx: without(ptx, removed)) as report:
+            try:
+                described(torch.bfloat16, (70, 40, 328))
+            except AssertionError as error:
+                assert "accuracy rule" in str(error)
+        assert report.kinds() & kinds, (schedule, report.findings)

@@ -3,16 +3,18 @@
 Grid, constants and arguments are those of the code that launches; tensors are on the CPU and are changed in place.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from triton import knobs
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.gpu.ptx.findings import Report
 from tests.gpu.ptx.launch import execute
+from tests.gpu.ptx.tensor_map import TensorMap
 from tests.gpu.stub_driver import StubDriver
 
 __all__ = ["executing"]
@@ -50,13 +52,29 @@ class ExecutingDriver(StubDriver):
             ptx = text()
             if active.edit is not None:
                 ptx = active.edit(ptx)
-            chosen = {name: values[name] for name in given}
+            chosen = _expanded({name: values[name] for name in given}, getattr(metadata, "tensordesc_meta", None))
             execute(ptx, (x, y, z), chosen, metadata.shared, active.schedule, active.report)
 
         def text() -> str:
             return self.text[metadata.hash]
 
         return launch
+
+
+def _expanded(values: dict[str, Any], described: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+    """Arguments as the kernel takes them: a tensor descriptor is a tensor map, the sizes and the strides."""
+    kinds = iter(described or ())
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if not isinstance(value, TensorDescriptor):
+            found[name] = value
+            continue
+        kind = next(kinds)
+        rows, columns = kind["block_size"]
+        found[name] = TensorMap(value.base, (rows, columns), kind["swizzle"])
+        for what, numbers in (("shape", value.shape), ("stride", value.strides)):
+            found |= {f"{name}.{what}{i}": number for i, number in enumerate(numbers)}
+    return found
 
 
 @contextmanager

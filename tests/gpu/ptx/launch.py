@@ -14,6 +14,7 @@ from tests.gpu.ptx.global_memory import GlobalMemory
 from tests.gpu.ptx.instructions import build
 from tests.gpu.ptx.machine import Machine
 from tests.gpu.ptx.moment import Moment
+from tests.gpu.ptx.tensor_map import MappedTensor, TensorMap
 from tests.gpu.ptx.text import parse
 
 __all__ = ["execute", "without"]
@@ -35,7 +36,7 @@ def execute(
     Args:
         ptx: a module with one kernel.
         grid: blocks in x, y, z.
-        arguments: name -> CPU tensor or number, for the kernel's parameters in order; those that follow are 0.
+        arguments: name -> CPU tensor, TensorMap or number, for the parameters in order; those that follow are 0.
         shared_bytes: dynamic shared memory of a block.
         schedule: "forward", "reverse" or "lockstep" (machine.py).
         report: to add to.
@@ -49,10 +50,15 @@ def execute(
     kernel = _parsed(ptx)
     report = Report() if report is None else report
     moment = Moment(kernel, report)
-    memory = GlobalMemory(moment, {name: value for name, value in arguments.items() if isinstance(value, Tensor)})
+    maps = {name: value for name, value in arguments.items() if isinstance(value, TensorMap)}
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    memory = GlobalMemory(moment, tensors | {name: value.tensor for name, value in maps.items()})
     if len(arguments) > len(kernel.params):
         raise ValueError(f"{kernel.name} has {len(kernel.params)} parameters, got {len(arguments)} arguments")
     values = [memory.address.get(name, value) for name, value in arguments.items()]
+    for i, name in enumerate(arguments):
+        if name in maps:
+            values[i] = MappedTensor(maps[name], values[i])
     names = [name for name, _ in kernel.params]
     params = dict(zip(names, values + [0] * (len(names) - len(values)), strict=True))
     launch = Launch(kernel.name, grid)

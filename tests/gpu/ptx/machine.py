@@ -17,6 +17,7 @@ from tests.gpu.ptx.global_memory import GlobalMemory
 from tests.gpu.ptx.moment import Moment
 from tests.gpu.ptx.registers import Lanes, Registers, parts
 from tests.gpu.ptx.shared_memory import SharedMemory
+from tests.gpu.ptx.tensor_map import MappedTensor
 from tests.gpu.ptx.text import Instruction, Register
 from tests.gpu.ptx.types import TYPES, Type
 
@@ -25,9 +26,10 @@ Step = Callable[[Lanes], None]
 Build = Callable[["Machine", Instruction], Step]
 Part = TypeVar("Part")
 SCHEDULES = ("forward", "reverse", "lockstep")
-RUNNING, AT_BARRIER, AT_PRODUCT, DONE = range(4)
+RUNNING, AT_BARRIER, AT_PRODUCT, POLLING, DONE = range(5)
 LIMIT = 20_000_000  # steps after which a loop is taken for endless
 WARPGROUP = 128
+MAP = 1 << 60  # the address of the first parameter if it is a tensor map
 
 
 class Machine:
@@ -38,7 +40,7 @@ class Machine:
         blocks: (x, y, z) of each block.
         grid: of the launch.
         shared_bytes: of a block.
-        params: name -> address, number, or what a builder of instructions takes.
+        params: name -> address, number, or tensor map and the address of its tensor, in order.
         memory: global memory.
         schedule: one of SCHEDULES.
         build: makes the step of an instruction.
@@ -71,7 +73,8 @@ class Machine:
         self.warp = self.ids // 32 // self.blocks
         in_block = self.warp * 32 + self.lane
         products = [i for i in kernel.instructions if i.opcode.startswith("wgmma.mma_async")]
-        proxies = bool(products)
+        self.maps = {MAP + i: value for i, value in enumerate(params.values()) if isinstance(value, MappedTensor)}
+        proxies = bool(products or self.maps)
         self.shared = SharedMemory(moment, self.block, max(shared_bytes, kernel.shared_bytes), proxies)
         in_products = (part for i in products for operand in i.operands[:2] for part in parts(operand))
         tracked = {part.name for part in in_products if isinstance(part, Register)}
@@ -82,10 +85,10 @@ class Machine:
         self.build = build
         self.parts: dict[Any, Any] = {}
         self.jumped = False  # whether the step has changed `pc` or `state` by itself
+        self.looked, self.polls = -1, 0  # when polling threads were last let go, and how often they polled since
         self.counts: Counter[str] = Counter()
         self.steps: list[Step | None] = [None] * len(kernel.instructions)
-        whole = WARPGROUP // 32 if proxies else 1
-        if self.warps % whole:
+        if products and self.warps % (WARPGROUP // 32):
             raise Unsupported("wgmma in a block whose warps are no whole warpgroups")
         self.units = self._units(schedule)
 
@@ -106,7 +109,8 @@ class Machine:
             rows |= {f"%tid.{axis}": threads[i], f"%ntid.{axis}": self.kernel.threads[i], f"%nctaid.{axis}": grid[i]}
             rows |= {f"%ctaid.{axis}": blocks[self.block, i], f"%cluster_ctaid.{axis}": 0}
         rows |= self.kernel.shared
-        return {name: np.broadcast_to(np.asarray(row, np.uint32), (self.threads,)) for name, row in rows.items()}
+        rows |= {name: MAP + i for i, name in enumerate(self.params) if MAP + i in self.maps}
+        return {name: np.broadcast_to(np.asarray(row, np.uint64), (self.threads,)) for name, row in rows.items()}
 
     # ------------------------------------------------------------ what instructions use
 
@@ -140,6 +144,7 @@ class Machine:
         """Lanes stop at this instruction until `state` is over."""
         self.pc[lanes.index] = self.moment.instruction
         self.state[lanes.index] = state
+        self.polls += state == POLLING
         self.jumped = True
 
     # ------------------------------------------------------------ the loop
@@ -220,8 +225,8 @@ class Machine:
     # ------------------------------------------------------------ waiting
 
     def _release(self) -> None:
-        """Nobody runs: let products begin whose warpgroup is whole, else end the barrier of every block."""
-        if self._release_products():
+        """Nobody runs: let whole warpgroups begin products, let threads that poll look again, or end a barrier."""
+        if self._release_products() or self._release_polling():
             return
         at_barrier = self.state == AT_BARRIER
         if (at_barrier | (self.state == DONE)).all() and at_barrier.any():
@@ -230,9 +235,18 @@ class Machine:
             self.state[at_barrier] = RUNNING
             self.pc[at_barrier] += 1
             return
-        stuck = self.pc[self.state == AT_PRODUCT]
+        stuck = self.pc[(self.state == AT_PRODUCT) | (self.state == POLLING)]
         where = self.moment.text(int(stuck[0])) if len(stuck) else "a barrier"
         raise Deadlock(f"no thread of {self.kernel.name} can go on; some wait at {where}")
+
+    def _release_polling(self) -> bool:
+        """Threads that poll go on if anything but polling has been executed since they began to."""
+        polling = self.state == POLLING
+        if not polling.any() or self.moment.clock - self.looked == self.polls:
+            return False
+        self.looked, self.polls = self.moment.clock, 0
+        self.state[polling] = RUNNING
+        return True
 
     def warpgroups(self, threads: Array) -> Array:
         """Thread numbers [groups, 128] of the whole warpgroups among `threads`, in the order of warps and lanes."""

@@ -36,6 +36,8 @@ class SharedMemory:
         self.multiplied = np.zeros(total // OPERAND, np.int16)
         self.products = 0  # all of `multiplied`
         self.unfenced = np.zeros(total // COPY, np.int32) if proxies else None  # 1 + thread; -1: before a barrier
+        self.fetched: Array | None = None  # number of the fetch that brought each piece since the last barrier
+        self.observed = np.ones((1, len(block_of)), bool)  # [fetches, threads], who has waited for it; 0: no fetch
         self.accesses = Accesses()
         self.spans = np.zeros(len(block_of), np.int32)  # barriers of its warp that a thread has passed
         self.split = False  # whether there was such a barrier in this interval
@@ -52,11 +54,18 @@ class SharedMemory:
             raise Misaligned(f"{what} of {width} bytes at {bad} of shared memory by {self.moment.text()}")
         return addresses + self.base[threads]
 
-    def _touch(self, threads: Array, offsets: Array, width: int, kind: int, values: Array | None = None) -> None:
+    def touch(self, threads: Array, offsets: Array, width: int, kind: int, values: Array | None = None) -> None:
+        """Log an access to offsets [n], and find what is under way there."""
         self._log(threads, offsets, width, kind, values)
         if self.copies and self._of(self.copying, COPY, offsets, width).any():
             what = "read" if kind == READ else "write"
             self.moment.find("unwaited copy", f"a {what} of shared memory where an asynchronous copy is under way")
+        if self.fetched is not None and len(threads):
+            which = self._of(self.fetched, OPERAND, offsets, width)
+            if which.ndim > 1:
+                which = which.max(1)
+            if not self.observed[which, threads].all():
+                self.moment.find("unwaited copy", "a use of what the copy engine brought by a thread that did not wait")
 
     def _log(self, threads: Array, offsets: Array, width: int, kind: int, values: Array | None) -> None:
         spans, instruction = self.spans[threads], self.moment.instruction
@@ -81,7 +90,7 @@ class SharedMemory:
     def load(self, threads: Array, addresses: Array, width: int) -> Array:
         """Bytes [n, width] that threads [n] read."""
         offsets = self.offsets(threads, addresses, width, "a read")
-        self._touch(threads, offsets, width, READ)
+        self.touch(threads, offsets, width, READ)
         if not self.initialised.all_set(offsets, width).all():
             self.moment.find("uninitialised", "a read of shared memory that nothing has written")
         return self.values.get(offsets, width)
@@ -90,7 +99,7 @@ class SharedMemory:
         """Threads [n] write bytes [n, width]."""
         width = values.shape[1]
         offsets = self.offsets(threads, addresses, width, "a write")
-        self._touch(threads, offsets, width, WRITE, values)
+        self.touch(threads, offsets, width, WRITE, values)
         self._written(threads, offsets, width)
         self.values.put(offsets, values)
         self.initialised.fill(offsets, width, 0xFF)
@@ -99,7 +108,7 @@ class SharedMemory:
         """From now on copies may write bytes [n, width] there; returns the offsets for `finish_copy`."""
         width = values.shape[1]
         offsets = self.offsets(threads, addresses, width, "an asynchronous copy")
-        self._touch(threads, offsets, width, WRITE, values)
+        self.touch(threads, offsets, width, WRITE, values)
         self._written(threads, offsets, width)
         np.add.at(self.copying.reshape(-1, width // COPY), offsets // width, 1)
         self.copies += len(offsets)
@@ -114,12 +123,41 @@ class SharedMemory:
         self.values.put(offsets, values)
         self.initialised.fill(offsets, width, 0xFF)
 
+    def begin_fetch(self, thread: int, addresses: Array, values: Array) -> Array:
+        """From now on the copy engine may write pieces [n, 16] there; returns the offsets for `finish_fetch`."""
+        threads = np.full(len(addresses), thread)
+        offsets = self.offsets(threads, addresses, OPERAND, "a copy of the copy engine")
+        self.touch(threads, offsets, OPERAND, WRITE, values)
+        if self.products and self.multiplied[offsets // OPERAND].any():
+            self.moment.find("unwaited product", "a copy to shared memory that a product under way reads")
+        self.copying.reshape(-1, OPERAND // COPY)[offsets // OPERAND] += 1
+        self.copies += len(offsets)
+        return offsets
+
+    def finish_fetch(self, offsets: Array, values: Array) -> int:
+        """What the copy engine brings is there, for those who `observe` the number that this returns."""
+        self.copying.reshape(-1, OPERAND // COPY)[offsets // OPERAND] -= 1
+        self.copies -= len(offsets)
+        self.values.put(offsets, values)
+        self.initialised.fill(offsets, OPERAND, 0xFF)
+        if self.unfenced is not None:  # tensor cores and the copy engine see each other's writes
+            self.unfenced.reshape(-1, OPERAND // COPY)[offsets // OPERAND] = 0
+        if self.fetched is None:
+            self.fetched = np.zeros(len(self.copying) // (OPERAND // COPY), np.int32)
+        self.fetched[offsets // OPERAND] = len(self.observed)
+        self.observed = np.concatenate([self.observed, np.zeros((1, self.observed.shape[1]), bool)])
+        return len(self.observed) - 1
+
+    def observe(self, threads: Array, fetches: list[int]) -> None:
+        """These threads have waited for these fetches of this interval."""
+        self.observed[np.asarray(fetches, int)[:, None], threads] = True
+
     def begin_operand(self, threads: Array, addresses: Array) -> tuple[Array, Array]:
         """A tensor core reads pieces of 16 bytes; returns their bytes [n, 16] and what `finish_operand` takes."""
         if self.unfenced is None:
             raise ValueError("this memory was made without proxies")
         offsets = self.offsets(threads, addresses, OPERAND, "an operand")
-        self._touch(threads, offsets, OPERAND, READ)
+        self.touch(threads, offsets, OPERAND, READ)
         if not self.initialised.all_set(offsets, OPERAND).all():
             self.moment.find("uninitialised", "an operand in shared memory that nothing has written")
         if self._of(self.unfenced, COPY, offsets, OPERAND).any():
@@ -151,6 +189,7 @@ class SharedMemory:
             self._races()
         self.accesses.clear()
         self.split = False
+        self.fetched, self.observed = None, self.observed[:1]
         if self.unfenced is not None:
             self.unfenced[self.unfenced > 0] = -1
 

@@ -78,7 +78,7 @@ class Instruction:
         return tuple(self.opcode.split("."))
 
     def __str__(self) -> str:
-        short = self.text if len(self.text) <= 90 else self.text[:87] + "..."
+        short = self.text if len(self.text) <= 140 else self.text[:137] + "..."
         return f"`{short}`" + (f" ({self.line})" if self.line else "")
 
 

@@ -163,7 +163,7 @@ def _prmt(machine: Machine, what: Instruction) -> Step:
     return elementwise(machine, what, permute, TYPES["b32"], TYPES["b32"])
 
 
-@instruction("mov", "cvta", "cvta.to", words="global shared shared::cta local const param")
+@instruction("mov", "cvta", "cvta.to", words="global shared shared::cta param")
 def _mov(machine: Machine, what: Instruction) -> Step:
     target, source = what.operands
     kind, registers = machine.type_of(what), machine.registers

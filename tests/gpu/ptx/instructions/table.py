@@ -14,7 +14,7 @@ __all__ = ["build", "instruction"]
 
 Builder = Callable[[Machine, Instruction], Step]
 _BUILDERS: dict[str, tuple[Builder, frozenset[str]]] = {}
-LONGEST = 4  # words of a name in the table
+LONGEST = 5  # words of a name in the table
 
 
 def instruction(*names: str, words: str = "") -> Callable[[Builder], Builder]:
