@@ -3,7 +3,7 @@
 An access outside every buffer cannot fall into a neighbour. Arguments that share memory are one buffer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,20 +151,16 @@ class GlobalMemory:
             self._use(buffer, offsets, width, threads[chosen], WRITE, values[chosen])
             buffer.values.put(offsets, values[chosen])
 
-    def exchange(self, threads: Array, addresses: Array, values: Array, keep: Array) -> None:
-        """Threads write bytes [n, width] that came of an atomic change; `keep` marks those that win at their place."""
-        width = values.shape[1]
-        for buffer, offsets, chosen in self._find(addresses, width, "an atomic change"):
-            self._use(buffer, offsets, width, threads[chosen], ATOMIC)
-            kept = keep[chosen]
-            buffer.values.put(offsets[kept], values[chosen][kept])
-
-    def peek(self, addresses: Array, width: int) -> Array:
-        """Bytes [n, width] without counting it as a use; bounds are checked."""
+    def change(self, threads: Array, addresses: Array, width: int, compute: Callable[[Array], Array]) -> None:
+        """Threads [n] change atomically, in their order: `compute` makes the new bytes [n, width] of the old ones."""
+        found = self._find(addresses, width, "an atomic change")
         values = np.empty((len(addresses), width), np.uint8)
-        for buffer, offsets, chosen in self._find(addresses, width, "an atomic change"):
+        for buffer, offsets, chosen in found:
+            self._use(buffer, offsets, width, threads[chosen], ATOMIC)
             values[chosen] = buffer.values.get(offsets, width)
-        return values
+        values = compute(values)
+        for buffer, offsets, chosen in found:
+            buffer.values.put(offsets, values[chosen])
 
     def finish(self) -> dict[str, Traffic]:
         """Copy the bytes back, look for races, and say what was moved."""

@@ -26,10 +26,15 @@ Step = Callable[[Lanes], None]
 Build = Callable[["Machine", Instruction], Step]
 Part = TypeVar("Part")
 SCHEDULES = ("forward", "reverse", "lockstep")
-RUNNING, AT_BARRIER, AT_PRODUCT, POLLING, DONE = range(5)
+RUNNING, AT_BARRIER, AT_PRODUCT, POLLING, PARTED, DONE = range(6)
 LIMIT = 20_000_000  # steps after which a loop is taken for endless
+PARTED_WARP = "a part of a warp executes {}, which takes whole warps"
 WARPGROUP = 128
 MAP = 1 << 60  # the address of the first parameter if it is a tensor map
+
+
+class Parted(Exception):
+    """Lanes have come without the rest of their warp to an instruction that takes whole warps."""
 
 
 class Machine:
@@ -129,11 +134,11 @@ class Machine:
         return found
 
     def whole_warps(self, lanes: Lanes) -> Array:
-        """Thread numbers [warps, 32]; PtxError if only a part of a warp executes what the whole warp must."""
+        """Thread numbers [warps, 32]; if a part of a warp is missing, Parted, which makes the lanes wait for it."""
         try:
             return lanes.warps
         except ValueError:
-            raise PtxError(f"a part of a warp executes {self.moment.text()}, which takes whole warps") from None
+            raise Parted from None
 
     def jump(self, lanes: Lanes, target: int) -> None:
         """Lanes go on at an instruction."""
@@ -198,7 +203,10 @@ class Machine:
             step = self.steps[number]
             if step is None:
                 step = self.steps[number] = self._decode(self.kernel.instructions[number])
-            step(lanes)
+            try:
+                step(lanes)
+            except Parted:
+                self.wait(lanes, PARTED)
             number += 1
             counted += 1
         for instruction in self.kernel.instructions[first:number]:
@@ -215,7 +223,12 @@ class Machine:
             chosen = lanes.where(guard(lanes))
             if len(chosen) == 0:
                 return
-            step(chosen)
+            try:
+                step(chosen)
+            except Parted:
+                if len(chosen) < len(lanes):  # the predicate parts them, so that nothing is gained by waiting
+                    raise PtxError(PARTED_WARP.format(self.moment.text())) from None
+                raise
             if self.jumped and len(chosen) < len(lanes):  # the others go on with the next instruction
                 others = np.setdiff1d(lanes.ids, chosen.ids, assume_unique=True)
                 self.pc[others] = self.moment.instruction + 1
@@ -226,7 +239,7 @@ class Machine:
 
     def _release(self) -> None:
         """Nobody runs: let whole warpgroups begin products, let threads that poll look again, or end a barrier."""
-        if self._release_products() or self._release_polling():
+        if self._release_parted() or self._release_products() or self._release_polling():
             return
         at_barrier = self.state == AT_BARRIER
         if (at_barrier | (self.state == DONE)).all() and at_barrier.any():
@@ -235,9 +248,18 @@ class Machine:
             self.state[at_barrier] = RUNNING
             self.pc[at_barrier] += 1
             return
-        stuck = self.pc[(self.state == AT_PRODUCT) | (self.state == POLLING)]
-        where = self.moment.text(int(stuck[0])) if len(stuck) else "a barrier"
-        raise Deadlock(f"no thread of {self.kernel.name} can go on; some wait at {where}")
+        parted = np.flatnonzero(self.state == PARTED)
+        if len(parted):
+            raise Deadlock(PARTED_WARP.format(self.moment.text(int(self.pc[parted[0]]))))
+        stuck = np.flatnonzero((self.state != DONE) & ~at_barrier)
+        raise Deadlock(f"no thread of {self.kernel.name} can go on; some wait at {self.moment.text(self.pc[stuck[0]])}")
+
+    def _release_parted(self) -> bool:
+        """Warps whose parts have met at an instruction that takes whole warps go on."""
+        pcs = np.where(self.state == PARTED, self.pc, -1).reshape(-1, 32)
+        met = (pcs[:, 0] >= 0) & (pcs == pcs[:, :1]).all(1)
+        self.state.reshape(-1, 32)[met] = RUNNING
+        return bool(met.any())
 
     def _release_polling(self) -> bool:
         """Threads that poll go on if anything but polling has been executed since they began to."""

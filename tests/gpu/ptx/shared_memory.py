@@ -5,6 +5,7 @@ A copy (cp.async) under way may land at any time before it is waited for, so nob
 seen by a tensor core's own reads only after fence.proxy.async.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from tests.gpu.ptx.bytes import Bytes
 from tests.gpu.ptx.findings import Misaligned, OutOfBounds
 from tests.gpu.ptx.moment import Moment
-from tests.gpu.ptx.races import READ, WRITE, Accesses, Events, races
+from tests.gpu.ptx.races import ATOMIC, READ, WRITE, Accesses, Events, races
 
 Array = NDArray[Any]
 COPY, OPERAND = 4, 16  # bytes of the smallest copy, and of the smallest piece of an operand
@@ -103,6 +104,15 @@ class SharedMemory:
         self._written(threads, offsets, width)
         self.values.put(offsets, values)
         self.initialised.fill(offsets, width, 0xFF)
+
+    def change(self, threads: Array, addresses: Array, width: int, compute: Callable[[Array], Array]) -> None:
+        """Threads [n] change atomically, in their order: `compute` makes the new bytes [n, width] of the old ones."""
+        offsets = self.offsets(threads, addresses, width, "an atomic change")
+        self.touch(threads, offsets, width, ATOMIC)
+        if not self.initialised.all_set(offsets, width).all():
+            self.moment.find("uninitialised", "an atomic change of shared memory that nothing has written")
+        self._written(threads, offsets, width)
+        self.values.put(offsets, compute(self.values.get(offsets, width)))
 
     def begin_copy(self, threads: Array, addresses: Array, values: Array) -> Array:
         """From now on copies may write bytes [n, width] there; returns the offsets for `finish_copy`."""

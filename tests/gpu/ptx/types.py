@@ -1,7 +1,7 @@
 """PTX's types, how a register of 8 to 64 bits holds each, and how its numbers are computed with.
 
 Registers hold bit patterns. `decode` turns the patterns of a type into an array to compute with, `encode` back:
-bfloat16 is computed in float32, pairs (f16x2, bf16x2) as arrays [threads, 2].
+bfloat16 is computed in float32, pairs such as f16x2 as arrays [threads, 2].
 """
 
 import re
@@ -60,8 +60,8 @@ class Type:
             return bfloat16_to_float32(patterns)
         if self.name == "bf16x2":
             return bfloat16_to_float32(np.ascontiguousarray(patterns).view(np.uint16)).reshape(-1, 2)
-        if self.name == "f16x2":
-            return np.ascontiguousarray(patterns).view(np.float16).reshape(-1, 2)
+        if self.is_pair:
+            return np.ascontiguousarray(patterns).view(self.dtype).reshape(-1, 2)
         return patterns.view(self.dtype)
 
     def encode(self, numbers: Array) -> Array:
@@ -98,6 +98,8 @@ TYPES: dict[str, Type] = {
         *(Type(f"s{8 * size}", size, np.dtype(f"i{size}").type) for size in RAW),
         Type("f16", 2, np.float16),
         Type("bf16", 2, np.float32),
+        Type("s16x2", 4, np.int16),
+        Type("u16x2", 4, np.uint16),
         Type("f16x2", 4, np.float16),
         Type("bf16x2", 4, np.float32),
         Type("tf32", 4, np.uint32),

@@ -195,7 +195,8 @@ def _setp(machine: Machine, what: Instruction) -> Step:
     def step(lanes: Lanes) -> None:
         left, right = a(lanes), b(lanes)
         found = compare(flush(left), flush(right)) if ftz else compare(left, right)
-        for target, value in zip(targets, (found, ~found), strict=False):
+        values = (found[:, 0], found[:, 1]) if kind.is_pair else (found, ~found)
+        for target, value in zip(targets, values, strict=False):
             target(lanes, value if combine is None or other is None else combine(value, other(lanes)))
 
     return step

@@ -11,7 +11,6 @@ from tests.gpu.ptx.instructions.table import instruction
 from tests.gpu.ptx.machine import Machine, Step
 from tests.gpu.ptx.registers import Lanes, parts
 from tests.gpu.ptx.text import Address, Instruction, Symbol
-from tests.gpu.ptx.types import Type
 
 Array = NDArray[Any]
 _ORDER = "weak relaxed acquire release acq_rel volatile cta gpu sys cluster"
@@ -100,34 +99,24 @@ def _change_all(places: Array, olds: Array, operands: list[Array], change: Calla
 @instruction("atom", "red", words=" ".join([_SPACES, _ORDER, "noftz", *_CHANGES]))
 def _atom(machine: Machine, what: Instruction) -> Step:
     kind, registers = machine.type_of(what), machine.registers
-    if is_shared(what):
-        raise Unsupported(f"an atomic change of shared memory, {what}")
     operands = what.operands if what.parts[0] == "red" else what.operands[1:]
     address = registers.address(operands[0])
     values = [registers.numbers(operand, kind) for operand in operands[1:]]
     store = registers.store(what.operands[0], kind) if what.parts[0] == "atom" else None
     change = next(_CHANGES[word] for word in what.parts if word in _CHANGES)
-    memory = machine.memory
+    memory = machine.shared if is_shared(what) else machine.memory
 
     def step(lanes: Lanes) -> None:
-        places = address(lanes)
-        olds = kind.decode(memory.peek(places, kind.size).view(kind.raw)[:, 0])
-        found, left = _change_all(places, olds, [value(lanes) for value in values], change)
-        memory.exchange(lanes.ids, places, _bytes(kind, left), _last(places))
+        places, given = address(lanes), [value(lanes) for value in values]
+        found = np.zeros(len(lanes), kind.dtype)
+
+        def compute(old: Array) -> Array:
+            nonlocal found
+            found, left = _change_all(places, kind.decode(old.view(kind.raw)[:, 0]), given, change)
+            return np.ascontiguousarray(kind.encode(left))[:, None].view(np.uint8)
+
+        memory.change(lanes.ids, places, kind.size, compute)
         if store is not None:
             store(lanes, found)
 
     return step
-
-
-def _bytes(kind: Type, numbers: Array) -> Array:
-    """Numbers [n] as bytes [n, size]."""
-    return np.ascontiguousarray(kind.encode(numbers))[:, None].view(np.uint8)
-
-
-def _last(places: Array) -> Array:
-    """Which entries are the last of their place."""
-    _, first_of_reversed = np.unique(places[::-1], return_index=True)
-    last = np.zeros(len(places), bool)
-    last[len(places) - 1 - first_of_reversed] = True
-    return last

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.gpu.ptx.findings import PtxError
 from tests.gpu.ptx.instructions.table import instruction
 from tests.gpu.ptx.machine import Machine, Step
 from tests.gpu.ptx.registers import Lanes, parts
@@ -26,6 +25,7 @@ def _shfl(machine: Machine, what: Instruction) -> Step:
     inside = registers.write(targets[1], TYPES["pred"]) if len(targets) > 1 else None
 
     def step(lanes: Lanes) -> None:
+        machine.whole_warps(lanes)
         own = machine.lane[lanes.ids]
         amount, limits = by(lanes).astype(np.int64) & 31, clamp(lanes).astype(np.int64)
         segment = limits >> 8 & 31  # bits of the lane number that may not change
@@ -36,10 +36,7 @@ def _shfl(machine: Machine, what: Instruction) -> Step:
             lane = {"up": own - amount, "down": own + amount, "bfly": own ^ amount}[mode]
         valid = lane >= last if mode == "up" else lane <= last
         threads = lanes.ids - own + np.where(valid, lane, own)
-        places = np.searchsorted(lanes.ids, threads)
-        if (places >= len(lanes.ids)).any() or (lanes.ids[places] != threads).any():
-            raise PtxError(f"{machine.moment.text()} reads a lane that does not execute it")
-        write(lanes, source(lanes)[places])
+        write(lanes, source(lanes)[np.searchsorted(lanes.ids, threads)])
         if inside is not None:
             inside(lanes, valid)
 
