@@ -287,7 +287,8 @@ def test_atomic_changes(schedule):
     inner = f"""mov.b32 %r2, memory; mov.b32 %r3, 0; setp.eq.u32 %p1, %r9, 0; @%p1 st.shared.b32 [%r2], %r3; bar.sync 0;
         {ADDRESSES} atom.relaxed.cta.shared.add.u32 %r1, [%r2], 1; SYNC ld.shared.b32 %r4, [%r2];
         st.global.b32 [%rd10], %r4;"""
-    assert run(inner.replace("SYNC", "bar.sync 0;"), seen, threads=64, shared=4, schedule=schedule).findings == []
+    two = run(inner.replace("SYNC", "bar.sync 0;"), seen, grid=2, threads=64, shared=4, schedule=schedule)
+    assert two.findings == []
     assert seen.eq(64).all()
     assert run(inner.replace("SYNC", ""), seen, threads=64, shared=4, schedule=schedule).kinds() == {"race"}
     most = torch.zeros(1)

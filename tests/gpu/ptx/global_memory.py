@@ -151,14 +151,21 @@ class GlobalMemory:
             self._use(buffer, offsets, width, threads[chosen], WRITE, values[chosen])
             buffer.values.put(offsets, values[chosen])
 
-    def change(self, threads: Array, addresses: Array, width: int, compute: Callable[[Array], Array]) -> None:
-        """Threads [n] change atomically, in their order: `compute` makes the new bytes [n, width] of the old ones."""
+    def change(self, threads: Array, addresses: Array, width: int, compute: Callable[[Array, Array], Array]) -> None:
+        """Threads [n] change atomically, in their order.
+
+        Args:
+            threads: who.
+            addresses: where.
+            width: bytes.
+            compute: (a number for each place, old bytes [n, width]) -> new bytes.
+        """
         found = self._find(addresses, width, "an atomic change")
         values = np.empty((len(addresses), width), np.uint8)
         for buffer, offsets, chosen in found:
             self._use(buffer, offsets, width, threads[chosen], ATOMIC)
             values[chosen] = buffer.values.get(offsets, width)
-        values = compute(values)
+        values = compute(addresses, values)
         for buffer, offsets, chosen in found:
             buffer.values.put(offsets, values[chosen])
 

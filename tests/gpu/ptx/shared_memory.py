@@ -105,14 +105,14 @@ class SharedMemory:
         self.values.put(offsets, values)
         self.initialised.fill(offsets, width, 0xFF)
 
-    def change(self, threads: Array, addresses: Array, width: int, compute: Callable[[Array], Array]) -> None:
-        """Threads [n] change atomically, in their order: `compute` makes the new bytes [n, width] of the old ones."""
+    def change(self, threads: Array, addresses: Array, width: int, compute: Callable[[Array, Array], Array]) -> None:
+        """Threads [n] change atomically, in their order; all as in GlobalMemory.change."""
         offsets = self.offsets(threads, addresses, width, "an atomic change")
         self.touch(threads, offsets, width, ATOMIC)
         if not self.initialised.all_set(offsets, width).all():
             self.moment.find("uninitialised", "an atomic change of shared memory that nothing has written")
         self._written(threads, offsets, width)
-        self.values.put(offsets, compute(self.values.get(offsets, width)))
+        self.values.put(offsets, compute(offsets, self.values.get(offsets, width)))
 
     def begin_copy(self, threads: Array, addresses: Array, values: Array) -> Array:
         """From now on copies may write bytes [n, width] there; returns the offsets for `finish_copy`."""

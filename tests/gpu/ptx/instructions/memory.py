@@ -107,15 +107,15 @@ def _atom(machine: Machine, what: Instruction) -> Step:
     memory = machine.shared if is_shared(what) else machine.memory
 
     def step(lanes: Lanes) -> None:
-        places, given = address(lanes), [value(lanes) for value in values]
+        given = [value(lanes) for value in values]
         found = np.zeros(len(lanes), kind.dtype)
 
-        def compute(old: Array) -> Array:
+        def compute(places: Array, old: Array) -> Array:
             nonlocal found
             found, left = _change_all(places, kind.decode(old.view(kind.raw)[:, 0]), given, change)
             return np.ascontiguousarray(kind.encode(left))[:, None].view(np.uint8)
 
-        memory.change(lanes.ids, places, kind.size, compute)
+        memory.change(lanes.ids, address(lanes), kind.size, compute)
         if store is not None:
             store(lanes, found)
 
