@@ -55,26 +55,35 @@ def cases(allowed):
 
 
 @triton.jit
-def described_kernel(x_desc, w_desc, y_ptr, T, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """A product whose tiles the copy engine fetches."""
+def described_kernel(
+    x_desc, w_desc, y_ptr, T, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ACROSS: tl.constexpr
+):
+    """x Wᵀ whose tiles the copy engine fetches; ACROSS: xᵀ [K, T] and Wᵀ [K, N] are given, so that K is no row."""
     row, column = tl.program_id(0) * BM, tl.program_id(1) * BN
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
-        acc = tl.dot(x_desc.load([row, k]), w_desc.load([column, k]).T, acc, input_precision="tf32x3")
+        if ACROSS:
+            acc = tl.dot(x_desc.load([k, row]).T, w_desc.load([k, column]), acc)
+        else:
+            acc = tl.dot(x_desc.load([row, k]), w_desc.load([column, k]).T, acc, input_precision="tf32x3")
     rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
     inside = (rows < T)[:, None] & (columns < N)[None, :]
     tl.store(y_ptr + rows[:, None] * N + columns[None, :], acc.to(y_ptr.dtype.element_ty), inside)
 
 
-def described(dtype, shape):
+def described(dtype, shape, across=False):
     """Triton's tensor descriptors, that is TMA."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     t, n, k = shape
     w, x, *_ = problem(*shape, dtype, "cpu")
     y, (bm, bn, bk) = torch.zeros(t, n, dtype=dtype), (64, 32, 128 // dtype.itemsize)
-    maps = TensorDescriptor.from_tensor(x, [bm, bk]), TensorDescriptor.from_tensor(w, [bn, bk])
-    described_kernel[triton.cdiv(t, bm), triton.cdiv(n, bn)](*maps, y, t, n, k, bm, bn, bk, num_warps=4, num_stages=3)
+    given = [(x, [bm, bk]), (w, [bn, bk])]
+    if across:
+        given = [(matrix.t().contiguous(), box[::-1]) for matrix, box in given]
+    maps = [TensorDescriptor.from_tensor(*each) for each in given]
+    grid = triton.cdiv(t, bm), triton.cdiv(n, bn)
+    described_kernel[grid](*maps, y, t, n, k, bm, bn, bk, across, num_warps=4, num_stages=3)
     assert_as_accurate_as_dense(y, x, w)
 
 
@@ -114,32 +123,38 @@ def test_sm_90(name, dtype):
 # ---------------------------------------------------------------- that faults are found
 
 LOOP = (37, 80, 448)  # seven steps, more than there are buffers
-# the loop's barrier: what other threads copied is there after it, and a buffer is copied to again only after it
-LOOP_BARRIER = r"cp\.async\.wait_group\s+\d+;\s*(bar\.sync\s+0;)"
-LOOP_WAIT = r"cp\.async\.wait_group\s+\d+;"
-FAULTS = [
-    (80, LOOP_BARRIER, {"race"}),
-    (80, LOOP_WAIT, {"unwaited copy"}),
-    (90, LOOP_BARRIER, {"race"}),
-    (90, LOOP_WAIT, {"unwaited copy"}),
-    (90, r"wgmma\.wait_group\.sync\.aligned\s+1;", {"unwaited product"}),
-    (90, r"wgmma\.fence\.sync\.aligned;", {"missing fence"}),
-    (90, r"fence\.proxy\.async\.shared::cta;", {"missing fence"}),
-]
+COPY_WAIT = r"cp\.async\.wait_group\s+\d+;"
+FAULTS = {
+    # what other threads copied is there after it, and a buffer is copied to again only after it
+    "barrier of the loop": (80, "dense", COPY_WAIT + r"\s*(bar\.sync\s+0;)", {"race"}),
+    "wait for copies": (80, "dense", COPY_WAIT, {"unwaited copy"}),
+    "wait for copies, sm_90": (90, "bitmask", COPY_WAIT, {"unwaited copy"}),
+    "fence before tensor cores read": (90, "bitmask", r"fence\.proxy\.async\.shared::cta;", {"missing fence"}),
+    "barrier after it": (90, "bitmask", r"fence\.proxy\.async\.shared::cta;\s*(bar\.sync\s+0;)", {"race"}),
+    "fence of registers": (90, "bitmask", r"wgmma\.fence\.sync\.aligned;", {"missing fence"}),
+    "wait for products": (90, "bitmask", r"wgmma\.wait_group\.sync\.aligned\s+\d+;", {"unwaited product"}),
+}
+"""Name of what is taken out of a compiled kernel -> (architecture, layout, pattern, kinds of findings)."""
 
 
-@pytest.mark.parametrize(("arch", "removed", "kinds"), FAULTS)
-def test_what_is_taken_out_is_missed(arch, removed, kinds):
+def check_fault(arch, launch, removed, kinds):
+    """Under every schedule the fault must be found; whether the result is wrong depends on the schedule."""
     from tests.gpu.ptx.driver import executing
     from tests.gpu.ptx.launch import without
 
     for schedule in SCHEDULES[arch]:
         with executing(arch, schedule, lambda ptx: without(ptx, removed)) as report:
             try:
-                linear("dense", torch.bfloat16, LOOP)
-            except AssertionError as error:  # the result is wrong
+                launch()
+            except AssertionError as error:
                 assert "accuracy rule" in str(error)
         assert report.kinds() & kinds, (schedule, report.findings)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_taken_out_is_missed(fault):
+    arch, layout, removed, kinds = FAULTS[fault]
+    check_fault(arch, partial(linear, layout, torch.bfloat16, LOOP), removed, kinds)
 
 
 def test_a_pointer_out_of_bounds_is_found():
@@ -205,21 +220,19 @@ def test_tensor_descriptors(dtype):
     assert x.distinct_read == 70 * 328 * dtype.itemsize and x.read == 2 * x.distinct_read  # for two tiles of columns
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_matrices_that_lie_across_k(dtype):
+    report = executed(90, partial(described, dtype, (72, 40, 330), True))
+    assert report.launches[0].instructions["wgmma"]
+
+
 @pytest.mark.parametrize(
     ("removed", "kinds"),
     [
         (r"waitLoop:[^}]*", {"unwaited copy"}),
         (r"wgmma\.wait_group\.sync\.aligned\s+1;", {"unwaited product"}),
     ],
+    ids=["wait for the copy engine", "wait for products"],
 )
 def test_what_is_taken_out_of_tensor_descriptors_is_missed(removed, kinds):
-    from tests.gpu.ptx.driver import executing
-    from tests.gpu.ptx.launch import without
-
-    for schedule in SCHEDULES[90]:
-        with executing(90, schedule, lambda ptx: without(ptx, removed)) as report:
-            try:
-                described(torch.bfloat16, (70, 40, 328))
-            except AssertionError as error:
-                assert "accuracy rule" in str(error)
-        assert report.kinds() & kinds, (schedule, report.findings)
+    check_fault(90, partial(described, torch.bfloat16, (70, 40, 328)), removed, kinds)

@@ -1,7 +1,7 @@
 """wgmma: a warpgroup's product (sm_90) whose operands lie in shared memory, while its threads go on.
 
 Its result is formed when all four warps have reached it; until they wait for it nobody may touch its accumulators or
-write its operands, which is checked. Operands with rows along k are known, all swizzles; products as in products.py.
+write its operands, which is checked. Operands may lie along k or across it, with every swizzle. Sums as in products.py.
 Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 """
 
@@ -120,15 +120,28 @@ def _wait(machine: Machine, what: Instruction) -> Step:
     return step
 
 
-def operand_addresses(descriptor: int, rows: int) -> Array:
-    """Where the pieces of 16 bytes [rows, 2] of a matrix lie that a 64-bit descriptor names."""
+def operand_addresses(descriptor: int, rows: int, across: bool) -> Array:
+    """Where the pieces of 16 bytes of a matrix lie that a 64-bit descriptor names.
+
+    Args:
+        descriptor: start, two distances and the swizzle.
+        rows: of the matrix.
+        across: whether a piece is 8 rows at one k, so that the result is [16, rows / 8], and not 16 bytes along k,
+            which makes it [rows, 2]. The layouts are those of CUTLASS's mma_sm90_desc.hpp, "MN-major" and "K-major".
+    """
     start, leading, stride = (((descriptor >> bit) & 0x3FFF) << 4 for bit in (0, 16, 32))
     if descriptor >> 49 & 7:
         raise Unsupported(f"the base offset of the matrix descriptor {descriptor:#x}")
     width, exchanged = SWIZZLES[descriptor >> 62]
-    row, piece = np.arange(rows)[:, None], np.arange(2)[None, :]
-    along = piece * leading if width == 16 else piece * 16
-    address = start + row // 8 * stride + row % 8 * width + along
+    if across:
+        k, piece = np.arange(16)[:, None], np.arange(rows // 8)[None, :]
+        in_width = width // 16
+        if width == 16:
+            leading, stride = stride, leading
+        address = start + k // 8 * stride + k % 8 * width + piece // in_width * leading + piece % in_width * 16
+    else:
+        row, piece = np.arange(rows)[:, None], np.arange(2)[None, :]
+        address = start + row // 8 * stride + row % 8 * width + piece * (leading if width == 16 else 16)
     return address ^ (address >> 7 & exchanged) << 4
 
 
@@ -157,8 +170,8 @@ def _wgmma(machine: Machine, what: Instruction) -> Step:
         or len(flags) != len(what.operands[4:])
     ):
         raise Unsupported(f"the instruction {what}")
-    if flags[:2] != ["1", "1"] or any(flag != "0" for flag in flags[2:]):
-        raise Unsupported(f"negated or transposed operands of {what}")
+    if flags[:2] != ["1", "1"]:
+        raise Unsupported(f"negated operands of {what}")
     registers, shared, products = machine.registers, machine.shared, machine.part(Products)
     accumulators = _names(what.operands[0])
     factors = _names(what.operands[1]) if isinstance(what.operands[1], Group) else []
@@ -166,18 +179,20 @@ def _wgmma(machine: Machine, what: Instruction) -> Step:
     right = registers.read(what.operands[2], TYPES["b64"])
     keep = registers.read(what.operands[3], TYPES["pred"])
     each = 4 // size
+    across_a, across_b = [flag == "1" for flag in ["0", "0", "0", *flags[2:]][-2:]]  # of a only if in shared memory
 
-    def matrix(descriptor: int, rows: int, thread: int) -> tuple[Array, Array]:
+    def matrix(descriptor: int, rows: int, across: bool, thread: int) -> tuple[Array, Array]:
         """(numbers [rows, k], what to finish) of an operand in the memory of a thread's block."""
-        addresses = operand_addresses(descriptor, rows).ravel()
-        values, offsets = shared.begin_operand(np.full(len(addresses), thread), addresses)
-        return operand_numbers(values.reshape(rows, STEP).view(np.uint32), kind), offsets
+        addresses = operand_addresses(descriptor, rows, across)
+        values, offsets = shared.begin_operand(np.full(addresses.size, thread), addresses.ravel())
+        numbers = operand_numbers(values.reshape(len(addresses), -1).view(np.uint32), kind)
+        return numbers.T if across else numbers, offsets
 
     def multiply(threads: Array, descriptors: tuple[int, int], factor: Array | None) -> Array:
         """The product [64, columns] of a warpgroup; it is under way from now on."""
-        b, used = matrix(descriptors[1], columns, int(threads[0]))
+        b, used = matrix(descriptors[1], columns, across_b, int(threads[0]))
         if factor is None:
-            a, also = matrix(descriptors[0], 4 * WARP_ROWS, int(threads[0]))
+            a, also = matrix(descriptors[0], 4 * WARP_ROWS, across_a, int(threads[0]))
             operands = [used, also]
         else:
             order = matrix_order(WARP_ROWS, len(factors), each)
