@@ -28,7 +28,7 @@ test: $(VENV)/.installed-dev  ## the default test suite
 test-all: $(VENV)/.installed-dev  ## the default suite and the slow checks
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-gpu-static: $(VENV)/.installed-gpu-static  ## the GPU kernels without a GPU: interpreted, and compiled for each architecture
+gpu-static: $(VENV)/.installed-gpu-static  ## the GPU kernels without a GPU: interpreted, compiled for each architecture, executed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu -m interpreted
 	$(BIN)/python -m pytest tests/gpu -m compiled
 	$(BIN)/python -m tests.gpu.matrix

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.compiled
 
 HALF = (torch.bfloat16, torch.float16)
 SCHEDULES = {80: ("forward", "reverse"), 90: ("forward", "reverse", "lockstep")}
-ALIGNED, RAGGED, ROW = (21, 80, 208), (37, 53, 72), (5, 48, 96)  # T, N, K
+# T, N, K: each class of tiles (gpu_configs.py), none filled whole
+ALIGNED, RAGGED, ROW, BATCH = (21, 80, 208), (37, 53, 72), (5, 48, 96), (520, 80, 80)
 
 
 def op(packed, x, features, bias=None, activation=None, residual=None, scale=None, gated=False):
@@ -111,6 +112,11 @@ def test_ragged_rows_on_sm_80(name, dtype):
 @cases(ALL[1:2])
 def test_few_tokens_on_sm_80(name, dtype):
     executed(80, partial(TABLE[name][0], dtype, ROW))
+
+
+@pytest.mark.parametrize("arch", SCHEDULES)
+def test_many_tokens(arch):
+    executed(arch, partial(linear, "dense", torch.bfloat16, BATCH))
 
 
 @cases(HALF)  # float32 has the code of sm_80

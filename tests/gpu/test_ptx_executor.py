@@ -269,11 +269,23 @@ def test_races_in_global_memory(schedule):
     body = f"{next_} st.global.b32 [%rd10], %r9; SYNC ld.global.b32 %r3, [%rd11];"
     within = run(body.replace("SYNC", "bar.sync 0;"), y, threads=64, schedule=schedule)
     assert within.findings == []
+    warp = body.replace("63", "31").replace("SYNC", "bar.warp.sync -1;")
+    assert run(warp, torch.zeros(32, dtype=torch.int32), schedule=schedule).findings == []
     racing = run(body.replace("SYNC", ""), y, threads=64, schedule=schedule)
     assert "race: threads race in buffer0, no barrier between: `st.global" in str(racing.findings[0])
     mov = "mov.u32 %r9, %ctaid.x; mul.wide.u32 %rd9, %r9, 4;"
     blocks = run(body.replace("SYNC", "bar.sync 0;").replace(NEXT, mov + NEXT), y, grid=2, schedule=schedule)
     assert "race: blocks race in buffer0" in str(blocks.findings[0])
+
+
+def test_more_blocks_than_run_together():
+    y = torch.zeros(300, dtype=torch.int32)
+    body = """mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd10, %r1, 4; add.s64 %rd10, %rd0, %rd10; setp.eq.u32 %p1, %r9, 0;
+        @%p1 st.global.b32 [%rd10], %r1;"""
+    assert run(body, y, grid=300).findings == [] and torch.equal(y, torch.arange(300, dtype=torch.int32))
+    last = "setp.eq.and.u32 %p2, %r1, 299, %p1; @%p2 ld.global.b32 %r2, [%rd0];"  # what the first block wrote
+    (found,) = run(body + last, y, grid=300).findings
+    assert found.kind == "race" and "blocks race in buffer0, no barrier between: `@%p1 st.global" in str(found)
 
 
 @every_schedule

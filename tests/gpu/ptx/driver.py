@@ -49,14 +49,11 @@ class ExecutingDriver(StubDriver):
             values = dict(zip(names, arguments[HIDDEN:], strict=True))
             active = driver.active
             assert isinstance(active, ExecutingDriver)  # the kernel may have been compiled under an earlier one
-            ptx = text()
+            ptx = self.text[metadata.hash]
             if active.edit is not None:
                 ptx = active.edit(ptx)
             chosen = _expanded({name: values[name] for name in given}, getattr(metadata, "tensordesc_meta", None))
             execute(ptx, (x, y, z), chosen, metadata.shared, active.schedule, active.report)
-
-        def text() -> str:
-            return self.text[metadata.hash]
 
         return launch
 

@@ -119,12 +119,12 @@ class Machine:
 
     # ------------------------------------------------------------ what instructions use
 
-    def type_of(self, instruction: Instruction, number: int = -1) -> Type:
-        """The type among the words of an opcode: the last, or the one at `number` of those that are types."""
+    def type_of(self, instruction: Instruction) -> Type:
+        """The last type among the words of an opcode."""
         found = [TYPES[part] for part in instruction.parts[1:] if part in TYPES]
         if not found:
             raise Unsupported(f"the instruction {instruction}")
-        return found[number]
+        return found[-1]
 
     def part(self, make: Callable[["Machine"], Part]) -> Part:
         """What `make` makes for this machine, the same at every call: state that a kind of instruction needs."""
@@ -132,6 +132,11 @@ class Machine:
             self.parts[make] = make(self)
         found: Part = self.parts[make]
         return found
+
+    def sync_warps(self, lanes: Lanes) -> None:
+        """Whole warps have met. Where a block is one warp, that is a barrier of the block."""
+        self.shared.sync_warps(self.whole_warps(lanes).ravel())
+        self.moment.interval += self.warps == 1
 
     def whole_warps(self, lanes: Lanes) -> Array:
         """Thread numbers [warps, 32]; if a part of a warp is missing, Parted, which makes the lanes wait for it."""
@@ -171,8 +176,8 @@ class Machine:
                 if left < 0:
                     raise Deadlock(f"{LIMIT} steps and no end; the last was {self.moment.text()}")
 
-    def _next(self) -> tuple[slice, Lanes, int] | None:
-        """(unit, its threads at the smallest instruction number, where a part of the unit waits to be met)."""
+    def _next(self) -> tuple[Lanes, int] | None:
+        """(threads of a unit at the smallest instruction number, where its other threads wait to be met)."""
         for unit in self.units:
             running = self.state[unit] == RUNNING
             if running.any():
@@ -182,20 +187,19 @@ class Machine:
                 later = running & ~here
                 meet = int(pcs[later].min()) if later.any() else len(self.steps)
                 if here.all():
-                    return unit, Lanes(unit, self.ids[unit]), meet
+                    return Lanes(unit, self.ids[unit]), meet
                 ids = self.ids[unit][here]
-                return unit, Lanes(ids, ids), meet
+                return Lanes(ids, ids), meet
         return None
 
-    def _run(self, unit: slice, lanes: Lanes, meet: int) -> int:
+    def _run(self, lanes: Lanes, meet: int) -> int:
         """Execute until the lanes jump, wait, part, or reach `meet`; returns the number of steps."""
         number = first = int(self.pc[lanes.ids[0]])
         self.jumped = False
-        counted = 0
         while not self.jumped:
-            if number == meet or number >= len(self.steps):
-                if number >= len(self.steps):
-                    raise PtxError(f"{self.kernel.name} runs past its last instruction")
+            if number == len(self.steps):
+                raise PtxError(f"{self.kernel.name} runs past its last instruction")
+            if number == meet:
                 self.pc[lanes.index] = number
                 break
             self.moment.instruction = number
@@ -208,10 +212,9 @@ class Machine:
             except Parted:
                 self.wait(lanes, PARTED)
             number += 1
-            counted += 1
         for instruction in self.kernel.instructions[first:number]:
             self.counts[instruction.parts[0]] += -(-len(lanes) // 32)
-        return counted
+        return number - first
 
     def _decode(self, instruction: Instruction) -> Step:
         step = self.build(self, instruction)

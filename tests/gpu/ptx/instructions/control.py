@@ -39,11 +39,7 @@ def _barrier(machine: Machine, what: Instruction) -> Step:
 def _warp_barrier(machine: Machine, what: Instruction) -> Step:
     if what.operands not in ((Immediate("-1"),), (Immediate("0xffffffff"),), (Immediate("4294967295"),)):
         raise Unsupported(f"a barrier of a part of a warp, {what}")
-
-    def step(lanes: Lanes) -> None:
-        machine.shared.sync_warps(machine.whole_warps(lanes).ravel())
-
-    return step
+    return machine.sync_warps
 
 
 @instruction("fence.proxy.async", words="shared::cta global")
