@@ -64,7 +64,7 @@ def _mma(machine: Machine, what: Instruction) -> Step:
     a, b = ([registers.read(part, TYPES["b32"]) for part in parts(operand)] for operand in what.operands[1:3])
     c = [registers.numbers(part, TYPES["f32"]) for part in parts(what.operands[3])]
     stores = [registers.store(part, TYPES["f32"]) for part in parts(what.operands[0])]
-    each = 4 // TYPES[kind].size if kind != "tf32" else 1
+    each = 4 // TYPES[kind].size
     if len(a) * 2 * each != int(shape.rpartition("k")[2]) or len(b) * 4 * each != int(shape.rpartition("k")[2]):
         raise Unsupported(f"the instruction {what}")
 
