@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rmtkern.layouts import LAYOUTS
+from rmtkern.layouts.pairs import interleave
 from rmtkern.testing import assert_as_accurate_as_dense
-from tests.gpu.test_accuracy import pack, problem
+from tests.gpu.test_accuracy import pack, pair, problem
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -39,9 +40,20 @@ def linear(layout, dtype, shape):
     assert_as_accurate_as_dense(y, x, w, bias, "gelu", residual, scale)
 
 
+def gated(layout, dtype, shape):
+    """The same of a gate-up pair, which has N rows together."""
+    t, n, k = shape
+    features = n // 2
+    x, packed, gate, up, biases = pair(layout, t, features, k, dtype, "cpu")
+    *_, scale, residual = problem(t, features, k, dtype, "cpu")
+    y = op(packed, x, features, interleave(*biases), "silu", residual, scale, True)
+    assert_as_accurate_as_dense(y, x, gate, biases[0], "silu", residual, scale, (up, biases[1]))
+
+
 ALL = (torch.float32, torch.bfloat16, torch.float16)
 TABLE = {
     "dense": (partial(linear, "dense"), ALL),
+    "dense gated": (partial(gated, "dense"), ALL[1:2]),
     "bitmask": (partial(linear, "bitmask"), ALL),
     "lowrank": (partial(linear, "lowrank"), ALL),
     "spectral": (partial(linear, "spectral"), ALL[:2]),
@@ -110,7 +122,7 @@ def test_ragged_rows_on_sm_80(name, dtype):
     executed(80, partial(TABLE[name][0], dtype, RAGGED))
 
 
-@cases(ALL[1:2], but=("lowrank",))
+@cases(ALL[1:2], but=("lowrank", "dense gated"))
 def test_few_tokens_on_sm_80(name, dtype):
     executed(80, partial(TABLE[name][0], dtype, ROW))
 
@@ -123,7 +135,7 @@ def test_many_tokens(arch):
 @cases(HALF)  # float32 has the code of sm_80
 def test_sm_90(name, dtype):
     report = executed(90, partial(TABLE[name][0], dtype, ALIGNED))
-    if name in ("dense", "bitmask", "spectral"):
+    if name != "lowrank":
         assert all(launch.instructions["wgmma"] for launch in report.launches)
 
 
