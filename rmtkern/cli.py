@@ -40,6 +40,7 @@ from rmtkern.speed import prune_to_speed_
 from rmtkern.storage import read_metadata
 from rmtkern.sweep import PACK, sweep
 from rmtkern.tables import Table
+from rmtkern.token_merging import merge_tokens_
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
 
@@ -61,6 +62,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, help="safetensors (or weights-only torch) file to load into it")
     parser.add_argument(
         "--random-weights", action="store_true", help="do not ask a model hub for a timm model's weights"
+    )
+    parser.add_argument(
+        "--merge-tokens",
+        type=int,
+        metavar="R",
+        help="let every block merge its R most similar tokens; dense files do not say so: ask again wherever it counts",
     )
 
 
@@ -284,7 +291,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _analyze(args: argparse.Namespace) -> int:
-    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    model = _load(args)
     fits = analyze(model, targets=args.targets, split_qkv=args.split_qkv, legacy=args.legacy)
     formats = {"text": fits.__str__, "csv": fits.to_csv, "markdown": fits.to_markdown}
     text = fits.to_json() if args.json else formats[args.format]()
@@ -297,7 +304,7 @@ def _analyze(args: argparse.Namespace) -> int:
 
 def _advise(args: argparse.Namespace) -> int:
     _check_batch(args.batch)
-    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    model = _load(args)
     example = _example(model, args.batch)
     advice = advise(model, example, patterns=args.pattern, sparsities=args.sparsity)
     if args.json:
@@ -305,6 +312,14 @@ def _advise(args: argparse.Namespace) -> int:
     else:
         print(f"{environment_line()}\n\n{advice}")
     return 0
+
+
+def _load(args: argparse.Namespace, checkpoint: Path | None = None) -> nn.Module:
+    """The model that a verb's arguments name, or the same with another checkpoint."""
+    model = load_model(args.model, checkpoint=checkpoint or args.checkpoint, random_weights=args.random_weights)
+    if args.merge_tokens is not None:
+        merge_tokens_(model, args.merge_tokens)
+    return model
 
 
 def _example(model: nn.Module, batch: int) -> Tensor:
@@ -333,7 +348,7 @@ def _shrink(args: argparse.Namespace) -> int:
     _check_folder(args.output)
     if _stored(args.checkpoint, SHRUNK) is not None:
         raise ValueError(f"{args.checkpoint}: it was made smaller already; shrink the model that it came from")
-    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    model = _load(args)
     calibration = _calibration(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     plan = shrink_(model, args.mlp, args.heads, calibration, ignore=tuple(args.ignore))
@@ -372,7 +387,7 @@ def _prune(args: argparse.Namespace) -> int:
         raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
     if args.images is not None and args.max_drop is None:
         raise ValueError("--images are for --max-drop; to score a model before and after, use --evaluate FOLDER")
-    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    model = _load(args)
     calibration = _calibration(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
@@ -417,7 +432,7 @@ def _sweep(args: argparse.Namespace) -> int:
     _check_batch(args.batch)
     if args.speed_picture is not None and args.pack is None:
         raise ValueError("--speed-picture needs speeds: give --pack float32 or --pack bfloat16 too")
-    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    model = _load(args)
     chosen = " ".join([*(args.targets or []), *(f"not {word}" for word in args.ignore)])
     scored = f"{args.images.name}{'' if args.limit is None else f'[{args.limit}]'}"
     found = sweep(
@@ -463,11 +478,11 @@ def _certify(args: argparse.Namespace) -> int:
             "--random-weights draws other weights than those that were pruned; give --checkpoint FILE with the dense "
             "ones, or --plan"
         )
-    dense = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    dense = _load(args)
     reference: nn.Module | PrunePlan = dense
     model = dense
     if args.pruned is not None:
-        model = load_model(args.model, checkpoint=args.pruned)
+        model = _load(args, args.pruned)
         if _stored(args.pruned, "rmtkern") is not None:
             load_plan(args.pruned).verify(model)
     else:
@@ -517,7 +532,7 @@ def _read_json(path: Path, read: Callable[[str], Made], what: str) -> Made:
 def _finetune(args: argparse.Namespace) -> int:
     _check_folder(args.output)
     config = FinetuneConfig(**{name: getattr(args, name) for name in SETTINGS})
-    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    model = _load(args)
     stored = _stored(args.checkpoint, "rmtkern")
     plan = None if stored is None else load_plan(args.checkpoint)
     data = _folder(args.train, model, args.train_images)
@@ -548,7 +563,7 @@ def _folder(folder: Path, model: nn.Module, limit: int | None = None) -> tuple[T
 def _gradual(args: argparse.Namespace) -> int:
     _check_folder(args.output)
     config = FinetuneConfig(**{name: getattr(args, name) for name in SETTINGS})
-    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    model = _load(args)
     data = _folder(args.train, model, args.train_images)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     found = prune_gradually_(
@@ -585,7 +600,7 @@ def _bench(args: argparse.Namespace) -> int:
     engines = None if args.compare is None else [name for name in args.compare.split(",") if name]
     check_engines(engines or ())
     _check_folder(args.output)
-    model = load_model(args.model, checkpoint=args.checkpoint, random_weights=args.random_weights)
+    model = _load(args)
     plan = None
     if not args.keep_zeros:
         targets = tuple(args.targets) if args.targets else None

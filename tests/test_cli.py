@@ -20,6 +20,7 @@ from rmtkern.evaluation import folder_batches, preprocessing_of
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.pruning.presets import AUTO_CALIBRATED
 from rmtkern.storage import read_metadata
+from rmtkern.token_merging import merging_of
 
 TOYS = """
 import torch
@@ -518,3 +519,14 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path):
     bad = run("prune", "demo", "--sparsity", "2", "-o", "x")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "rmtkern prune: sparsity: expected a fraction in [0, 1), got 2.0\n"
+
+
+def test_tokens_are_merged_wherever_a_model_is_loaded(tmp_path, capsys):
+    out = tmp_path / "pruned.safetensors"
+    arguments = ["prune", "vit_tiny_patch16_224", "--random-weights", "-o", str(out), "--merge-tokens"]
+    assert main([*arguments, "8"]) == 0
+    model = cli._load(cli._parser().parse_args([*arguments, "8"]))
+    assert merging_of(model).r == 8 and not model.training
+    assert load_file(out).keys() == model.state_dict().keys()
+    assert main([*arguments, "-1"]) != 0
+    assert "r: expected at least 0, got -1" in capsys.readouterr().err
