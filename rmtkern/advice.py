@@ -143,7 +143,7 @@ def advise(
 
     Raises:
         TypeError: `model` is not a module or `example` no tensor.
-        ValueError: an unknown pattern or dtype, a sparsity out of range, a model that is not float32 or without a
+        ValueError: an unknown pattern or dtype, a sparsity out of range, a model that is not float32, not on the CPU or without a
             linear that could be packed, or an example that it cannot run.
     """
     _check(model, example, patterns, sparsities, dtypes)
@@ -193,6 +193,8 @@ def _check(
             raise ValueError(f"dtypes: expected {' or '.join(map(str, DTYPES))}, got {dtype!r}")
     if other := sorted({str(p.dtype) for p in model.parameters() if p.dtype != torch.float32}):
         raise ValueError(f"model: expected float32 parameters, got {', '.join(other)}; call model.float() first")
+    if other := sorted({str(p.device) for p in model.parameters() if p.device.type != "cpu"}):
+        raise ValueError(f"model: expected parameters on the cpu, got {', '.join(other)}; call model.cpu() first")
     if not patterns or not dtypes:
         raise ValueError("patterns and dtypes: expected at least one of each, got none")
 
@@ -215,7 +217,7 @@ def _kinds(model: nn.Module, example: Tensor) -> list[_Kind]:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and reason_to_leave(model, name, module) is None
+        if isinstance(module, nn.Linear) and reason_to_leave(model, name, module, DTYPES) is None
     }
     with watch(model, linears) as watched, torch.no_grad():
         model(example)

@@ -28,7 +28,7 @@ ACTIVATIONS = (None, *FUNCTIONS)
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> fastest first
 NAMES = ("cpu", "cuda", "triton", "reference")  # "reference" runs only when named
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # what csrc/isa is written for
-NEEDS = {"cuda": "cupy", "triton": "triton"}  # the package without which a backend cannot be imported
+NEEDS = {"triton": "triton"}  # the package without which no kernel of a backend can be imported
 NO_DEVICE = "no CUDA device"
 KERNELS: dict[str, dict[str, ModuleType | str]] = {}  # layout -> backend -> module, or why there is none
 
@@ -56,12 +56,26 @@ def load_kernels(layout: str) -> None:
         if importlib.util.find_spec(path) is None:
             found[backend] = f"layout {layout} has no {backend} kernel yet"
         elif need is not None and importlib.util.find_spec(need) is None:
-            found[backend] = f"the package {need} is not installed"
-        elif need is not None and not has_device():
+            found[backend] = _missing(need)
+        elif backend in BACKENDS["cuda"] and not has_device():
             found[backend] = NO_DEVICE  # so that a machine without one never imports triton
         else:
-            found[backend] = importlib.import_module(path)
+            found[backend] = _imported(path)
     KERNELS[layout] = found
+
+
+def _imported(path: str) -> ModuleType | str:
+    """A kernel's module, or which package it imports that is not there, such as the cupy of some cuda.py."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == __name__.partition(".")[0]:
+            raise
+        return _missing(error.name)
+
+
+def _missing(package: str) -> str:
+    return f"the package {package} is not installed"
 
 
 def _candidates(device: str, backend: str | None) -> tuple[str, ...]:

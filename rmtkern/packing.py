@@ -24,14 +24,16 @@ from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, Pack
 from rmtkern.ops import gated_linear, linear
 from rmtkern.packing_attention import AttentionCall, AttentionForward, watch_attention
 from rmtkern.packing_decisions import DecisionLog, Decisions
+from rmtkern.packing_device import Device, device_of
 from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
+from rmtkern.packing_events import how
 from rmtkern.packing_gated import GatedPair, find_pairs, fuse, fused, part, unfuse
 from rmtkern.packing_lent import LendingLinear
 from rmtkern.packing_multihead import PackedMultihead, Split, find_multiheads, in_projection, linears_of, watch_calls
 from rmtkern.packing_norm import NormForward, watch_norms
 from rmtkern.packing_report import EndToEnd, GatedReport, LayerReport, PackReport, SiteReport
 from rmtkern.packing_sites import KernelForward, disable, enable, measure_sites
-from rmtkern.packing_timing import Timer, interleaved_ms
+from rmtkern.packing_timing import Timer
 from rmtkern.packing_watch import Seen, reason_to_leave, watch
 from rmtkern.progress import progress
 from rmtkern.testing import accuracy_excess
@@ -42,10 +44,11 @@ Slots = dict[str, nn.Module]  # module name -> what stands there
 
 PLAIN = "dense/torch"  # the candidate that leaves the nn.Linear alone
 LIBRARY = (PLAIN, "dense/onednn", "dense/onednn_prepacked")  # computed by PyTorch, which is the yardstick of accuracy
-OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+OUTPUT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.0125, torch.bfloat16: 0.1}
 """Largest change of the model's output, relative to its largest magnitude. Two dense fp32 libraries differ by 1e-6 to
-1e-5 after 12 blocks, two bf16 ones by 1e-2; a wrong activation or a lost weight shows at 1e-2 and above. Every layer
-in a form of ours is held to the accuracy rule by itself before, which is what counts in bf16."""
+1e-5 after 12 blocks, two bf16 ones by 1e-2 (float16 rounds to an eighth of that); a wrong activation or a lost weight
+shows at 1e-2 and above. Every layer in a form of ours is held to the accuracy rule by itself before, which is what
+counts in bf16."""
 GUARD_NOISE = 0.01
 """How much slower than the faster dense model the packed model may time before the guard calls it slower."""
 SPARSITY_STEP = 0.05
@@ -213,34 +216,31 @@ def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float, dtype
     return [name for name in names if name != "dense"]
 
 
-def _find(model: nn.Module, split: Split) -> list[_Layer]:
+def _find(model: nn.Module, split: Split, device: Device) -> list[_Layer]:
     layers = []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             layer = _Layer(part(name, "in_proj"), in_projection(module), split.left[name])
         elif isinstance(module, nn.Linear):
             whole = split.left.get(name.rpartition(".")[0]) if name.endswith("out_proj") else None
-            layer = _Layer(name, module, whole or reason_to_leave(model, name, module))
+            layer = _Layer(name, module, whole or reason_to_leave(model, name, module, device.dtypes))
         else:
             continue
+        layer.reason = layer.reason or device.reason
         weight = layer.module.weight.detach()
-        if weight.device.type != "meta":
-            if not bool(torch.isfinite(weight).all()):
-                raise ValueError(f"{name}.weight has NaN or Inf entries; repair the checkpoint before packing")
-            layer.sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{name}.weight has NaN or Inf entries; repair the checkpoint before packing")
+        layer.sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
         layers.append(layer)
     return layers
 
 
-def _grouped(layers: Sequence[_Layer], layouts: Sequence[str]) -> list[_Group]:
+def _grouped(layers: Sequence[_Layer], layouts: Sequence[str], device: Device) -> list[_Group]:
     """Groups of layers that share a measurement, with the recipes of what to time."""
     groups: dict[tuple[object, ...], _Group] = {}
     for layer in layers:
         weight = layer.module.weight.detach()
-        recipes = {}
-        for layout in ("dense", *layouts):
-            for params in LAYOUTS[layout].variants(weight):
-                recipes[f"{layout}{params}"] = (layout, params)
+        recipes = device.recipes(weight, layouts)
         bias = layer.module.bias is not None
         epilogue = (bias, layer.seen.activation)
         key = (weight.shape, weight.dtype, *epilogue, layer.tokens, layer.sparsity_step, tuple(recipes))
@@ -279,7 +279,7 @@ def _measure(group: _Group, budget_ms: float, timer: Timer, log: DecisionLog) ->
     known, fresh = log.known.get(key, {}), False
     generator = torch.Generator().manual_seed(0)
     for tokens in group.first.tokens:
-        x = torch.randn(tokens, module.in_features, generator=generator).to(weight.dtype)
+        x = torch.randn(tokens, module.in_features, generator=generator).to(weight)
         calls: dict[str, Callable[[], object]] = {}
         for label, form in forms.items():
             if label == PLAIN:
@@ -302,6 +302,7 @@ def _measure(group: _Group, budget_ms: float, timer: Timer, log: DecisionLog) ->
         fresh = True
         with torch.no_grad():
             group.ms[tokens] = dict(timer(calls, budget_ms))
+        group.notes += [f"timed {way}"] if (way := how(timer)) else []
     log.add(key, group.ms, fresh=fresh)
     if not fresh:
         group.notes.append("times reused from saved decisions")
@@ -323,7 +324,7 @@ def _pack_layer(layer: _Layer, choice: Mapping[int, str]) -> PackedLinear | None
         layout, params = layer.group.recipes[label]
         forms[label] = LAYOUTS[layout].pack(weight, **params)
         if label not in LIBRARY:
-            x = torch.randn(32, module.in_features, generator=torch.Generator().manual_seed(1)).to(weight.dtype)
+            x = torch.randn(32, module.in_features, generator=torch.Generator().manual_seed(1)).to(weight)
             y = linear(x, forms[label], bias, activation=layer.seen.activation)
             if (excess := accuracy_excess(y, x, weight, bias, layer.seen.activation)) > 1:
                 layer.note = f"{label} misses the accuracy rule by a factor {excess:.2g}"
@@ -428,8 +429,10 @@ class _Swaps:
 
 
 def _tolerance(*parts: nn.Module) -> float:
-    low = any(parameter.dtype == torch.bfloat16 for part in parts for parameter in part.parameters())
-    return OUTPUT_TOLERANCE[torch.bfloat16 if low else torch.float32]
+    held = {parameter.dtype for part in parts for parameter in part.parameters()}
+    return max(
+        (OUTPUT_TOLERANCE[dtype] for dtype in held & OUTPUT_TOLERANCE.keys()), default=OUTPUT_TOLERANCE[torch.float32]
+    )
 
 
 def _deviation(
@@ -484,6 +487,7 @@ def _guard(
             if swaps.sites and swaps.packed != swaps.dense:
                 states["kernels"] = partial(swaps.run, swaps.dense, example, kernels=True)
             ms = timer(states, budget_ms)
+            ways[index] = how(timer)
             dense = ms.get("dense", ms["original"])
             equal = ms["original"] if swaps.packed == swaps.original else dense
             found.append(EndToEnd(index, ms["original"], dense, ms.get("packed", equal), ms.get("kernels")))
@@ -501,6 +505,7 @@ def _guard(
         return found
 
     notes: list[str] = []
+    ways: dict[int, str] = {}
     times = measure()
     if behind(times, kernels=True):
         times = measure()  # a second look, before a choice is undone for noise
@@ -528,7 +533,7 @@ def _guard(
         swaps.packed = dict(swaps.original)  # a new state, so it is placed before it runs
         notes.append("end to end the swapped linears were slower than the original model: all were put back")
         times = [replace(t, packed_ms=t.original_ms, kernels_ms=None) for t in times]
-    return times, notes
+    return times, [*notes, *(f"example {index} was timed {way}" for index, way in ways.items() if way)]
 
 
 def _worst(swaps: _Swaps, layers: Sequence[_Layer], slow: Sequence[int]) -> tuple[list[_Layer], set[int]] | None:
@@ -584,7 +589,7 @@ class _PairGroup:
 def _pair_excess(pair: GatedPair, form: PackedWeight, layers: Sequence[_Layer]) -> float:
     """By what factor a form of the pair misses the accuracy rule."""
     gate, up, bg, bu = pair.weight([layer.module for layer in layers])
-    x = torch.randn(32, gate.shape[1], generator=torch.Generator().manual_seed(1)).to(gate.dtype)
+    x = torch.randn(32, gate.shape[1], generator=torch.Generator().manual_seed(1)).to(gate)
     y = pair.module(form, [layer.module for layer in layers])(x).detach()
     return accuracy_excess(y, x, gate, bg, pair.activation, up=(up, bu))
 
@@ -594,6 +599,7 @@ def _measure_pairs(
     layers: Mapping[str, _Layer],
     swaps: _Swaps,
     layouts: Sequence[str],
+    device: Device,
     margin: float,
     budget_ms: float,
     timer: Timer,
@@ -609,7 +615,7 @@ def _measure_pairs(
         group.linears.append(mine)
     reports = {}
     for group in progress(list(groups.values()), "timing gate and up", show=show_progress):
-        _measure_pair(group, swaps, layouts, budget_ms, timer)
+        _measure_pair(group, swaps, layouts, device, budget_ms, timer)
         label, worst = group.best()
         for pair, mine in zip(group.pairs, group.linears, strict=True):
             reason = f"{label} is {1 / worst:.2f}x the separate linears" if label else "no form of the pair fits"
@@ -625,14 +631,16 @@ def _measure_pairs(
                     used, reason = False, f"{label} misses the accuracy rule by a factor {excess:.2g}"
                 else:
                     swaps.put_pair(pair, pair.module(form, [layer.module for layer in mine]))
-            reason = "; ".join([reason, *group.notes])
+            reason = "; ".join([reason, *dict.fromkeys(group.notes)])
             reports[pair.name] = GatedReport(
                 pair.name, pair.paths, pair.activation, group.ms, label if used else None, reason
             )
     return [reports[pair.name] for pair in pairs]
 
 
-def _measure_pair(group: _PairGroup, swaps: _Swaps, layouts: Sequence[str], budget_ms: float, timer: Timer) -> None:
+def _measure_pair(
+    group: _PairGroup, swaps: _Swaps, layouts: Sequence[str], device: Device, budget_ms: float, timer: Timer
+) -> None:
     """Fill a group's times from its first pair."""
     pair, layers = group.pairs[0], group.linears[0]
     gate, up, bg, bu = pair.weight([layer.module for layer in layers])
@@ -641,26 +649,25 @@ def _measure_pair(group: _PairGroup, swaps: _Swaps, layouts: Sequence[str], budg
     absorbed = isinstance(separate[0], PackedLinear) and separate[0].activation is not None
     activation = None if absorbed else pair.activation
     forms: dict[str, PackedWeight] = {}
-    for layout in ("dense", *layouts):
-        for params in LAYOUTS[layout].variants(both):
-            if layout == "dense":
-                params = {**params, "tokens": int(median(layers[0].tokens))}
-            form = LAYOUTS[layout].pack(both, **params)
-            if layout != "dense" and form.nbytes >= both.nbytes:
-                continue
-            try:
-                excess = 0.0 if form.label in LIBRARY else _pair_excess(pair, form, layers)
-            except KernelUnavailable as error:
-                group.notes.append(str(error))
-                continue
-            if excess > 1:
-                group.notes.append(f"{form.label} misses the accuracy rule by a factor {excess:.2g}")
-                continue
-            forms[form.label] = form
-            group.recipes[form.label] = (layout, params)
+    for layout, params in device.recipes(both, layouts).values():
+        if layout == "dense":
+            params = {**params, "tokens": int(median(layers[0].tokens))}
+        form = LAYOUTS[layout].pack(both, **params)
+        if layout != "dense" and form.nbytes >= both.nbytes:
+            continue
+        try:
+            excess = 0.0 if form.label in LIBRARY else _pair_excess(pair, form, layers)
+        except KernelUnavailable as error:
+            group.notes.append(str(error))
+            continue
+        if excess > 1:
+            group.notes.append(f"{form.label} misses the accuracy rule by a factor {excess:.2g}")
+            continue
+        forms[form.label] = form
+        group.recipes[form.label] = (layout, params)
     generator = torch.Generator().manual_seed(0)
     for tokens in layers[0].tokens:
-        x = torch.randn(tokens, gate.shape[1], generator=generator).to(gate.dtype)
+        x = torch.randn(tokens, gate.shape[1], generator=generator).to(gate)
         calls: dict[str, Callable[[], object]] = {
             "separate": lambda x=x: pair.combine([module(x) for module in separate], activation)  # type: ignore[misc]
         }
@@ -670,6 +677,7 @@ def _measure_pair(group: _PairGroup, swaps: _Swaps, layouts: Sequence[str], budg
             )
         with torch.no_grad():
             group.ms[tokens] = dict(timer(calls, budget_ms))
+        group.notes += [f"timed {way}"] if (way := how(timer)) else []
 
 
 def _why(layer: _Layer, margin: float) -> str:
@@ -784,8 +792,15 @@ def pack_(
     at every token count. At the end the whole model is timed against the original and against every
     linear in its strongest dense form; choices that made it slower are put back.
 
+    On a CUDA device the dense forms are nn.Linear (cuBLAS) and our own, and layers without a kernel there stay as they
+    are with the reason; attention and LayerNorm stay PyTorch's. Times are the device's. What is bound by launches, as
+    one or a few images are, is timed under CUDA graphs where it can be captured, and the report says so: then run the
+    model under them too, or pass `timer=EventTimer(CudaClock(device), graphs=False)` (of packing_events), whose times
+    hold for a model that is launched kernel by kernel.
+
     Args:
-        model: in eval mode, on the CPU, with float32 or bfloat16 linears; changed in place, but not at all on failure.
+        model: in eval mode, with float32 or bfloat16 linears (on a CUDA device float16 too), all on one device; changed
+            in place, but not at all on failure.
         example: what the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments; a list
             of these gives several examples, such as several batch sizes.
         dtype: torch.bfloat16 turns the whole float32 model into bfloat16 (its linears sum in float32) behind its own
@@ -797,11 +812,12 @@ def pack_(
         norms: whether LayerNorm modules may use our kernel, where it is measured faster by the margin.
         margin: by what fraction sparse must be faster than the strongest dense form, [0, 1).
         budget_ms: time spent on each distinct measurement [ms]; the whole model gets five times as much per example.
-        timer: (name -> call, budget_ms) -> (name -> ms); default `interleaved_ms`.
+        timer: (name -> call, budget_ms) -> (name -> ms); default `interleaved_ms`, or `EventTimer` on a CUDA device.
         decisions: times of earlier calls (`PackReport.decisions`), used again for linears of equal shape, dtype, bias,
             activation, token counts, candidates and similar sparsity, if measured with this CPU, instruction set,
-            thread count and versions; or a JSON file of them, which is made or completed. Candidates are still checked
-            for accuracy, and attention, gate-up pairs and the whole model are still timed.
+            thread count and versions (or this kind of GPU, compute capability and versions); or a JSON file of them,
+            which is made or completed. Candidates are still checked for accuracy, and attention, gate-up pairs and the
+            whole model are still timed.
         show_progress: show a bar; default, only on a terminal.
 
     Returns:
@@ -809,18 +825,21 @@ def pack_(
 
     Raises:
         TypeError: `model`, `example` or `decisions` has the wrong type, or the output holds no tensor.
-        ValueError: nothing to pack, a bad option, an example that the model cannot run, NaN weights, or a damaged file.
+        ValueError: nothing to pack, a bad option, an example that the model cannot run or on another device, a model on
+            several devices or on "meta", NaN weights, or a damaged file.
         PackedModelError: train mode, packed already, or the output would change.
     """
     layouts = _check(model, layouts, margin, dtype)
     examples = _examples(example)
-    log = DecisionLog(decisions)
+    device = device_of(model, examples)
+    time_calls = timer or device.timer
+    log = DecisionLog(decisions, device.keys(time_calls))
     split = find_multiheads(model)
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
-    time_calls = timer or interleaved_ms
+    attention, norms = attention and device.kernels, norms and device.kernels
     try:
         return _pack(
-            model, split, examples, layouts, attention, norms, margin, budget_ms, time_calls, show_progress, log
+            model, device, split, examples, layouts, attention, norms, margin, budget_ms, time_calls, show_progress, log
         )
     except BaseException:
         place_(model, dict(split.whole))
@@ -904,6 +923,7 @@ def _leave_whole(model: nn.Module, split: Split, layers: Sequence[_Layer], unlik
 
 def _pack(
     model: nn.Module,
+    device: Device,
     split: Split,
     examples: list[Example],
     layouts: Sequence[str],
@@ -916,7 +936,7 @@ def _pack(
     log: DecisionLog,
 ) -> PackReport:
     whole_outputs, whole_calls = _split(model, split, examples)
-    layers = _find(model, split)
+    layers = _find(model, split, device)
     movable = [layer for layer in layers if layer.reason is None]
     linears = {layer.name: layer.module for layer in movable}
 
@@ -942,7 +962,7 @@ def _pack(
     by_name = {layer.name: layer for layer in movable}
     pairs = find_pairs(model, {layer.name: layer.module for layer in movable if not layer.seen.lent})
     pairs = [pair for pair in pairs if len({tuple(by_name[path].seen.tokens) for path in pair.paths}) == 1]
-    groups = _grouped(movable, layouts)
+    groups = _grouped(movable, layouts, device)
     for group in progress(groups, "timing", show=show_progress):
         _measure(group, budget_ms, time_calls, log)
         for layer in group.layers:
@@ -975,7 +995,7 @@ def _pack(
         if movable or swaps.sites:
             _verify(swaps, examples, expected, swaps.dense)
             _verify(swaps, examples, expected, swaps.packed)
-            gated = _measure_pairs(pairs, by_name, swaps, layouts, *timing)
+            gated = _measure_pairs(pairs, by_name, swaps, layouts, device, *timing)
             if swaps.pairs:
                 try:
                     _verify(swaps, examples, expected, swaps.packed)
@@ -993,7 +1013,7 @@ def _pack(
             _reports(layers, swaps, gated, margin),
             tuple(end_to_end),
             torch.get_num_threads(),
-            tuple(notes),
+            (*([f"on {device.name}"] if device.name else []), *notes),
             _site_reports(swaps.standing(sites, apart_sites), swaps, "attention"),
             log.new,
             log.measured,

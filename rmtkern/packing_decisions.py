@@ -50,10 +50,11 @@ class DecisionKey:
     """What the times of one group of layers depend on; times are used again only where every field is equal.
 
     Args:
-        cpu: as `environment.cpu_model` names it.
+        cpu: as `environment.cpu_model` names it; on a GPU, its name.
         isa: instruction set of our kernels: RMTKERN_ISA, or the best one here, or "none" without the extension; the
-            name of the backend if RMTKERN_BACKEND forces another one.
-        threads: of torch.
+            name of the backend if RMTKERN_BACKEND forces another one. On a GPU: its compute capability, the version of
+            triton, PyTorch's precision of float32 products, and what else the times depend on, such as autotuned tiles.
+        threads: of torch; 1 on a GPU.
         rmtkern: package version.
         torch: version of PyTorch, which runs the dense forms.
         shape: (N, K).
@@ -284,13 +285,16 @@ class DecisionLog:
     Args:
         source: decisions to use; a path to read them from, where the new ones are added (the file need not be there
             yet); or None.
+        here: cpu, isa and threads of the keys, if they are not this CPU's.
 
     Raises:
         TypeError: `source` has the wrong type.
         ValueError: a file that is not one of decisions, or a path in no folder.
     """
 
-    def __init__(self, source: Decisions | str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self, source: Decisions | str | os.PathLike[str] | None, here: Mapping[str, Any] | None = None
+    ) -> None:
         from rmtkern import __version__  # not above: the package imports this file
 
         if source is not None and not isinstance(source, Decisions | str | os.PathLike):
@@ -312,6 +316,7 @@ class DecisionLog:
             "threads": torch.get_num_threads(),
             "rmtkern": __version__,
             "torch": torch.__version__,
+            **(here or {}),
         }
 
     def key(self, weight: torch.Tensor, **what: Any) -> DecisionKey:

@@ -4,7 +4,7 @@ It also knows which linears must stay as they are. It measures no time and packs
 """
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,6 @@ from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
 from rmtkern.activations import FUNCTIONS
-from rmtkern.packing_dtype import DTYPES
 
 __all__ = ["Seen", "is_altered", "reason_to_leave", "watch"]
 
@@ -47,13 +46,14 @@ def is_altered(module: nn.Module) -> bool:
     return "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def reason_to_leave(model: nn.Module, name: str, module: nn.Linear) -> str | None:
+def reason_to_leave(model: nn.Module, name: str, module: nn.Linear, dtypes: Sequence[torch.dtype]) -> str | None:
     """Why this linear cannot be swapped at all, or None.
 
     Args:
         model: the whole model.
         name: of the linear in it.
         module: the linear.
+        dtypes: that kernels take where the model is.
     """
     parent = model.get_submodule(name.rpartition(".")[0])
     weight = module.weight
@@ -74,10 +74,9 @@ def reason_to_leave(model: nn.Module, name: str, module: nn.Linear) -> str | Non
     ]
     if sharers:
         return f"its parameter is tied to {', '.join(sharers)}"
-    if weight.dtype not in DTYPES or (module.bias is not None and module.bias.dtype != weight.dtype):
-        return f"dtype {weight.dtype}; the layouts hold torch.float32 and torch.bfloat16: call model.float() to pack it"
-    if weight.device.type != "cpu":
-        return f"device {weight.device}; there are CPU kernels only: call model.cpu() to pack it"
+    if weight.dtype not in dtypes or (module.bias is not None and module.bias.dtype != weight.dtype):
+        held = " and ".join(map(str, dtypes))
+        return f"dtype {weight.dtype}; the layouts hold {held} here: call model.float() to pack it"
     if 0 in weight.shape:
         return "the weight is empty"
     return None

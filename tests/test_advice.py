@@ -96,5 +96,7 @@ def test_wrong_models_and_examples():
         advise(Toy().bfloat16(), torch.randn(2, 64))
     with pytest.raises(ValueError, match=r"example: the model cannot run it: .*; pass what you would call"):
         advise(Toy().eval(), torch.randn(2, 63))
+    with pytest.raises(ValueError, match=r"model: expected parameters on the cpu, got meta; call model\.cpu"):
+        advise(nn.Linear(4, 4).to("meta"), torch.randn(1, 4))
     with pytest.raises(ValueError, match=r"model: ReLU has no nn\.Linear that could be packed"):
         advise(nn.ReLU(), torch.randn(2, 64))

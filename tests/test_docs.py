@@ -76,7 +76,7 @@ def run_command(line, capsys):
 def test_tutorials_run(name, folder, capsys, monkeypatch):
     if name == "tutorial-spectra.md":
         pytest.importorskip("matplotlib")
-    for module in ("rmtkern.packing", "rmtkern.advice"):
+    for module in ("rmtkern.packing_device", "rmtkern.advice"):
         monkeypatch.setattr(f"{module}.interleaved_ms", sparse_wins)
     monkeypatch.setattr(
         comparison,

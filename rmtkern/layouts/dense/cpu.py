@@ -2,13 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rmtkern.activations import apply_activation
 from rmtkern.layouts.base import CPU_DTYPES
 from rmtkern.layouts.cpu import MISSING
+from rmtkern.layouts.dense.library import finish, gate, library_linear
 from rmtkern.layouts.dense.weight import FORMS, NO_ONEDNN, DenseWeight
-from rmtkern.layouts.pairs import CHUNK
 
 __all__ = ["linear", "supports"]
 
@@ -32,12 +30,6 @@ def supports(w: DenseWeight, x: Tensor) -> str | None:
         return f"x is on {x.device}, the weight on {weight.device}; move both to the cpu"
     form = FORMS[w.params["form"]]
     return MISSING if form == "own" else NO_ONEDNN if form != "torch" else None
-
-
-def _finish(y: Tensor, scale: Tensor | None, residual: Tensor | None) -> Tensor:
-    if scale is not None:
-        y = y.mul_(scale)
-    return y if residual is None else y.add_(residual)
 
 
 def linear(
@@ -72,18 +64,8 @@ def linear(
         return torch.ops.rmtkern.cpu_linear(
             "dense", x, features, [w.stored], [], bias, activation, residual, scale, gated > 0
         )
-    if gated:
-        both = linear(x, w, bias, None, None).unflatten(-1, (-1, 2, CHUNK))
-        gate, up = (both.select(-2, part).flatten(-2)[:, :gated] for part in range(2))
-        y = apply_activation(gate, activation) * up
-        return _finish(y, scale, residual)
-    if form != "torch":
-        attr, algorithm = _ONEDNN[activation]
-        y = torch.ops.mkldnn._linear_pointwise(x, w.stored, bias, attr, [], algorithm)
-    else:
-        y = F.linear(x, w.stored, bias)
-        if activation in ("gelu", "gelu_tanh"):
-            y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-        elif activation is not None:
-            y = F.relu_(y) if activation == "relu" else F.silu(y, inplace=True)
-    return _finish(y, scale, residual)
+    if form == "torch":
+        return library_linear(x, w.stored, bias, activation, residual, scale, gated)
+    attr, algorithm = _ONEDNN[None if gated else activation]
+    y = torch.ops.mkldnn._linear_pointwise(x, w.stored, bias, attr, [], algorithm)
+    return finish(gate(y, activation, gated) if gated else y, scale, residual)

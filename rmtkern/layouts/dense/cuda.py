@@ -1,0 +1,43 @@
+"""dense on a CUDA device by PyTorch's `F.linear` (cuBLAS), which form `torch` names; the other forms are Triton's."""
+
+from torch import Tensor
+
+from rmtkern.layouts.dense.library import library_linear
+from rmtkern.layouts.dense.weight import FORMS, DenseWeight
+
+__all__ = ["linear", "supports"]
+
+
+def supports(w: DenseWeight, x: Tensor) -> str | None:
+    """Why F.linear shall or can not compute x [T, K] times this weight on a CUDA device, or None."""
+    weight = w.stored
+    if x.dtype not in w.dtypes:
+        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes)}"
+    if weight.dtype != x.dtype:
+        return f"x is {x.dtype}, the weight {weight.dtype}; cast one to the other's dtype"
+    if x.device.type != "cuda" or weight.device != x.device:
+        return f"x is on {x.device}, the weight on {weight.device}; move both to one CUDA device"
+    form = FORMS[w.params["form"]]
+    return None if form == "torch" else f"form {form} is not PyTorch's; it is for triton"
+
+
+def linear(
+    x: Tensor,
+    w: DenseWeight,
+    bias: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    scale: Tensor | None = None,
+    gated: int = 0,
+) -> Tensor:
+    """Apply a dense weight on a CUDA device: y = activation(x Wᵀ + bias) * scale + residual.
+
+    Args, returns: as `linear` of layouts/triton.py; the activation and all after it take passes of their own.
+
+    Raises:
+        ValueError: a tensor is on another device than `x`.
+    """
+    for name, tensor in (("bias", bias), ("residual", residual), ("scale", scale)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {tensor.device}; move it")
+    return library_linear(x, w.stored, bias, activation, residual, scale, gated)
