@@ -1,6 +1,7 @@
 """Every case that is benchmarked: shapes, token counts, layouts, patterns, sparsities, dtypes and threads, once.
 
-It only names them. contenders.py makes the weights; kernel.py, growth.py and model.py measure; run.py selects.
+It only names them. contenders.py makes the weights; kernel.py, growth.py and model.py measure, gpu_kernel.py and
+gpu_model.py on a GPU; run.py selects.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ __all__ = [
     "KernelCase",
     "ModelCase",
     "Pruned",
+    "gpu_kernel_cases",
+    "gpu_model_cases",
     "growth_cases",
     "kernel_cases",
     "model_cases",
@@ -45,7 +48,7 @@ class KernelCase:
         contenders: names as contenders.py reads them, such as "block 4x1 0.7".
         dtype: of activations and weight, a name in DTYPES.
         activation: absorbed after the linear, or None.
-        threads: of torch.
+        threads: of torch; 0 on a GPU.
         sweep: what the growth table varies in the series that this case belongs to; "" outside of that table.
         quick: whether `--quick` runs it.
     """
@@ -62,7 +65,8 @@ class KernelCase:
     @property
     def name(self) -> str:
         """Such as "vit_b.fc1 T=197 float32 gelu 2t"."""
-        parts = [self.sweep, self.layer, f"T={self.tokens}", self.dtype, self.activation, f"{self.threads}t"]
+        threads = f"{self.threads}t" if self.threads else ""
+        parts = [self.sweep, self.layer, f"T={self.tokens}", self.dtype, self.activation, threads]
         return " ".join(part for part in parts if part)
 
 
@@ -95,7 +99,7 @@ class ModelCase:
         model: a timm name; its weights are random.
         batch: images.
         contenders: what is packed, all of one dtype.
-        threads: of every contestant.
+        threads: of every contestant; 0 on a GPU.
         quick: whether `--quick` runs it.
     """
 
@@ -108,7 +112,7 @@ class ModelCase:
     @property
     def name(self) -> str:
         """Such as "vit_base_patch16_224 B=8 1t"."""
-        return f"{self.model} B={self.batch} {self.threads}t"
+        return f"{self.model} B={self.batch}" + (f" {self.threads}t" if self.threads else "")
 
 
 SPARSITIES = (0.5, 0.7, 0.9)
@@ -200,6 +204,38 @@ def model_cases() -> Iterator[ModelCase]:
                 for dtype in DTYPES:
                     quick = model.startswith("vit_base") and batch == 8 and threads == 1
                     yield ModelCase(model, batch, _packed(dtype), threads, quick)
+
+
+GPU_BATCHES = (1, 8, 64, 256)
+GPU_FORMS = (
+    "dense own",
+    *_at(["bitmask", "block 32x32"], (0.5, 0.9)),
+    "nofm 2:4",
+    "lowrank 128",
+    "spectral 64+0.9",
+)
+GPU_PACKED = (
+    Pruned("bfloat16"),
+    Pruned("bfloat16", "2:4", 0.5),
+    Pruned("bfloat16", "unstructured", 0.9),
+    *(Pruned("bfloat16", "32x32", sparsity) for sparsity in (0.5, 0.9)),
+)
+
+
+def gpu_kernel_cases() -> Iterator[KernelCase]:
+    """The kernel level on a GPU, what matters most first: the layers of ViT-B, then the largest of ViT-L and ViT-S."""
+    for layer in ("vit_b.fc1", "vit_b.qkv", "vit_b.fc2", "vit_b.proj", "vit_l.fc1", "vit_s.fc1"):
+        activation = "gelu" if layer.endswith("fc1") else None
+        for batch in GPU_BATCHES:
+            quick = layer == TARGET and batch <= 8
+            yield KernelCase(layer, batch * IMAGE, GPU_FORMS, "bfloat16", activation, threads=0, quick=quick)
+
+
+def gpu_model_cases() -> Iterator[ModelCase]:
+    """The model level on a GPU, what matters most first."""
+    for model in ("vit_base_patch16_224", "deit_tiny_patch16_224", "vit_small_patch16_224"):
+        for batch in GPU_BATCHES:
+            yield ModelCase(model, batch, GPU_PACKED, 0, quick=model.startswith("vit_base") and batch == 1)
 
 
 def only(case: KernelCase | ModelCase, wanted: Sequence[str]) -> KernelCase | ModelCase | None:

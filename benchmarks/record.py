@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def results_file(kind: str) -> Path:
-    """benchmarks/results/<kind>-<cpu>.csv for this CPU."""
-    slug = "-".join("".join(c if c.isalnum() else " " for c in cpu_model().lower()).split())
+def results_file(kind: str, device: str | None = None) -> Path:
+    """benchmarks/results/<kind>-<device>.csv, for this CPU unless a device's name is given."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in (device or cpu_model()).lower()).split())
     return RESULTS / f"{kind}-{slug}.csv"
 
 

@@ -5,9 +5,10 @@
     python -m benchmarks.run --level growth
     python -m benchmarks.run --level kernel --base HEAD~1          # this tree against an older revision
     python -m benchmarks.run --level kernel --quick --only "bitmask 0.5"
+    python -m benchmarks.run --device cuda                         # both levels on a GPU, in under ten minutes
 
 Rows replace those of the same key in benchmarks/results/<level>-<cpu>.csv, so a part can be run again; --quick stores
-nothing. Run it on an idle machine: one thread is measured in CPU time, several in wall time.
+nothing. Run it on an idle machine: one thread is measured in CPU time, several in wall time, a GPU by its events.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, growth, kernel, model, revisions
+from benchmarks import cases, gpu, growth, kernel, model, revisions
 from benchmarks.cases import KernelCase, ModelCase
 from benchmarks.peak import fma_peak
 from benchmarks.record import read_rows, results_file, revision, write_rows
@@ -36,7 +37,9 @@ Rows = Sequence[Mapping[str, Any]]
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--level", choices=sorted(CASES), required=True)
+    parser.add_argument("--level", choices=sorted(CASES), help="needed on the CPU; default on a GPU: kernel and model")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=f"on a GPU; default {gpu.BUDGET_S:g}")
     parser.add_argument("--quick", action="store_true", help="the most important cases, few rounds, and no CSV")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="SUBSTRING", help='of "<case> <contender>" as printed; one must fit'
@@ -44,16 +47,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="model level; default all")
     parser.add_argument("--base", metavar="REV", help="kernel level: time this tree against a git revision")
     parser.add_argument("--threads", type=int, nargs="+", help="only cases with these thread counts")
-    parser.add_argument("--batches", type=int, nargs="+", help="model level: only these batch sizes")
+    parser.add_argument("--batches", type=int, nargs="+", help="model level or GPU: only these batch sizes")
     parser.add_argument("--dtype", choices=cases.DTYPES, help="only contenders of this dtype")
     parser.add_argument("--rounds", type=int, help=f"timed rounds; default {ROUNDS}, with --quick {QUICK_ROUNDS}")
     args = parser.parse_args(argv)
+    if args.device == "cuda":
+        return _check_cuda(parser, args)
+    if args.level is None:
+        parser.error("--level: say which on the CPU: kernel, model or growth")
+    if args.budget is not None:
+        parser.error("--budget is for --device cuda")
     if args.base and args.level != "kernel":
         parser.error("--base compares kernels: use it with --level kernel")
     if args.batches and args.level != "model":
         parser.error("--batches chooses among models: use it with --level model")
     if args.rounds is not None and args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
+    return args
+
+
+def _check_cuda(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """The options that a run on a GPU has."""
+    if args.level not in (None, *gpu.CASES):
+        parser.error(f"--level {args.level} is for the CPU; with --device cuda: {' or '.join(gpu.CASES)}")
+    for name in ("base", "threads", "dtype", "rounds"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} is for the CPU; a GPU is timed in bfloat16 until --budget is spent")
+    args.budget = gpu.BUDGET_S if args.budget is None else args.budget
+    if not args.budget > 0:
+        parser.error(f"--budget: expected seconds above 0, got {args.budget}")
     return args
 
 
@@ -90,9 +112,11 @@ def show(title: str, rows: Rows, columns: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, print and store; 1 if the options leave no case that can run here."""
+    """Run, print and store; 1 if the options leave no case that can run here, 2 without the device asked for."""
     args = parse_args(argv)
     torch.set_grad_enabled(False)
+    if args.device == "cuda":
+        return gpu.main(args, Said(), show)
     isa = (isas() or ["none"])[0]
     peaks = ", ".join(f"{dtype} {fma_peak(dtype, isa) or 0:.0f}" for dtype in cases.DTYPES)
     print(f"{cpu_model()}, {isa}, revision {revision()}, torch {torch.__version__}; peak GFLOP/s per thread: {peaks}")

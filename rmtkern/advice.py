@@ -143,8 +143,8 @@ def advise(
 
     Raises:
         TypeError: `model` is not a module or `example` no tensor.
-        ValueError: an unknown pattern or dtype, a sparsity out of range, a model that is not float32, not on the CPU or without a
-            linear that could be packed, or an example that it cannot run.
+        ValueError: an unknown pattern or dtype, a sparsity out of range, a model that is not float32, not on the CPU or
+            without a linear that could be packed, or an example that it cannot run.
     """
     _check(model, example, patterns, sparsities, dtypes)
     time_calls = timer or interleaved_ms

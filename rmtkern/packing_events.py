@@ -12,7 +12,7 @@ import torch
 
 from rmtkern.packing_timing import Timer
 
-__all__ = ["Clock", "CudaClock", "EventTimer", "how"]
+__all__ = ["Clock", "CudaClock", "EventTimer", "how", "interleaved"]
 
 Call = Callable[[], object]
 LAUNCH_BOUND = 0.8
@@ -84,6 +84,30 @@ class CudaClock:
             return replays  # type: ignore[return-value]
 
 
+def interleaved(clock: Clock, calls: Mapping[str, Call], budget_ms: float) -> dict[str, list[float]]:
+    """Times of calls that have run before, in interleaved rounds.
+
+    Args:
+        clock: of the device.
+        calls: name -> function; each round times all of them in turn, short ones several times.
+        budget_ms: stop after about this long on the device, but not before 5 rounds (3 if a round takes over a second),
+            nor after 200.
+
+    Returns:
+        name -> ms of one call on the device, in each round.
+    """
+    repeats = {name: max(1, min(100, int(ROUND_MS / max(clock.ms(call, 1)[0], 1e-4)))) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    spent, rounds, names = 0.0, 0, list(calls)
+    while rounds < (3 if spent > 1000 * max(rounds, 1) else 5) or (spent < budget_ms and rounds < 200):
+        for name in names if rounds % 2 == 0 else reversed(names):
+            taken, _ = clock.ms(calls[name], repeats[name])
+            samples[name].append(taken)
+            spent += taken * (repeats[name] + 1)
+        rounds += 1
+    return samples
+
+
 class EventTimer:
     """A `Timer` for a GPU.
 
@@ -101,16 +125,11 @@ class EventTimer:
         self.how = ""
 
     def __call__(self, calls: Mapping[str, Call], budget_ms: float) -> dict[str, float]:
-        """Median time of each call in interleaved rounds.
+        """Median time of each call [ms on the device]; arguments as `interleaved` has them."""
+        return {name: median(times) for name, times in self.samples(calls, budget_ms).items()}
 
-        Args:
-            calls: name -> function.
-            budget_ms: stop after about this long on the device, but not before 5 rounds (3 if a round takes over a
-                second), nor after 200.
-
-        Returns:
-            name -> ms on the device.
-        """
+    def samples(self, calls: Mapping[str, Call], budget_ms: float) -> dict[str, list[float]]:
+        """The times of which a call of this object gives the medians."""
         self.how = "kernel by kernel"
         bound = False
         for call in calls.values():
@@ -123,18 +142,7 @@ class EventTimer:
                 self.how = "under CUDA graphs"
             except RuntimeError as error:
                 self.how = f"kernel by kernel, as CUDA graphs failed: {str(error).partition(chr(10))[0]}"
-        repeats = {
-            name: max(1, min(100, int(ROUND_MS / max(self.clock.ms(call, 1)[0], 1e-4)))) for name, call in calls.items()
-        }
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        spent, rounds, names = 0.0, 0, list(calls)
-        while rounds < (3 if spent > 1000 * max(rounds, 1) else 5) or (spent < budget_ms and rounds < 200):
-            for name in names if rounds % 2 == 0 else reversed(names):
-                taken, _ = self.clock.ms(calls[name], repeats[name])
-                samples[name].append(taken)
-                spent += taken * (repeats[name] + 1)
-            rounds += 1
-        return {name: median(times) for name, times in samples.items()}
+        return interleaved(self.clock, calls, budget_ms)
 
 
 def how(timer: Timer) -> str:
