@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all gpu-static sanitize lint bench wheel clean
+.PHONY: help demo test test-all gpu gpu-static sanitize lint bench wheel clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,10 @@ gpu-static: $(VENV)/.installed-gpu-static  ## the GPU kernels without a GPU: int
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu -m interpreted
 	$(BIN)/python -m pytest tests/gpu -m compiled
 	$(BIN)/python -m tests.gpu.matrix
+
+gpu: $(VENV)/.installed-test,triton  ## on a machine with a GPU: the kernels' tests there, then their benchmark
+	$(BIN)/python -m pytest tests/gpu -m gpu
+	$(BIN)/python -m benchmarks.run --device cuda
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(VENV)/.installed-dev  ## the kernels' tests under AddressSanitizer and UBSan, in a copy of the tree

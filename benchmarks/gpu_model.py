@@ -19,6 +19,7 @@ from benchmarks.cases import ModelCase, Pruned
 from benchmarks.contenders import Unavailable
 from benchmarks.timing import quantiles
 from rmtkern.api import prune_
+from rmtkern.comparison import allowed_error, relative_error
 from rmtkern.packing import pack_
 from rmtkern.packing_events import interleaved
 from rmtkern.pruning.pattern import parse_pattern
@@ -42,10 +43,6 @@ EAGER, GRAPH = "eager", "graph"
 
 Say = Callable[[str], None]
 Call = Callable[[], Tensor]
-
-
-def _relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact.double()).abs().max() / exact.double().abs().max())
 
 
 def semi_structured_(model: nn.Module) -> int:
@@ -73,42 +70,42 @@ class _Contest:
         self.calls: dict[str, Call] = {}
         self.facts: dict[str, dict[str, Any]] = {}
 
-    def _accept(self, name: str, call: Call, exact: Tensor, plain: Tensor, **columns: Any) -> None:
-        """Check an output by the project's rule, with PyTorch's own bfloat16 model as the dense op."""
-        error, theirs = _relative_error(call(), exact), _relative_error(plain, exact)
-        allowed = 2 * theirs + 4 * torch.finfo(torch.bfloat16).eps
+    def _accept(self, name: str, call: Call, exact: Tensor, allowed: float, **columns: Any) -> None:
+        """Check an output and let the call take part."""
+        error = relative_error(call(), exact)
         if not error <= allowed:
             raise RuntimeError(f"{name}: relative error {error:.2g}, allowed {allowed:.2g}")
         self.calls[name] = call
         empty = {"pattern": None, "sparsity": 0.0, "pack_seconds": None, "forms": None, "notes": None}
         self.facts[name] = {**empty, "max_rel_err": error, **columns}
 
-    def _outputs(self, wide: nn.Module) -> tuple[nn.Module, Tensor, Tensor]:
-        """A model in bfloat16, the float32 model's output, and that of the other."""
+    def _narrow(self, wide: nn.Module) -> tuple[nn.Module, Tensor, float]:
+        """A model in bfloat16 on the device, the float32 model's output, and what error is allowed."""
         wide = copy.deepcopy(wide).to(self.images.device)
-        narrow = copy.deepcopy(wide).bfloat16()
-        return narrow, wide(self.images), narrow(self.narrow)
+        exact = wide(self.images)
+        allowed = allowed_error("bfloat16", wide, self.images, exact)
+        return wide.bfloat16(), exact, allowed
 
     def add_dense(self, compiled: bool = True) -> None:
         """The dense model as it is and compiled."""
-        model, exact, plain = self._outputs(self.dense)
-        self._accept(PLAIN, lambda: model(self.narrow), exact, plain)
+        model, exact, allowed = self._narrow(self.dense)
+        self._accept(PLAIN, lambda: model(self.narrow), exact, allowed)
         if compiled:
             torch._dynamo.reset()
             fast = torch.compile(copy.deepcopy(model), dynamic=False)
-            self._accept(COMPILED, lambda: fast(self.narrow), exact, plain)
+            self._accept(COMPILED, lambda: fast(self.narrow), exact, allowed)
 
     def add_two_of_four(self) -> None:
         """PyTorch's semi-structured sparsity in every linear that takes it; a line if none does."""
         model = self._pruned(Pruned("bfloat16", "2:4", 0.5))
-        narrow, exact, plain = self._outputs(model)
+        narrow, exact, allowed = self._narrow(model)
         count = semi_structured_(narrow)
         if not count:
             self.say(f"skip {TWO_OF_FOUR}: PyTorch takes no linear of this model here")
             return
         columns = {"pattern": "2:4", "sparsity": 0.5, "forms": f"2:4 x{count}"}
         try:
-            self._accept(TWO_OF_FOUR, lambda: narrow(self.narrow), exact, plain, **columns)
+            self._accept(TWO_OF_FOUR, lambda: narrow(self.narrow), exact, allowed, **columns)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as reason:
@@ -121,7 +118,7 @@ class _Contest:
         except Unavailable as reason:
             self.say(f"skip {reason}")
             return
-        model, exact, plain = self._outputs(wide)
+        model, exact, allowed = self._narrow(wide)
         start = time.perf_counter()
         report = pack_(model, self.narrow, budget_ms=PACK_MS, show_progress=False)
         seconds = time.perf_counter() - start
@@ -130,7 +127,7 @@ class _Contest:
             pruned.name,
             lambda: model(self.narrow),
             exact,
-            plain,
+            allowed,
             pattern=pruned.pattern,
             sparsity=pruned.sparsity,
             pack_seconds=seconds,

@@ -56,7 +56,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
     Raises:
         TypeError: `x` is no tensor.
-        ValueError: a shape, dtype or `eps` does not match.
+        ValueError: a shape, dtype, device or `eps` does not match.
         KernelUnavailable: no kernel runs this dtype or device.
 
     Source: Ba, Kiros & Hinton (2016); shifted sums as in Chan, Golub & LeVeque (1983).
@@ -71,6 +71,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     for name, row in (("weight", weight), ("bias", bias)):
         if row is not None and (row.shape != (k,) or row.dtype != x.dtype):
             raise ValueError(f"{name}: expected [{k}] {x.dtype}, got {list(row.shape)} {row.dtype}")
+        if row is not None and row.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {row.device}; move it")
     reason = reason_against(x)
     if reason is not None:
         raise KernelUnavailable(f"no layer norm kernel runs this call: {reason}")

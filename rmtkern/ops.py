@@ -141,7 +141,7 @@ def linear(
 
     Raises:
         TypeError: `x` or `w` has the wrong type.
-        ValueError: a shape, dtype or name does not match.
+        ValueError: a shape, dtype, device or name does not match.
         KernelUnavailable: no kernel supports this call; the message gives each one's reason.
     """
     return _call(x, w, bias, activation, scale, residual, backend, 0)
@@ -175,7 +175,7 @@ def gated_linear(
 
     Raises:
         TypeError: `x` or `w` has the wrong type.
-        ValueError: a shape, dtype or name does not match.
+        ValueError: a shape, dtype, device or name does not match.
         KernelUnavailable: no kernel supports this call; the message gives each one's reason.
 
     Source: Shazeer (2020), "GLU variants improve transformer".
@@ -213,6 +213,9 @@ def _call(
     lead = x.shape[:-1]
     if residual is not None and (residual.shape != (*lead, n) or residual.dtype != x.dtype):
         raise ValueError(f"residual: expected {[*lead, n]} {x.dtype}, got {list(residual.shape)} {residual.dtype}")
+    for name, tensor in (("bias", bias), ("scale", scale), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {tensor.device}; move it")
     kernel = _select(x, w, backend)
     if 0 in lead:
         return x.new_empty((*lead, n))
