@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
 from rmtkern.pruning.plan import PrunePlan
+from rmtkern.shards import INDEX, SUFFIX, read_metadata, read_tensors
 from rmtkern.shrink_plan import ShrinkPlan
-from rmtkern.storage import read_metadata, read_tensors, write_tensors
+from rmtkern.storage import write_tensors
 
 __all__ = ["SHRUNK", "input_size_of", "load_model", "load_plan", "load_state_", "save_dense"]
 
@@ -62,11 +63,15 @@ def _from_timm(name: str, pretrained: bool) -> nn.Module:
         ) from error
 
 
+def _is_safetensors(path: Path) -> bool:
+    return path.is_dir() or path.name.endswith((SUFFIX, INDEX))
+
+
 def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+    if _is_safetensors(path):
+        return read_tensors(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -104,7 +109,8 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weight
 
     Args:
         spec: "demo" (the shipped demo model), a timm model name, or "module:function" (called with no argument).
-        checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
+        checkpoint: safetensors (a file, an index of shards, or the folder of either), or a torch file that its
+            weights-only loader accepts; low-precision tensors are cast.
         random_weights: do not ask a model hub for a timm model's weights.
 
     Returns:
@@ -131,7 +137,8 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
 
     Args:
         model: not changed if the checkpoint does not fit; made as small as the checkpoint is if `shrink_` made that.
-        checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
+        checkpoint: safetensors (a file, an index of shards, or the folder of either), or a torch file that its
+            weights-only loader accepts; low-precision tensors are cast.
         name: of the model, for messages.
 
     Raises:
@@ -139,7 +146,7 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
     """
     path = Path(checkpoint)
     state = _read_checkpoint(path)
-    shrunk = read_metadata(path).get(SHRUNK) if path.suffix == ".safetensors" else None
+    shrunk = read_metadata(path).get(SHRUNK) if _is_safetensors(path) else None
     take_back = None if shrunk is None else ShrinkPlan.from_json(shrunk).apply_(model)
     try:
         _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
@@ -179,7 +186,7 @@ def load_plan(path: str | Path) -> PrunePlan:
     """The plan that travels with a checkpoint, packed (`rmtkern.save`) or dense (`rmtkern prune`).
 
     Args:
-        path: of the safetensors file.
+        path: of the safetensors file, of the index of its shards, or of the folder that `save` wrote.
 
     Returns:
         The plan.

@@ -270,7 +270,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("rmtkern.storage.save_file", fail)
+    monkeypatch.setattr("rmtkern.storage._sync", fail)
     with pytest.raises(OSError, match="disk full"):
         save(model, path)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]

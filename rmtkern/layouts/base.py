@@ -32,6 +32,8 @@ class PackedWeight(nn.Module):
 
     layout: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    streamed: ClassVar[tuple[str, ...]] = ()
+    """Parts that CPU kernels read from any place on, so that they may begin anywhere, such as in a mapped file."""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     gpu_stored: ClassVar[tuple[str, ...]] = ()
     gpu_parts: ClassVar[tuple[str, ...]] = ()
@@ -41,7 +43,7 @@ class PackedWeight(nn.Module):
         self.shape = shape
         self.params = dict(params)
         for name, tensor in zip(self.parts, parts, strict=True):
-            self.register_buffer(name, _aligned(tensor))
+            self.register_buffer(name, tensor if name in self.streamed else _aligned(tensor))
         for name in self.gpu_parts:
             self.register_buffer(name, None, persistent=False)
         self._arrive()

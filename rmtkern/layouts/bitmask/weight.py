@@ -30,6 +30,7 @@ class BitmaskWeight(PackedWeight):
 
     layout = "bitmask"
     parts = ("values", "masks", "rows", "starts")
+    streamed = ("values",)
     gpu_stored = ("values",)
     gpu_parts = ("row_masks", "row_starts")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)

@@ -36,6 +36,7 @@ class SpectralWeight(PackedWeight):
 
     layout = "spectral"
     parts = ("values", "masks", "rows", "starts", "a", "b")
+    streamed = ("values",)
     gpu_stored = ("values",)
     gpu_parts = ("row_masks", "row_starts", "plain_a", "plain_b")
     dtypes = (torch.float32, torch.bfloat16)
