@@ -312,12 +312,16 @@ def _forms(name: str, record: Record, tensors: Mapping[str, Tensor]) -> _Forms:
         for tensor in values:
             if not bool(torch.isfinite(tensor).all()):
                 raise _Damaged(f"{prefix} has NaN or Inf entries")
-        _expect(bias is None or bias.dtype == dtype, f"{name}.bias", str(dtype), None if bias is None else bias.dtype)
+        if bias is not None:
+            fits = bias.dtype == dtype and bias.shape == shape[:1]
+            _expect(fits, f"{name}.bias", f"{dtype} [{shape[0]}]", f"{bias.dtype} {list(bias.shape)}")
         try:
             packed = kind(shape, form["params"], parts)
             linear(torch.zeros(1, shape[1], dtype=dtype), packed)  # refuses parts of a wrong shape and damaged ones
         except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
             raise _Damaged(f"{prefix}: {error}") from error
+        if (damage := packed.damage()) is not None:
+            raise _Damaged(f"{prefix}: {damage}; copy the file again")
         if form["tokens"] in forms:
             raise _Damaged(f"{name}.tokens: {form['tokens']} stands there twice")
         forms[form["tokens"]] = packed

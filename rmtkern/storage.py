@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rmtkern.errors import short
 
-__all__ = ["read_json", "read_metadata", "read_names", "read_tensors", "replacing", "write_tensors"]
+__all__ = ["DTYPE_NAMES", "read_json", "read_metadata", "read_names", "read_tensors", "replacing", "write_tensors"]
 
 MAX_HEADER = 100_000_000
 """Largest safetensors header, or index of shards, that is read [bytes]; the safetensors library's own limit."""
@@ -33,7 +33,8 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""What safetensors calls a dtype."""
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _MAX_DIMENSIONS = 64  # of a torch tensor
 
@@ -179,10 +180,10 @@ def write_tensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], met
     place = 0
     for name in names:
         tensor = state[name]
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{path}: tensor {name} has dtype {tensor.dtype}, which safetensors does not hold")
         end = place + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % LINE)

@@ -67,6 +67,13 @@ class PackedWeight(nn.Module):
         """The dense weight [N, K] in the packed dtype, bit-exact (-0.0 becomes 0.0)."""
         raise NotImplementedError
 
+    def damage(self) -> str | None:
+        """What of parts that came from a file no `pack` would write although kernels run it, or None.
+
+        Called after a kernel has found that shapes fit and that nothing leads it astray.
+        """
+        return None
+
     def gpu_form(self) -> tuple[Tensor | None, ...]:
         """What GPU kernels read besides the parts, made from them: for each name in `gpu_parts` a tensor.
 

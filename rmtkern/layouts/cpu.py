@@ -39,7 +39,7 @@ def supports(w: PackedWeight, x: Tensor) -> str | None:
     if x.dtype not in w.dtypes or x.dtype not in CPU_DTYPES:
         return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes if dtype in CPU_DTYPES)}"
     parts = w.tensors()
-    if (held := next(part.dtype for part in parts if part.is_floating_point())) != x.dtype:
+    if (held := next((part.dtype for part in parts if part.is_floating_point()), None)) != x.dtype:
         return f"x is {x.dtype}, the weight {held}; cast x, or pack the weight again in the dtype of x"
     for tensor in (x, *parts):
         if not tensor.is_cpu:
