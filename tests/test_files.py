@@ -392,8 +392,14 @@ CHANGES = {
     "one less": (lambda t, r: t.pop("3.weight"), r"1 tensors of the model are missing \(3.weight\)"),
     "other shape": (lambda t, r: t.update({"3.weight": torch.ones(41)}), r"3.weight: expected '\[40\]'|3.weight"),
     "other dtype": (lambda t, r: t.update({"3.weight": torch.ones(40).double()}), "3.weight: expected torch.float32"),
-    "bias dtype": (lambda t, r: t.update({"0.bias": torch.ones(96).double()}), r"0.bias: expected torch.float32 \[96\], got"),
-    "bias shape": (lambda t, r: t.update({"0.bias": torch.ones(95)}), r"0.bias: expected torch.float32 \[96\], got .*\[95\]"),
+    "bias dtype": (
+        lambda t, r: t.update({"0.bias": torch.ones(96).double()}),
+        r"0.bias: expected torch.float32 \[96\], got",
+    ),
+    "bias shape": (
+        lambda t, r: t.update({"0.bias": torch.ones(95)}),
+        r"0.bias: expected torch.float32 \[96\], got .*\[95\]",
+    ),
     "strip twice": (
         lambda t, r: t["0.weight.rows"].copy_(t["0.weight.rows"].where(t["0.weight.rows"] != 5, 6)),
         "0.weight: rows do not have each strip once; copy the file again",

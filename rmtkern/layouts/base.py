@@ -116,6 +116,20 @@ class PackedWeight(nn.Module):
         return tuple(buffers[name] for name in self.parts)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the values, which is that of the weight."""
+        return self._values().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self._values().device
+
+    def _values(self) -> Tensor:
+        """A part that holds entries of the weight."""
+        return next(tensor for tensor in self.tensors() if tensor.is_floating_point())
+
+    @property
     def label(self) -> str:
         """What a report calls this layout with these params, such as "bitmask" or "nofm(n=2,m=4)"."""
         params = ",".join(f"{name}={value}" for name, value in self.params.items())

@@ -93,6 +93,9 @@ class DenseWeight(PackedWeight):
         """As it lies in memory: plain [N, K], oneDNN's opaque tensor in the prepacked form, tiles in our own."""
         return self.dense if self.reordered is None else self.reordered  # type: ignore[return-value]
 
+    def _values(self) -> Tensor:
+        return self.stored
+
     @property
     def label(self) -> str:
         """Such as "dense/onednn"."""
