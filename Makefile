@@ -41,7 +41,9 @@ SANITIZED := cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
 build/sanitize/.built: $(VENV)/.installed-dev $(SOURCES)
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	$(COPY)
-	cd build/sanitize && CFLAGS="$(SANITIZE) -O1" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd build/sanitize && RMTKERN_BUILD_FLAGS="$(SANITIZE) -O1" LDFLAGS="$(SANITIZE)" \
+		$(abspath $(BIN))/python setup.py -q build_ext --inplace
+	nm -D build/sanitize/rmtkern/_C*.so | grep -q __asan  # the flags arrived
 	@touch $@
 
 sanitize: build/sanitize/.built  ## the kernels' tests under AddressSanitizer and UBSan, in a copy of the tree
