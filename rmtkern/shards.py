@@ -103,7 +103,7 @@ def _is_index(source: Path) -> bool:
 
 def _check_name(key: str, shard: object) -> None:
     """Refuse a shard that is more than the name of a file beside the index."""
-    plain = isinstance(shard, str) and len(shard.encode()) <= 255 and not set(shard) & set("/\\\0")
+    plain = isinstance(shard, str) and shard.isprintable() and len(shard.encode()) <= 255 and not set(shard) & {*"/\\"}
     if not plain or not str(shard).endswith(SUFFIX):
         raise ValueError(f"tensor {short(key)} lies in {short(shard)}, which is no plain name of a {SUFFIX} file")
 
@@ -232,7 +232,8 @@ def _shards_of(index: Path, stem: str) -> set[str]:
         shards = set(_read_index(index)[1].values())
     except (OSError, ValueError):
         return set()
-    return {shard for shard in shards if (match := _SERIES.fullmatch(shard)) and match["stem"].startswith(f"{stem}-")}
+    ours = re.compile(rf"{re.escape(stem)}-[0-9a-f]{{8}}")
+    return {shard for shard in shards if (match := _SERIES.fullmatch(shard)) and ours.fullmatch(match["stem"])}
 
 
 def write(
