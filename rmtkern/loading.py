@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
+from rmtkern.foreign import plain_state
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.shards import INDEX, SUFFIX, read_metadata, read_tensors
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.storage import write_tensors
 
-__all__ = ["SHRUNK", "input_size_of", "load_model", "load_plan", "load_state_", "save_dense"]
+__all__ = ["SHRUNK", "input_size_of", "load_model", "load_plan", "load_state_", "read_checkpoint", "save_dense"]
 
 SHRUNK = "rmtkern.shrunk"
 """Name in a checkpoint's metadata of the ShrinkPlan that made the model smaller."""
@@ -67,7 +68,29 @@ def _is_safetensors(path: Path) -> bool:
     return path.is_dir() or path.name.endswith((SUFFIX, INDEX))
 
 
-def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """A dense state dict, also of a model that another tool pruned.
+
+    Args:
+        path: safetensors (a file, an index of shards, or the folder of either, such as transformers writes), or a torch
+            file that its weights-only loader accepts. Weights that torch.nn.utils.prune keeps with their masks and
+            those in compressed-tensors' bitmask formats (SparseML, llm-compressor) become plain ones, zeros included.
+
+    Returns:
+        Name -> tensor, for `model.load_state_dict`.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one that holds anything but tensors; it names the tensor.
+    """
+    source = Path(path)
+    state = _read_state(source)
+    try:
+        return plain_state(state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
     if _is_safetensors(path):
         return read_tensors(path)
     if not path.is_file():
@@ -109,8 +132,7 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weight
 
     Args:
         spec: "demo" (the shipped demo model), a timm model name, or "module:function" (called with no argument).
-        checkpoint: safetensors (a file, an index of shards, or the folder of either), or a torch file that its
-            weights-only loader accepts; low-precision tensors are cast.
+        checkpoint: as `read_checkpoint` takes it; low-precision tensors are cast.
         random_weights: do not ask a model hub for a timm model's weights.
 
     Returns:
@@ -137,15 +159,14 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
 
     Args:
         model: not changed if the checkpoint does not fit; made as small as the checkpoint is if `shrink_` made that.
-        checkpoint: safetensors (a file, an index of shards, or the folder of either), or a torch file that its
-            weights-only loader accepts; low-precision tensors are cast.
+        checkpoint: as `read_checkpoint` takes it; low-precision tensors are cast.
         name: of the model, for messages.
 
     Raises:
         ValueError: a checkpoint that is damaged or does not fit.
     """
     path = Path(checkpoint)
-    state = _read_checkpoint(path)
+    state = read_checkpoint(path)
     shrunk = read_metadata(path).get(SHRUNK) if _is_safetensors(path) else None
     take_back = None if shrunk is None else ShrinkPlan.from_json(shrunk).apply_(model)
     try:
