@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rmtkern.errors import PackedModelError
-from rmtkern.nn import PackedLinear, check_inference, refuse_gradient
+from rmtkern.nn import PackedLinear, check_inference, in_autocast, is_autocast, refuse_gradient
 from rmtkern.ops import linear
 
 __all__ = ["LendingLinear", "LentWeight"]
@@ -104,7 +104,7 @@ class LendingLinear(PackedLinear):
         """Compute x Wᵀ + bias, whatever bias and activation the linear itself has.
 
         Args:
-            x: [..., K], dtype and device of the weight.
+            x: [..., K], dtype and device of the weight, or as PackedModule says in autocast.
             bias: [N] likewise, or None.
 
         Returns:
@@ -116,6 +116,9 @@ class LendingLinear(PackedLinear):
             KernelUnavailable: no kernel supports this call.
         """
         check_inference(self)
+        if is_autocast(x):
+            dtype = self.forms[0].dtype
+            return in_autocast(x, dtype, lambda x: self.multiply(x, None if bias is None else bias.to(dtype)))
         y = linear(x, self.form(x.numel() // self.in_features), bias)
         needed = x.requires_grad or self.requires_grad[0] or (bias is not None and bias.requires_grad)
         return refuse_gradient(y) if torch.is_grad_enabled() and needed else y

@@ -103,8 +103,6 @@ def _reason_against(
         return f"nn.MultiheadAttention gets a mask that is not {list(square)} for it, or [{batch}, {tokens}] for keys"
     if is_causal and attn_mask is None:
         return "nn.MultiheadAttention is told that a mask is causal, and gets none"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the dtype of nn.MultiheadAttention"
     return None
 
 

@@ -1,6 +1,6 @@
 """PackedWeight: what every storage layout of a weight must offer. It knows no kernel and no model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -37,6 +37,8 @@ class PackedWeight(nn.Module):
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     gpu_stored: ClassVar[tuple[str, ...]] = ()
     gpu_parts: ClassVar[tuple[str, ...]] = ()
+    wanted: torch.dtype | None = None
+    """What `.to()` asked for last, if the layout does not hold weights in it; the weight is then as it was."""
 
     def __init__(self, shape: tuple[int, int], params: Mapping[str, int], parts: tuple[Tensor, ...]) -> None:
         super().__init__()
@@ -99,12 +101,50 @@ class PackedWeight(nn.Module):
             for name, tensor in zip(self.gpu_parts, form, strict=True):
                 setattr(self, name, tensor)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """The weight in another dtype, rounded, in this layout with these params; how parts lie depends on the dtype.
+
+        Raises:
+            ValueError: this layout, or these params, do not hold the weight in it.
+        """
+        return type(self).pack(self.unpack().to(dtype), **self.params)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for name in self.gpu_parts:
             setattr(self, name, None)
-        super()._apply(*args, **kwargs)
+        asked: list[torch.dtype] = []
+
+        def moved(part: Tensor) -> Tensor:
+            new = fn(part)
+            if new.dtype == part.dtype:
+                return new
+            asked.append(new.dtype)
+            return part.to(new.device)
+
+        super()._apply(moved, recurse)
+        if asked:
+            self._cast(asked[0])
         self._arrive()
         return self
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Become the weight in another dtype: as it is packed in that, or else with its parts as they lie.
+
+        CPU kernels take the first alone; the second unpacks to the rounded weight, and GPU kernels make their form of
+        it. In a dtype that the layout does not hold, the weight stays, and its module casts what it unpacks.
+        """
+        self.wanted = None
+        if dtype == self.dtype:
+            return
+        if dtype not in self.dtypes:
+            self.wanted = dtype
+            return
+        try:
+            parts = self.in_dtype(dtype).tensors()
+        except ValueError:  # these params are not written in it
+            parts = tuple(part.to(dtype) if part.is_floating_point() else part for part in self.tensors())
+        for name, part in zip(self.parts, parts, strict=True):
+            setattr(self, name, part)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

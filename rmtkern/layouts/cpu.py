@@ -137,7 +137,8 @@ def _cpu_linear(
     gated: bool = False,
 ) -> Tensor:
     arrays = [as_array(part) for part in parts]
-    return _run(layout, x, features, arrays, list(params), bias, activation, residual, scale, gated)
+    numbers = list(params or ())  # AOTInductor gives None for an empty list
+    return _run(layout, x, features, arrays, numbers, bias, activation, residual, scale, gated)
 
 
 @_cpu_linear.register_fake

@@ -323,6 +323,16 @@ def test_damage_that_no_kernel_sees_is_told(dtype, isa, monkeypatch):
         assert re.search(words, bad.damage()), (packed.layout, name)
 
 
+def test_what_lies_in_padding_rows_does_not_matter():
+    dense = weight((21, 64), (2, 4)).bfloat16()
+    packed = LAYOUTS["nofm"].pack(dense, n=2, m=4)
+    bad = damaged(packed, "masks", lambda part: part[-1, -4:].fill_(0xFF))
+    bad = damaged(bad, "values", lambda part: part[-1, -2:].fill_(1e30))
+    assert bad.damage() is None and torch.equal(bad.unpack(), dense + 0.0)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(ops.linear(x, bad), ops.linear(x, packed))
+
+
 def test_parts_without_numbers_are_refused_by_the_kernels():
     packed = LAYOUTS["bitmask"].pack(random_sparse(8, 64, 0.5))
     packed.values = packed.values.to(torch.int64)

@@ -102,6 +102,11 @@ class LowRankWeight(PackedWeight):
         rank = self.params["rank"]
         return unpack_tiles(self.b, (self.shape[0], rank)), unpack_tiles(self.a, (rank, self.shape[1]))
 
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """The product of the factors in another dtype."""
+        b, a = self.factors()
+        return self.from_factors(b.to(dtype), a.to(dtype))
+
     def damage(self) -> str | None:
         """Numbers where the tiles are filled up."""
         (n, k), rank = self.shape, self.params["rank"]

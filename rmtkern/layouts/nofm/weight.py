@@ -241,14 +241,14 @@ class NofMWeight(PackedWeight):
         if not self.by_row:
             groups = n_cols // 4
             pairs = self.values.view(INTEGERS[dtype]).view(-1, groups, TILE, 2).transpose(1, 2).reshape(-1, groups, 2)
-            columns = self._picked()[..., ::2].long() // 2
-            full = pairs.new_zeros(len(pairs), groups, 4).scatter(-1, columns, pairs)
-            return full[:n_rows].reshape(n_rows, n_cols).view(dtype)
-        values, masks = (part.cpu().numpy() for part in self.tensors())
+            columns = self._picked()[:n_rows, :, ::2].long() // 2
+            full = pairs.new_zeros(n_rows, groups, 4).scatter(-1, columns, pairs[:n_rows])
+            return full.reshape(n_rows, n_cols).view(dtype)
+        values, masks = self.values.cpu().view(INTEGERS[dtype]).numpy(), self.masks.cpu().numpy()
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :n_cols].astype(bool)
         dense = np.zeros((n_rows, n_cols), values.dtype)
         dense[bits] = values.ravel()
-        return torch.from_numpy(dense).to(self.values.device)
+        return torch.from_numpy(dense).to(self.values.device).view(dtype)
 
     @property
     def by_row(self) -> bool:

@@ -134,6 +134,11 @@ class SpectralWeight(PackedWeight):
         factors = (pack_tiles(a.detach()), pack_tiles(b.detach(), STRIP))
         return cls(shape, {"rank": a.shape[0]}, (values[:, 0], *rest, *factors))
 
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """B A + S of the parts in another dtype."""
+        b, a, s = self.split()
+        return self.from_parts(b.to(dtype), a.to(dtype), s.to(dtype))
+
     def damage(self) -> str | None:
         """Rows that are not each strip of a group once, or numbers where the tiles are filled up."""
         (n, k), rank = self.shape, self.params["rank"]
