@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all gpu gpu-static sanitize lint bench wheel clean
+.PHONY: help demo test test-all gpu gpu-static sanitize fuzz lint bench wheel clean
 
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,14 +38,26 @@ gpu: $(VENV)/.installed-test,triton  ## on a machine with a GPU: the kernels' te
 	$(BIN)/python -m benchmarks.run --device cuda
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-sanitize: $(VENV)/.installed-dev  ## the kernels' tests under AddressSanitizer and UBSan, in a copy of the tree
+COPY := git ls-files -z | xargs -0 cp --parents -t build/sanitize
+SANITIZED := cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(abspath $(BIN))/python
+
+build/sanitize/.built: $(VENV)/.installed-dev $(SOURCES)
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	git ls-files -z | xargs -0 cp --parents -t build/sanitize
-	cd build/sanitize && CFLAGS="$(SANITIZE) -O1" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd build/sanitize && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest tests/layouts tests/test_extension.py \
-		tests/test_attention.py tests/test_layer_norm.py \
+	$(COPY)
+	cd build/sanitize && RMTKERN_BUILD_FLAGS="$(SANITIZE) -O1" LDFLAGS="$(SANITIZE)" \
+		$(abspath $(BIN))/python setup.py -q build_ext --inplace
+	nm -D build/sanitize/rmtkern/_C*.so | grep -q __asan  # the flags arrived
+	@touch $@
+
+sanitize: build/sanitize/.built  ## the kernels' tests under AddressSanitizer and UBSan, in a copy of the tree
+	$(COPY)
+	$(SANITIZED) -m pytest tests/layouts tests/test_extension.py tests/test_attention.py tests/test_layer_norm.py \
 		-k "not extension_is_missing"
+
+fuzz: build/sanitize/.built  ## 100,000 mutated files and packed weights in the same copy; counts go to benchmarks/results/
+	$(COPY)
+	$(SANITIZED) -m tests.fuzz --count 100000 -o $(abspath benchmarks/results)/fuzz.csv
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

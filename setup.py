@@ -4,6 +4,8 @@ No instruction-set flag on purpose: each file under csrc/isa opens its own targe
 time. If no C++ compiler is there, the package still installs and runs on its NumPy reference.
 """
 
+import os
+import shlex
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -16,7 +18,7 @@ extension = Pybind11Extension(
     sorted(glob("csrc/**/*.cpp", recursive=True)),
     depends=sorted(glob("csrc/**/*.[hi]*", recursive=True)),
     cxx_std=17,
-    extra_compile_args=FLAGS,
+    extra_compile_args=[*FLAGS, *shlex.split(os.environ.get("RMTKERN_BUILD_FLAGS", ""))],  # after ours: they win
     extra_link_args=["-fopenmp"],
     optional=True,
 )

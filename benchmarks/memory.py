@@ -3,6 +3,7 @@
 The peak is VmHWM and not ru_maxrss, because that one starts at the peak of the process that started this one.
 """
 
+import copy
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import ROOT
+from rmtkern import load, save, unpack_
+from rmtkern.packing import is_packed
 
 __all__ = ["peak_mib", "status_mib"]
 
@@ -21,7 +24,7 @@ def peak_mib(model: nn.Module, images: Tensor, threads: int) -> float:
     """MiB at the highest, over loading the model and running it twice on the images; torch itself is in it.
 
     Args:
-        model: that pickles.
+        model: that pickles, or packed: then it is loaded from its file into a model without weights.
         images: what it is called with.
         threads: of torch.
 
@@ -30,6 +33,9 @@ def peak_mib(model: nn.Module, images: Tensor, threads: int) -> float:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
+        if is_packed(model):
+            save(model, path.with_suffix(".safetensors"))
+            model = _without_weights(model)
         torch.save((model, images), path)
         command = [sys.executable, "-m", "benchmarks.memory", str(path), str(threads)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -46,9 +52,22 @@ def status_mib(field: str) -> float:
     return int(match[1]) / 1024
 
 
+def _without_weights(packed: nn.Module) -> nn.Module:
+    """The model as it was before it was packed, its parameters on the meta device."""
+    model = copy.deepcopy(packed)
+    unpack_(model)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    return model
+
+
 def _main(path: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     model, images = torch.load(path, weights_only=False)
+    if (packed := Path(path).with_suffix(".safetensors")).exists():
+        load(packed, model)
     with torch.no_grad():
         for _ in range(2):
             model(images)

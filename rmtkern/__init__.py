@@ -12,7 +12,7 @@ from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.files import load, save
 from rmtkern.gradual import Gradual, prune_gradually_
-from rmtkern.loading import load_plan
+from rmtkern.loading import load_plan, read_checkpoint
 from rmtkern.macs import MacReport, count_macs
 from rmtkern.ops import available
 from rmtkern.packing import pack_, unpack_
@@ -67,6 +67,7 @@ __all__ = [
     "prune_",
     "prune_gradually_",
     "prune_to_speed_",
+    "read_checkpoint",
     "save",
     "shrink_",
     "unmerge_tokens_",

@@ -34,10 +34,10 @@ from rmtkern.pruning.repair import REPAIRS
 from rmtkern.pruning.score import SCORES
 from rmtkern.report import write_report
 from rmtkern.report.source import load_checkpoint
+from rmtkern.shards import read_metadata
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
 from rmtkern.speed import prune_to_speed_
-from rmtkern.storage import read_metadata
 from rmtkern.sweep import PACK, sweep
 from rmtkern.tables import Table
 from rmtkern.token_merging import merge_tokens_

@@ -1,13 +1,15 @@
-"""save and load: a packed model as one safetensors file, and back into a model of the same architecture.
+"""save and load: a packed model as safetensors, and back into a model of the same architecture.
 
 docs/formats.md is the specification. Nothing in a file is trusted or run: what it says is compared with the model, and
 every packed weight is tried, before anything of the model is changed. It chooses no form; packing.py does.
 """
 
+import copy
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,8 +31,9 @@ from rmtkern.packing_lent import LendingLinear
 from rmtkern.packing_multihead import PackedMultihead, linears_of, reason_to_keep
 from rmtkern.packing_norm import NormForward
 from rmtkern.packing_sites import KernelForward, enable
+from rmtkern.shards import as_bytes, locate, read_metadata, read_tensors, shard_of, target_of, write
 from rmtkern.shrink_plan import ShrinkPlan
-from rmtkern.storage import read_metadata, read_tensors, write_tensors
+from rmtkern.storage import replacing
 from rmtkern.token_merging import merge_tokens_, merging_of, unmerge_tokens_
 
 __all__ = ["load", "save"]
@@ -69,29 +72,39 @@ def _pair_record(model: nn.Module, pair: GatedPair) -> Record:
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], plan: _Plan | None = None, shrunk: ShrinkPlan | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    plan: _Plan | None = None,
+    shrunk: ShrinkPlan | None = None,
+    *,
+    max_shard_size: int | str | None = None,
 ) -> None:
-    """Write a packed model to one safetensors file; complete or not at all.
+    """Write a packed model as safetensors; complete or not at all, and a crash leaves old files whole.
 
     Its tensors have the model's own names; a packed linear's parts are `<name>.weight.<part>`. What is packed how
     stands in the metadata. The layouts do not depend on the machine.
 
     Args:
         model: what `pack_` changed; it may be on any device.
-        path: of the file, such as "vit.safetensors"; written beside it first, then renamed.
+        path: of the file, if it ends in ".safetensors", such as "vit.safetensors"; else of a folder, which is made and
+            gets "model.safetensors" and, of a transformers model, "config.json", as save_pretrained lays them out.
+            Files are written beside it first, then renamed.
         plan: of `prune_`, to travel along; read it with `rmtkern.load_plan`.
         shrunk: of `shrink_`, so that `load` makes the model as small; without it the file loads only into a model that
             is.
+        max_shard_size: bytes, or a text such as "5GB": a model with more of them becomes several files and an index,
+            "vit.safetensors.index.json". Default: one file.
 
     Raises:
-        TypeError: `model` is not a module.
-        ValueError: nothing of the model is packed.
-        OSError: the file cannot be written.
+        TypeError: `model` is not a module, or `max_shard_size` no size.
+        ValueError: nothing of the model is packed, `path` is a file without the ending, or a size that is none.
+        OSError: a file cannot be written.
     """
     from rmtkern import __version__  # not above: the package imports this file
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    target, most = target_of(path), None if max_shard_size is None else as_bytes(max_shard_size)
     names = {module: name for name, module in model.named_modules()}
     linears = {name: _linear_record(module) for module, name in names.items() if isinstance(module, PackedLinear)}
     pairs = {name: _pair_record(model, pair) for name, pair in fused(model).items()}
@@ -122,7 +135,26 @@ def save(
     }
     state = model.state_dict()
     record["checksums"] = {name: _checksum(tensor) for name, tensor in state.items()}
-    write_tensors(state, path, _metadata(record))
+    if target == Path(path):
+        write(state, target, _metadata(record), most)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _config_beside(model, target):
+        write(state, target, _metadata(record), most)
+
+
+@contextmanager
+def _config_beside(model: nn.Module, target: Path) -> Iterator[None]:
+    """Put a transformers model's config.json beside its weights when these are there."""
+    config = getattr(model, "config", None)
+    if config is None or not callable(getattr(config, "to_json_string", None)):
+        yield
+        return
+    config = copy.deepcopy(config)
+    config.architectures = [type(model).__name__]
+    with replacing(target.with_name("config.json")) as temporary:
+        temporary.write_text(config.to_json_string(), encoding="utf-8")
+        yield
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -280,12 +312,16 @@ def _forms(name: str, record: Record, tensors: Mapping[str, Tensor]) -> _Forms:
         for tensor in values:
             if not bool(torch.isfinite(tensor).all()):
                 raise _Damaged(f"{prefix} has NaN or Inf entries")
-        _expect(bias is None or bias.dtype == dtype, f"{name}.bias", str(dtype), None if bias is None else bias.dtype)
+        if bias is not None:
+            fits = bias.dtype == dtype and bias.shape == shape[:1]
+            _expect(fits, f"{name}.bias", f"{dtype} [{shape[0]}]", f"{bias.dtype} {list(bias.shape)}")
         try:
             packed = kind(shape, form["params"], parts)
             linear(torch.zeros(1, shape[1], dtype=dtype), packed)  # refuses parts of a wrong shape and damaged ones
         except (ValueError, TypeError, IndexError, KeyError, RuntimeError) as error:
             raise _Damaged(f"{prefix}: {error}") from error
+        if (damage := packed.damage()) is not None:
+            raise _Damaged(f"{prefix}: {damage}; copy the file again")
         if form["tokens"] in forms:
             raise _Damaged(f"{name}.tokens: {form['tokens']} stands there twice")
         forms[form["tokens"]] = packed
@@ -321,11 +357,13 @@ def _taken_apart(model: nn.Module, name: str, linears: Mapping[str, object]) -> 
 class _Loaded:
     """What a file turns a model into, built and checked without touching the model."""
 
-    def __init__(self, model: nn.Module, path: Path, record: Record) -> None:
-        tensors = read_tensors(path)
+    def __init__(self, model: nn.Module, path: Path, record: Record, mmap: bool) -> None:
+        tensors = read_tensors(path, mmap=mmap)
         for key, tensor in tensors.items():
             if record["checksums"].get(key) != _checksum(tensor):
-                raise _Damaged(f"{key} differs from its checksum; copy the file again")
+                shard = shard_of(path, key)
+                where = "" if shard is None else f" in {shard}"
+                raise _Damaged(f"{key} differs from its checksum{where}; copy the file again")
         self.cast = _cast_of(record)
         self.apart = {name: _taken_apart(model, name, record["linears"]) for name in record["multiheads"]}
         self.swaps: dict[str, nn.Module] = dict(self.apart)
@@ -467,38 +505,41 @@ def _refuse_empty_buffers(model: nn.Module) -> None:
         )
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = True) -> nn.Module:
     """Turn a model into the packed one that `save` wrote.
 
     What was fastest was measured on the machine that packed it: where that is another one, `unpack_` and `pack_`
     measure again.
 
     Args:
-        path: of the file.
+        path: of the file, of the index of its shards, or of the folder that `save` wrote.
         model: the same architecture (as it was before `shrink_` and `merge_tokens_`), not packed, changed in place; its
             weights do not matter, so it may be built on the meta device, and no dense weight is made for its packed
             linears.
+        mmap: map the file into memory instead of reading it: tensors that need no other place stay there, and
+            processes that load the same file share them. False copies all of them, which a file needs that somebody
+            may change in place (`save` never does).
 
     Returns:
         `model`, in eval mode.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: no such file, a damaged or foreign one, or one of another model; it names the tensor. Nothing of the
-            model was changed.
+        ValueError: no such file, a damaged or foreign one, shards that do not belong together, or a file of another
+            model; it names the tensor. Nothing of the model was changed.
         PackedModelError: the model is packed already, or buffers that the file does not hold are on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if is_packed(model):
         raise PackedModelError("the model is packed already; call rmtkern.unpack_(model) first, or build a new one")
-    source = Path(path)
+    source = locate(path)
     take_back, merged = None, False
     try:
         record = _record(source)
         take_back = _as_small_(model, record)
         merged = _as_merged_(model, record)
-        loaded = _Loaded(model, source, record)
+        loaded = _Loaded(model, source, record, mmap)
         _refuse_empty_buffers(model)
     except BaseException as error:
         if merged:

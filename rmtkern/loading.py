@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
+from rmtkern.foreign import plain_state
 from rmtkern.pruning.plan import PrunePlan
+from rmtkern.shards import INDEX, SUFFIX, read_metadata, read_tensors
 from rmtkern.shrink_plan import ShrinkPlan
-from rmtkern.storage import read_metadata, read_tensors, write_tensors
+from rmtkern.storage import write_tensors
 
-__all__ = ["SHRUNK", "input_size_of", "load_model", "load_plan", "load_state_", "save_dense"]
+__all__ = ["SHRUNK", "input_size_of", "load_model", "load_plan", "load_state_", "read_checkpoint", "save_dense"]
 
 SHRUNK = "rmtkern.shrunk"
 """Name in a checkpoint's metadata of the ShrinkPlan that made the model smaller."""
@@ -62,11 +64,37 @@ def _from_timm(name: str, pretrained: bool) -> nn.Module:
         ) from error
 
 
-def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+def _is_safetensors(path: Path) -> bool:
+    return path.is_dir() or path.name.endswith((SUFFIX, INDEX))
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """A dense state dict, also of a model that another tool pruned.
+
+    Args:
+        path: safetensors (a file, an index of shards, or the folder of either, such as transformers writes), or a torch
+            file that its weights-only loader accepts. Weights that torch.nn.utils.prune keeps with their masks and
+            those in compressed-tensors' bitmask formats (SparseML, llm-compressor) become plain ones, zeros included.
+
+    Returns:
+        Name -> tensor, for `model.load_state_dict`.
+
+    Raises:
+        ValueError: no such file, a damaged one, or one that holds anything but tensors; it names the tensor.
+    """
+    source = Path(path)
+    state = _read_state(source)
+    try:
+        return plain_state(state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    if _is_safetensors(path):
+        return read_tensors(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -104,7 +132,7 @@ def load_model(spec: str, *, checkpoint: str | Path | None = None, random_weight
 
     Args:
         spec: "demo" (the shipped demo model), a timm model name, or "module:function" (called with no argument).
-        checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
+        checkpoint: as `read_checkpoint` takes it; low-precision tensors are cast.
         random_weights: do not ask a model hub for a timm model's weights.
 
     Returns:
@@ -131,15 +159,15 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
 
     Args:
         model: not changed if the checkpoint does not fit; made as small as the checkpoint is if `shrink_` made that.
-        checkpoint: safetensors, or a torch file that its weights-only loader accepts; low-precision tensors are cast.
+        checkpoint: as `read_checkpoint` takes it; low-precision tensors are cast.
         name: of the model, for messages.
 
     Raises:
         ValueError: a checkpoint that is damaged or does not fit.
     """
     path = Path(checkpoint)
-    state = _read_checkpoint(path)
-    shrunk = read_metadata(path).get(SHRUNK) if path.suffix == ".safetensors" else None
+    state = read_checkpoint(path)
+    shrunk = read_metadata(path).get(SHRUNK) if _is_safetensors(path) else None
     take_back = None if shrunk is None else ShrinkPlan.from_json(shrunk).apply_(model)
     try:
         _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
@@ -179,7 +207,7 @@ def load_plan(path: str | Path) -> PrunePlan:
     """The plan that travels with a checkpoint, packed (`rmtkern.save`) or dense (`rmtkern prune`).
 
     Args:
-        path: of the safetensors file.
+        path: of the safetensors file, of the index of its shards, or of the folder that `save` wrote.
 
     Returns:
         The plan.

@@ -3,8 +3,9 @@
 They decide nothing about speed; packing.py chooses what goes in.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,21 @@ from rmtkern.ops import ACTIVATIONS, gated_linear, linear, load_kernels
 
 __all__ = [
     "AbsorbedActivation",
+    "NotPickled",
     "PackedGatedLinear",
     "PackedLinear",
     "PackedModule",
     "check_inference",
+    "in_autocast",
+    "is_autocast",
     "refuse_gradient",
 ]
 
 _ADVICE = "call rmtkern.unpack_(model) first, train, then pack_ again"
+_NO_PICKLE = (
+    "a packed model is not pickled, as a pickle runs code when it is read and fits one version: use rmtkern.save(model,"
+    " path) and rmtkern.load(path, model), or pickle model.state_dict(); a process that is not forked loads the file"
+)
 
 
 @torch.library.custom_op("rmtkern::refuse_backward", mutates_args=())
@@ -57,13 +65,54 @@ def refuse_gradient(y: Tensor) -> Tensor:
     return refusing
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x. Where it is off, this costs a fifth of asking for that device."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
+def in_autocast(x: Tensor, dtype: torch.dtype, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """A result that autocast would compute in its own dtype, computed without it.
+
+    Args:
+        x: the input; if it is of a dtype that autocast leaves alone, so is the result.
+        dtype: what `compute` takes.
+        compute: is called outside of autocast.
+    """
+    kind = x.device.type
+    with torch.autocast(kind, enabled=False):
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return compute(x)
+        return compute(x.to(dtype)).to(torch.get_autocast_dtype(kind))
+
+
 def check_inference(module: nn.Module) -> None:
     """Raise PackedModelError for a packed module in train mode."""
     if module.training:
         raise PackedModelError(f"a packed model cannot train; call eval(), or {_ADVICE}")
 
 
-class PackedModule(nn.Module):
+class NotPickled:
+    """Is copied as any object, and refuses pickle with advice."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PackedModelError(_NO_PICKLE)
+
+    def _become(self, state: Any) -> Self:
+        if isinstance(self, nn.Module):
+            self.__setstate__(state)
+        else:
+            vars(self).update(state)
+        return self
+
+    def __copy__(self) -> Self:
+        return type(self).__new__(type(self))._become(self.__getstate__())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = type(self).__new__(type(self))  # before its state, which may hold it
+        return twin._become(copy.deepcopy(self.__getstate__(), memo))
+
+
+class PackedModule(NotPickled, nn.Module):
     """What modules with a packed weight share: forms of it by token count, and no training.
 
     state_dict keys: `weight.<part>` for each part of the layout, `bias`, and `others.<i>.<part>` if the module holds
@@ -136,20 +185,28 @@ class PackedModule(nn.Module):
     def _compute(self, x: Tensor, weight: PackedWeight) -> Tensor:
         raise NotImplementedError
 
+    def _dense(self) -> Tensor:
+        """The dense weight [N, K], in the dtype that `.to()` asked for last."""
+        form = self.forms[0]
+        return form.unpack().to(form.wanted or form.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """Apply the packed weight.
 
         Args:
-            x: [..., K], dtype and device of the weight.
+            x: [..., K], dtype and device of the weight. In autocast any dtype that it casts.
 
         Returns:
-            [..., out_features].
+            [..., out_features], dtype of x. In autocast: computed in the weight's dtype, returned in that of an
+            nn.Linear's result.
 
         Raises:
             PackedModelError: the module is in train mode; a backward through the result raises it as well.
             KernelUnavailable: no kernel supports this call, such as after `.to(torch.float64)`.
         """
         check_inference(self)
+        if is_autocast(x):
+            return in_autocast(x, self.forms[0].dtype, self.forward)
         weight = self.forms[0] if len(self.tokens) == 1 else self.form(x.numel() // self.in_features)
         y = self._compute(x, weight)
         if torch.is_grad_enabled() and (x.requires_grad or any(self.requires_grad)):
@@ -188,7 +245,7 @@ class PackedLinear(PackedModule):
     def unpack(self) -> nn.Linear:
         """The plain nn.Linear: weight bit-exact at the packed dtype (-0.0 becomes 0.0), requires_grad as it was."""
         bias = None if self.bias is None else self.bias.clone()
-        return _plain(self.forms[0].unpack(), bias, self.requires_grad, self.training)
+        return _plain(self._dense(), bias, self.requires_grad, self.training)
 
 
 class PackedGatedLinear(PackedModule):
@@ -242,7 +299,7 @@ class PackedGatedLinear(PackedModule):
 
     def unpack(self) -> tuple[nn.Linear, ...]:
         """What was there: (gate, up), or the one linear; exact as `PackedLinear.unpack` is."""
-        weights = separate(self.forms[0].unpack(), self.out_features)
+        weights = separate(self._dense(), self.out_features)
         biases = (None, None) if self.bias is None else separate(self.bias, self.out_features)
         if self.stacked is None:
             grads = self.requires_grad[:2], self.requires_grad[2:]

@@ -778,9 +778,10 @@ def pack_(
     """Swap every nn.Linear for the form that is measured fastest here, for inference.
 
     The two projections of an nn.MultiheadAttention count as linears, "<name>.in_proj" and "<name>.out_proj", where it
-    is called for self-attention without a mask and no other code reads its weights. Where code gives the weight of any
-    other linear to F.linear, as attention with biases of its own does, the kernel runs there, with the bias of the
-    call; a linear whose weight is used in another way stays dense.
+    is called for self-attention, masked or not. Where code gives the weight of a linear to F.linear, as attention with
+    biases of its own does, the kernel runs there, with the bias of the call; code may also ask for the weight's shape,
+    dtype and device, as nn.TransformerEncoderLayer does. A linear whose weight is used in another way, such as a part
+    of it, stays dense.
 
     Each linear's candidates are its dense forms (nn.Linear, oneDNN, oneDNN with a reordered weight, our own) and the
     layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples
@@ -946,7 +947,7 @@ def _pack(
 
     with (
         watch_calls(split.apart) as unlike,
-        watch(model, linears, own=[child for name in split.apart for child in linears_of(name)]) as watched,
+        watch(model, linears) as watched,
         watch_attention(model) as calls,
         watch_norms(model) as norm_calls,
     ):
@@ -956,6 +957,7 @@ def _pack(
         layer.reason = layer.seen.reason
     _leave_whole(model, split, layers, unlike)
     outputs = _lend(model, layers, examples, outputs)
+    _leave_whole(model, split, layers, {})
     expected = whole_outputs or outputs
     movable = [layer for layer in movable if layer.reason is None]
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from rmtkern.errors import PackedModelError
+
 __all__ = ["DTYPES", "CastRecord", "cast_", "cast_record", "is_cast", "resume_cast_", "uncast_"]
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -47,6 +49,13 @@ class _Interface:
 class _Enter(_Interface):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         inside = self.record.inside
+        if not torch.compiler.is_compiling():
+            name, first = next(module.named_parameters(), ("", None))
+            if first is not None and first.dtype != inside and name in self.record.names:
+                raise PackedModelError(
+                    f"the model was packed in {inside} behind a {self.record.outside} interface and has been cast to"
+                    f" {first.dtype} since; call rmtkern.unpack_(model) first, cast it, then pack_ again"
+                )
         return pytree.tree_map(lambda value: _cast(value, (torch.float32, torch.float64), inside), (args, kwargs))
 
 

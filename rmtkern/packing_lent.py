@@ -1,7 +1,8 @@
-"""LendingLinear: a packed linear whose weight other code multiplies with, as F.linear(x, linear.weight, bias).
+"""LendingLinear: a packed linear whose weight other code reads, as in F.linear(x, linear.weight, bias).
 
-Attention with biases of its own for q and v does that. What such code gets is no tensor: F.linear runs the packed
-kernel with it and everything else refuses it. packing_watch.py says who uses a weight in no other way.
+Attention with biases of its own for q and v does that. What such code gets is no tensor: it says what the weight is
+(its shape, dtype, device), F.linear runs the packed kernel with it, and everything else refuses it, also a part of it.
+packing_watch.py says who uses a weight in no other way.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rmtkern.errors import PackedModelError
-from rmtkern.nn import PackedLinear, check_inference, refuse_gradient
+from rmtkern.nn import PackedLinear, check_inference, in_autocast, is_autocast, refuse_gradient
 from rmtkern.ops import linear
 
 __all__ = ["LendingLinear", "LentWeight"]
@@ -20,14 +21,56 @@ _ADVICE = "call rmtkern.unpack_(model), or pack it with an example that makes it
 
 
 class LentWeight:
-    """Stands for a packed weight in other code: `F.linear(x, it, bias)` is its only use.
+    """Stands for a packed weight in other code: `F.linear(x, it, bias)` multiplies with it, and it can be described.
 
     Args:
         lender: the linear whose weight it stands for.
     """
 
+    is_cuda = property(lambda self: self.device.type == "cuda")
+    ndim = 2
+
     def __init__(self, lender: "LendingLinear") -> None:
         self.lender = lender
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K)."""
+        return torch.Size(self.lender.forms[0].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the packed values."""
+        return self.lender.forms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the packed values."""
+        return self.lender.forms[0].device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the weight does that `unpack` gives back."""
+        return self.lender.requires_grad[0]
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As Tensor.size."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """As Tensor.dim."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """As Tensor.numel."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """As Tensor.is_floating_point."""
+        return True
+
+    def __getitem__(self, index: object) -> Any:
+        raise PackedModelError(f"the model takes a part of a packed weight, which is only whole F.linear's: {_ADVICE}")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
@@ -61,7 +104,7 @@ class LendingLinear(PackedLinear):
         """Compute x Wᵀ + bias, whatever bias and activation the linear itself has.
 
         Args:
-            x: [..., K], dtype and device of the weight.
+            x: [..., K], dtype and device of the weight, or as PackedModule says in autocast.
             bias: [N] likewise, or None.
 
         Returns:
@@ -73,6 +116,9 @@ class LendingLinear(PackedLinear):
             KernelUnavailable: no kernel supports this call.
         """
         check_inference(self)
+        if is_autocast(x):
+            dtype = self.forms[0].dtype
+            return in_autocast(x, dtype, lambda x: self.multiply(x, None if bias is None else bias.to(dtype)))
         y = linear(x, self.form(x.numel() // self.in_features), bias)
         needed = x.requires_grad or self.requires_grad[0] or (bias is not None and bias.requires_grad)
         return refuse_gradient(y) if torch.is_grad_enabled() and needed else y

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rmtkern.nn import PackedLinear, check_inference, refuse_gradient
+from rmtkern.packing_lent import LendingLinear, LentWeight
 from rmtkern.packing_watch import is_altered
 
 __all__ = [
@@ -72,7 +73,13 @@ def reason_to_keep(module: nn.Module) -> str | None:
     return None
 
 
+def _mask_fits(mask: Tensor | None, *shapes: tuple[int, ...]) -> bool:
+    return mask is None or (mask.shape in shapes and (mask.dtype == torch.bool or mask.is_floating_point()))
+
+
 def _reason_against(
+    heads: int,
+    batch_first: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -82,23 +89,42 @@ def _reason_against(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> str | None:
-    """Why a call, as PyTorch's signature has it, is not computed by the two linears, or None."""
+    """Why a call, as PyTorch's signature has it, is not computed by the two linears, or None.
+
+    `heads` and `batch_first` are the module's.
+    """
     if query is not key or key is not value:
         return "nn.MultiheadAttention gets q, k and v that are not one tensor"
-    if key_padding_mask is not None or attn_mask is not None or is_causal:
-        return "nn.MultiheadAttention gets a mask"
     if query.is_nested or query.ndim != 3:
         return "nn.MultiheadAttention gets an input that is not a batch of sequences"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the dtype of nn.MultiheadAttention"
+    batch, tokens = query.shape[:2] if batch_first else query.shape[1::-1]
+    square = (tokens, tokens)
+    if not _mask_fits(attn_mask, square, (batch * heads, *square)) or not _mask_fits(key_padding_mask, (batch, tokens)):
+        return f"nn.MultiheadAttention gets a mask that is not {list(square)} for it, or [{batch}, {tokens}] for keys"
+    if is_causal and attn_mask is None:
+        return "nn.MultiheadAttention is told that a mask is causal, and gets none"
     return None
+
+
+def _added(attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
+    """What PyTorch's two masks add to the scores [B, H, T, T], in a shape that broadcasts to them; None for nothing."""
+    added = None
+    for mask, keys in ((attn_mask, False), (key_padding_mask, True)):
+        if mask is None:
+            continue
+        if mask.dtype == torch.bool:  # True: takes no part
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+        mask = mask.to(dtype)
+        mask = mask[:, None, None] if keys else mask if mask.ndim == 2 else mask.unflatten(0, (batch, -1))
+        added = mask if added is None else added + mask
+    return added
 
 
 class PackedMultihead(nn.Module):
     """nn.MultiheadAttention with its projections as two linears, of which one at least is packed, for inference.
 
-    It has the module's signature, public attributes and results. Self-attention without a mask runs the linears as they
-    are; any other call unpacks them and lets PyTorch compute it, which is right and slow.
+    It has the module's signature, public attributes and results. Self-attention, masked or not, runs the linears as
+    they are; any other call unpacks them and lets PyTorch compute it, which is right and slow.
 
     state_dict keys: those of the linears `in_proj` [3 E, E] and `out_proj` [E, E].
 
@@ -125,9 +151,9 @@ class PackedMultihead(nn.Module):
         self.training = whole.training
 
     @property
-    def in_proj_weight(self) -> Tensor:
-        """[3 E, E], unpacked for code that reads it."""
-        return _plain(self.in_proj).weight
+    def in_proj_weight(self) -> Tensor | LentWeight:
+        """[3 E, E]: what stands for it, if `pack_` saw that other code reads it, else unpacked."""
+        return self.in_proj.weight if isinstance(self.in_proj, LendingLinear) else _plain(self.in_proj).weight
 
     @property
     def in_proj_bias(self) -> Tensor | None:
@@ -136,13 +162,12 @@ class PackedMultihead(nn.Module):
 
     def whole(self) -> nn.MultiheadAttention:
         """The nn.MultiheadAttention; weights as `PackedLinear.unpack` gives them, those of plain linears shared."""
-        inner, outer = _plain(self.in_proj), _plain(self.out_proj)
-        whole = nn.MultiheadAttention(self.embed_dim, self.num_heads, bias=inner.bias is not None, device="meta")
+        # not as attributes: while pack_ watches who reads them, those are no parameters
+        inner, outer = _plain(self.in_proj)._parameters, _plain(self.out_proj)._parameters
+        whole = nn.MultiheadAttention(self.embed_dim, self.num_heads, bias=inner["bias"] is not None, device="meta")
         vars(whole).update({key: vars(self)[key] for key in self._own})
-        whole.in_proj_weight = inner.weight  # type: ignore[assignment]
-        if inner.bias is not None:
-            whole.in_proj_bias = inner.bias
-        whole.out_proj = _sharing(NonDynamicallyQuantizableLinear, outer.weight, outer.bias, self.training)  # type: ignore[assignment,arg-type]
+        whole.in_proj_weight, whole.in_proj_bias = inner["weight"], inner["bias"]  # type: ignore[assignment]
+        whole.out_proj = _sharing(NonDynamicallyQuantizableLinear, outer["weight"], outer["bias"], self.training)  # type: ignore[assignment,arg-type]
         return whole.train(self.training)
 
     def forward(
@@ -163,18 +188,20 @@ class PackedMultihead(nn.Module):
         """
         check_inference(self)
         options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        if _reason_against(query, key, value, *options) is not None:
+        if _reason_against(self.num_heads, self.batch_first, query, key, value, *options) is not None:
             return self._unpacked(query, key, value, *options)
         batch, tokens = (0, 1) if self.batch_first else (1, 0)
         qkv = self.in_proj(query).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, batch, 3, tokens, 4)  # [B, H, T, d]
+        mask = _added(attn_mask, key_padding_mask, q.shape[0], q.dtype)
         weights = None
         if need_weights:
-            weights = torch.softmax((q * self.head_dim**-0.5) @ k.transpose(-2, -1), -1)
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+            weights = torch.softmax(scores if mask is None else scores + mask, -1)
             y = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.permute(0, 2, 1, 3) if self.batch_first else y.permute(2, 0, 1, 3)
         return self.out_proj(y.flatten(2)), weights
 
@@ -262,7 +289,7 @@ def watch_calls(apart: Mapping[str, PackedMultihead]) -> Iterator[dict[str, str]
 
     def watched(base: type, name: str) -> type:
         def forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor | None]:
-            reason = _reason_against(*args, **kwargs)  # type: ignore[arg-type]
+            reason = _reason_against(self.num_heads, self.batch_first, *args, **kwargs)  # type: ignore[arg-type]
             if reason is not None:
                 reasons[name] = reason
             return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]

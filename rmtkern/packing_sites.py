@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rmtkern.nn import NotPickled
 from rmtkern.packing_report import SiteReport
 from rmtkern.packing_timing import Timer
 from rmtkern.progress import progress
@@ -37,7 +38,7 @@ class Call(Protocol):
         """The kernel's error against float64 over what is allowed."""
 
 
-class KernelForward:
+class KernelForward(NotPickled):
     """Stands as a module's `forward`: its own one, with the kernel where it can compute the call."""
 
     def __init__(self, module: nn.Module) -> None:

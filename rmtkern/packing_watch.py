@@ -4,7 +4,7 @@ It also knows which linears must stay as they are. It measures no time and packs
 """
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,25 @@ from torch.utils import _pytree as pytree
 
 from rmtkern.activations import FUNCTIONS
 
-__all__ = ["Seen", "is_altered", "reason_to_leave", "watch"]
+__all__ = ["DESCRIPTIVE", "Seen", "is_altered", "reason_to_leave", "watch"]
+
+DESCRIPTIVE = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "requires_grad",
+    "is_cuda",
+    "size",
+    "dim",
+    "numel",
+    "is_floating_point",
+)
+"""What code may ask of a weight that is not there as a tensor."""
+_DESCRIBING = [getattr(Tensor, name) for name in DESCRIPTIVE]
+_DESCRIBING = [
+    member if callable(member) else member.__get__ for member in _DESCRIBING
+]  # as __torch_function__ gets it
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -28,7 +46,8 @@ class Seen:
 
     Args:
         tokens: T of every call, and of every F.linear that other code makes with the weight.
-        lent: whether other code reads the weight or the bias; it then gives the weight to F.linear and to nothing else.
+        lent: whether other code reads the weight or the bias; it then asks the weight for what `DESCRIPTIVE` names, or
+            gives it to F.linear, and does nothing else with it.
         reason: why the linear must stay as it is, or None.
         follower: name of the activation module that alone consumes the linear's output, or None.
         activation: its name in `ops.ACTIVATIONS`, or None.
@@ -83,7 +102,7 @@ def reason_to_leave(model: nn.Module, name: str, module: nn.Linear, dtypes: Sequ
 
 
 @contextmanager
-def watch(model: nn.Module, linears: Mapping[str, nn.Linear], own: Collection[str] = ()) -> Iterator[dict[str, Seen]]:
+def watch(model: nn.Module, linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Seen]]:
     """Watch the forward passes inside the block; the result is complete when it ends.
 
     While it lasts, the class of each watched module is a subclass that notes what happens: unlike a hook, this leaves
@@ -92,9 +111,8 @@ def watch(model: nn.Module, linears: Mapping[str, nn.Linear], own: Collection[st
     Args:
         model: what will run.
         linears: name -> linear to watch.
-        own: names of those that no other code may read, not even to call F.linear.
     """
-    record = _Record({name: Seen() for name in linears}, own)
+    record = _Record({name: Seen() for name in linears})
     originals: list[tuple[nn.Module, type]] = []
     leaves = _leaves(model)
     try:
@@ -123,9 +141,8 @@ def _leaves(model: nn.Module) -> dict[str, nn.Module]:
 class _Record:
     """The events of the forward passes, in order."""
 
-    def __init__(self, seen: dict[str, Seen], own: Collection[str]) -> None:
+    def __init__(self, seen: dict[str, Seen]) -> None:
         self.seen = seen
-        self.own = own
         self.loans: list[_Loan] = []
         self.followers: dict[str, list[str | None]] = {name: [] for name in seen}
         self.calls: dict[str, int] = {}
@@ -144,9 +161,6 @@ class _Record:
 
     def read(self, name: str, key: str, value: Tensor | None) -> Tensor | None:
         """What other code gets that reads the weight or the bias of a linear."""
-        if name in self.own:
-            self.keep(name, key, "")
-            return value
         self.seen[name].lent = True
         if key == "bias" or value is None:  # a packed linear has the same one
             return value
@@ -179,8 +193,6 @@ class _Record:
             if (kept := loan.tensor()) is not None:
                 kept.__class__ = Tensor  # type: ignore[assignment]
                 self.keep(loan.name, "weight", " and keeps it")
-            elif not loan.multiplied and self.seen[loan.name].reason is None:
-                self.keep(loan.name, "weight", " and does not give it to F.linear")
         for name, seen in self.seen.items():
             if seen.reason is None and not seen.tokens:
                 seen.reason = "the model never calls it on the example"
@@ -205,6 +217,8 @@ class _LentTensor(Tensor):
         lent = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, _LentTensor)]
         plain, named = pytree.tree_map(lambda v: v.loan.weight if isinstance(v, _LentTensor) else v, (args, kwargs))
         y = func(*plain, **named)
+        if func in _DESCRIBING:
+            return y
         if func is F.linear:
             x, reason = _factor(*args, **kwargs)
         else:
@@ -214,7 +228,6 @@ class _LentTensor(Tensor):
                 loan.record.keep(loan.name, "weight", reason)
             else:
                 loan.record.multiply(loan.name, x)
-                loan.multiplied = True
         return y
 
 
@@ -226,7 +239,6 @@ class _Loan:
     weight: Tensor
     record: _Record
     tensor: weakref.ref[_LentTensor]
-    multiplied: bool = False
 
 
 def _factor(input: Any, weight: Any, bias: Any = None) -> tuple[Tensor | None, str]:

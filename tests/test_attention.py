@@ -1,7 +1,6 @@
 """The attention kernel on every instruction set against float64, and its use in real models."""
 
 import copy
-import io
 import threading
 
 import pytest
@@ -249,15 +248,12 @@ def test_real_models_call_the_kernel(build, sites):
     modules = [AttentionForward(model.get_submodule(name)) for name in calls]
     enable(modules)
     assert AttentionForward.of(model) == modules
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
     torch._dynamo.reset()
     with torch.no_grad():
         after = first(model(*x))
         # float32 sums in another order, through two blocks
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5 * float(before.abs().max()))
-        for twin in (copy.deepcopy(model), torch.load(file, weights_only=False), torch.compile(model, backend="eager")):
+        for twin in (copy.deepcopy(model), torch.compile(model, backend="eager")):
             torch.testing.assert_close(first(twin(*x)), after, rtol=0, atol=1e-5 * float(after.abs().max()))
     disable(modules)
     with torch.no_grad():

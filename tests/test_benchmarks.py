@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy, cases, contenders, growth, kernel, record, run, tables, timing
+from benchmarks import accuracy, cases, contenders, growth, kernel, memory, record, run, tables, timing
 from benchmarks.cases import KernelCase
-from rmtkern import comparison, peers
+from rmtkern import comparison, load, peers, save
+from rmtkern.layouts import LAYOUTS
+from rmtkern.nn import PackedLinear
+from rmtkern.testing import random_sparse
 
 
 def parsed(*options):
@@ -223,3 +226,15 @@ def test_paired_errors():
     lost = np.array([0, 1, 0, -1])
     assert found["loss"] == lost.mean() and found["top1"] == 0.75
     assert found["loss_error"] == pytest.approx(lost.std(ddof=1) / 2, abs=1e-6)
+
+
+def test_a_packed_model_is_measured_from_its_file(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).eval()
+    model[0] = PackedLinear(LAYOUTS["bitmask"].pack(random_sparse(64, 64, 0.8)), torch.randn(64))
+    empty = memory._without_weights(model)
+    assert all(parameter.is_meta for parameter in empty.parameters()) and type(model[0]) is PackedLinear
+    torch.save(empty, tmp_path / "model.pt")  # a packed one would refuse
+    save(model, tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors", torch.load(tmp_path / "model.pt", weights_only=False))
+    x = torch.randn(3, 64)
+    assert torch.equal(again(x), model(x))

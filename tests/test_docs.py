@@ -1,4 +1,4 @@
-"""The tutorials work as they stand: their Python and commands run, links lead somewhere; api.md is current."""
+"""The pages with code work as they stand: Python and commands run, links lead somewhere; api.md is current."""
 
 import re
 import shlex
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import rmtkern
 from docs.make_api import API, render
 from rmtkern import comparison
 from rmtkern.cli import main
@@ -15,6 +16,7 @@ from rmtkern.packing_timing import interleaved_samples
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TUTORIALS = sorted(path.name for path in DOCS.glob("tutorial-*.md"))
+PAGES = [*TUTORIALS, "migration.md"]
 SHOWN = {"text"}
 """Fences that only show something."""
 
@@ -23,9 +25,9 @@ def blocks(path):
     return [(kind, code) for kind, code in FENCE.findall(path.read_text()) if kind not in SHOWN]
 
 
-def test_blocks_outside_of_tutorials_are_none():
+def test_blocks_outside_of_these_pages_are_none():
     """Every page with code is run, here or (README.md) in test_readme.py."""
-    others = [path.name for path in DOCS.glob("*.md") if path.name not in TUTORIALS and blocks(path)]
+    others = [path.name for path in DOCS.glob("*.md") if path.name not in PAGES and blocks(path)]
     assert others == [] and len(TUTORIALS) == 3
 
 
@@ -72,8 +74,8 @@ def run_command(line, capsys):
         Path(target).write_text(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_tutorials_run(name, folder, capsys, monkeypatch):
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_run(name, folder, capsys, monkeypatch):
     if name == "tutorial-spectra.md":
         pytest.importorskip("matplotlib")
     for module in ("rmtkern.packing_device", "rmtkern.advice"):
@@ -93,6 +95,12 @@ def test_tutorials_run(name, folder, capsys, monkeypatch):
                 exec(compile(code, name, "exec"), space)
         else:
             raise AssertionError(f"{name}: a block of {kind}, which is neither run nor text")
+
+
+def test_names_of_the_migration_page_exist():
+    text = (DOCS / "migration.md").read_text()
+    names = {*re.findall(r"rmtkern\.(\w+)", text), *re.findall(r"`(\w+_)[`(]", text)} - {"sparsify_"}
+    assert names <= set(dir(rmtkern)) and {"pack_", "prune_gradually_", "read_checkpoint", "save"} <= names
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)

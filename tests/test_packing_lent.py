@@ -14,6 +14,7 @@ from rmtkern.files import load, save
 from rmtkern.nn import PackedGatedLinear, PackedLinear
 from rmtkern.packing import pack_, unpack_
 from rmtkern.packing_lent import LendingLinear, LentWeight
+from rmtkern.packing_watch import DESCRIPTIVE
 from tests.test_packing import assert_same_function, prune, timer
 
 
@@ -154,8 +155,13 @@ LEFT = {
     "and gives it to torch.cat": lambda r, linear, x: F.linear(x, torch.cat([linear.weight, linear.weight])[:64]),
     "and gives it to torch.Tensor.matmul": lambda r, linear, x: x @ linear.weight,
     "and gives it to torch.Tensor.__getitem__": lambda r, linear, x: F.linear(x[..., :32], linear.weight[:, :32]),
+    "besides its own forward and gives it to torch.Tensor.__getitem__": lambda r, linear, x: F.linear(
+        x, torch.cat([linear.weight[:32], linear.weight[32:]])
+    ),
     "and gives it to torch.Tensor.to": lambda r, linear, x: F.linear(x, linear.weight.to(x.dtype)),
-    "and does not give it to F.linear": lambda r, linear, x: linear(x) if linear.weight is not None else x,
+    "and gives it to torch.Tensor.chunk": lambda r, linear, x: F.linear(x, linear.weight.chunk(2)[0]).repeat(1, 1, 2),
+    "and gives it to torch.Tensor.t": lambda r, linear, x: F.linear(x, linear.weight.t()),
+    "and gives it to torch.Tensor.is_contiguous": lambda r, linear, x: x if linear.weight.is_contiguous() else x + 1,
     "and gives it to F.linear as its input or bias": lambda r, linear, x: x + F.linear(linear.weight, linear.weight)[0],
     "and calls F.linear with another dtype than torch.float32 or a bias that is not": lambda r, linear, x: F.linear(
         x, linear.weight, x.new_ones(1)
@@ -165,11 +171,55 @@ LEFT = {
 }
 
 
+ASKED = {
+    "cast to": lambda r, linear, x: F.linear(x.double().to(linear.weight.dtype), linear.weight),
+    "only cast to": lambda r, linear, x: linear(x.to(linear.weight.dtype).to(linear.weight.device)),
+    "sizes": lambda r, linear, x: F.linear(x[..., : linear.weight.shape[1]], linear.weight)[
+        ..., : linear.weight.size(0)
+    ],
+    "counts": lambda r, linear, x: linear(x) * (linear.weight.numel() + linear.weight.dim() + linear.weight.ndim),
+    "whole size": lambda r, linear, x: linear(x).reshape(-1, *linear.weight.size()).flatten(0, 1).view(x.shape),
+    "flags": lambda r, linear, x: (
+        linear(x)
+        if linear.weight.is_floating_point() and not linear.weight.is_cuda and linear.weight.requires_grad
+        else x
+    ),
+    "whether it is there": lambda r, linear, x: linear(x) if linear.weight is not None else x,
+}
+
+
+@pytest.mark.parametrize("use", ASKED)
+def test_what_a_weight_is_can_be_asked(use):
+    model, dense, report = packed(lambda: Reader(ASKED[use]), torch.randn(1, 64, 64))
+    assert report.packed_layers == 2 and type(model.linear) is LendingLinear
+    assert_same_function(model, dense, torch.randn(2, 64, 64))
+    with torch.no_grad():
+        torch._dynamo.reset()
+        x = torch.randn(1, 64, 64)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_lent_weight_says_what_the_weight_is():
+    model, dense, _ = packed(lambda: Reader(ASKED["sizes"]))
+    for module in (model, copy.deepcopy(model)):
+        lent, weight = module.linear.weight, dense.linear.weight
+        for name in DESCRIPTIVE:
+            got, want = getattr(lent, name), getattr(weight, name)
+            assert got() == want() if callable(want) else got == want, name
+        assert lent.size(1) == weight.size(1) and type(lent.shape) is torch.Size
+    bf16 = model.to(torch.bfloat16)
+    assert bf16.linear.weight.dtype == torch.bfloat16
+    form = bf16.tail.weight  # of a packed linear that nobody was seen to read
+    assert (form.dtype, form.device, form.shape) == (torch.bfloat16, torch.device("cpu"), (64, 64))
+
+
 @pytest.mark.parametrize("reason", LEFT)
 def test_other_uses_keep_the_linear_dense(reason):
     model, dense, report = packed(lambda: Reader(LEFT[reason]))
     by_name = {layer.name: layer for layer in report.layers}
-    assert f"other code reads its .weight besides its own forward {reason}" in by_name["linear"].reason
+    assert "other code reads its .weight besides its own forward and" in by_name["linear"].reason
+    assert reason in by_name["linear"].reason
     assert type(model.linear) is nn.Linear and by_name["tail"].packed
     assert type(model.kept) in (type(None), torch.Tensor, nn.Parameter)
     assert_same_function(model, dense, torch.randn(2, 9, 64))
@@ -204,6 +254,9 @@ def test_a_use_that_the_example_did_not_show_is_refused():
     for use in uses:
         with pytest.raises(PackedModelError, match=r"gives a packed weight to .*: call rmtkern\.unpack_\(model\)"):
             use()
+    for part in (lambda: weight[:32], lambda: weight[:, 0], lambda: F.linear(x, weight[:32])):
+        with pytest.raises(PackedModelError, match=r"takes a part of a packed weight, .*: call rmtkern\.unpack_"):
+            part()
     with pytest.raises(AttributeError, match=r"reads \.sum of a packed weight, which only F\.linear can use: call"):
         weight.sum()
     with pytest.raises(ValueError, match=r"bias: expected \[64\] torch\.float32, got \[1\]"):

@@ -1,6 +1,6 @@
 """PackedWeight: what every storage layout of a weight must offer. It knows no kernel and no model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,16 +32,20 @@ class PackedWeight(nn.Module):
 
     layout: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    streamed: ClassVar[tuple[str, ...]] = ()
+    """Parts that CPU kernels read from any place on, so that they may begin anywhere, such as in a mapped file."""
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     gpu_stored: ClassVar[tuple[str, ...]] = ()
     gpu_parts: ClassVar[tuple[str, ...]] = ()
+    wanted: torch.dtype | None = None
+    """What `.to()` asked for last, if the layout does not hold weights in it; the weight is then as it was."""
 
     def __init__(self, shape: tuple[int, int], params: Mapping[str, int], parts: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.shape = shape
         self.params = dict(params)
         for name, tensor in zip(self.parts, parts, strict=True):
-            self.register_buffer(name, _aligned(tensor))
+            self.register_buffer(name, tensor if name in self.streamed else _aligned(tensor))
         for name in self.gpu_parts:
             self.register_buffer(name, None, persistent=False)
         self._arrive()
@@ -64,6 +68,13 @@ class PackedWeight(nn.Module):
     def unpack(self) -> Tensor:
         """The dense weight [N, K] in the packed dtype, bit-exact (-0.0 becomes 0.0)."""
         raise NotImplementedError
+
+    def damage(self) -> str | None:
+        """What of parts that came from a file no `pack` would write although kernels run it, or None.
+
+        Called after a kernel has found that shapes fit and that nothing leads it astray.
+        """
+        return None
 
     def gpu_form(self) -> tuple[Tensor | None, ...]:
         """What GPU kernels read besides the parts, made from them: for each name in `gpu_parts` a tensor.
@@ -90,12 +101,50 @@ class PackedWeight(nn.Module):
             for name, tensor in zip(self.gpu_parts, form, strict=True):
                 setattr(self, name, tensor)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """The weight in another dtype, rounded, in this layout with these params; how parts lie depends on the dtype.
+
+        Raises:
+            ValueError: this layout, or these params, do not hold the weight in it.
+        """
+        return type(self).pack(self.unpack().to(dtype), **self.params)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for name in self.gpu_parts:
             setattr(self, name, None)
-        super()._apply(*args, **kwargs)
+        asked: list[torch.dtype] = []
+
+        def moved(part: Tensor) -> Tensor:
+            new = fn(part)
+            if new.dtype == part.dtype:
+                return new
+            asked.append(new.dtype)
+            return part.to(new.device)
+
+        super()._apply(moved, recurse)
+        if asked:
+            self._cast(asked[0])
         self._arrive()
         return self
+
+    def _cast(self, dtype: torch.dtype) -> None:
+        """Become the weight in another dtype: as it is packed in that, or else with its parts as they lie.
+
+        CPU kernels take the first alone; the second unpacks to the rounded weight, and GPU kernels make their form of
+        it. In a dtype that the layout does not hold, the weight stays, and its module casts what it unpacks.
+        """
+        self.wanted = None
+        if dtype == self.dtype:
+            return
+        if dtype not in self.dtypes:
+            self.wanted = dtype
+            return
+        try:
+            parts = self.in_dtype(dtype).tensors()
+        except ValueError:  # these params are not written in it
+            parts = tuple(part.to(dtype) if part.is_floating_point() else part for part in self.tensors())
+        for name, part in zip(self.parts, parts, strict=True):
+            setattr(self, name, part)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -105,6 +154,20 @@ class PackedWeight(nn.Module):
         """The parts, in the order of the class's `parts`."""
         buffers: dict[str, Any] = self._buffers  # not by getattr, which is slow on a module
         return tuple(buffers[name] for name in self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values, which is that of the weight."""
+        return self._values().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self._values().device
+
+    def _values(self) -> Tensor:
+        """A part that holds entries of the weight."""
+        return next(tensor for tensor in self.tensors() if tensor.is_floating_point())
 
     @property
     def label(self) -> str:

@@ -39,7 +39,7 @@ def supports(w: PackedWeight, x: Tensor) -> str | None:
     if x.dtype not in w.dtypes or x.dtype not in CPU_DTYPES:
         return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes if dtype in CPU_DTYPES)}"
     parts = w.tensors()
-    if (held := next(part.dtype for part in parts if part.is_floating_point())) != x.dtype:
+    if (held := next((part.dtype for part in parts if part.is_floating_point()), None)) != x.dtype:
         return f"x is {x.dtype}, the weight {held}; cast x, or pack the weight again in the dtype of x"
     for tensor in (x, *parts):
         if not tensor.is_cpu:
@@ -137,7 +137,8 @@ def _cpu_linear(
     gated: bool = False,
 ) -> Tensor:
     arrays = [as_array(part) for part in parts]
-    return _run(layout, x, features, arrays, list(params), bias, activation, residual, scale, gated)
+    numbers = list(params or ())  # AOTInductor gives None for an empty list
+    return _run(layout, x, features, arrays, numbers, bias, activation, residual, scale, gated)
 
 
 @_cpu_linear.register_fake

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rmtkern.layouts.base import INTEGERS, as_integers
 
-__all__ = ["BLOCK_ROWS", "blocks_by_strip", "masks_by_row", "pack_strips", "unpack_strips"]
+__all__ = ["BLOCK_ROWS", "blocks_by_strip", "masks_by_row", "pack_strips", "rows_damage", "unpack_strips"]
 
 BLOCK_ROWS = 128
 """Rows of a row block; part of the format."""
@@ -69,6 +69,24 @@ def _places(rows: NDArray[Any], strips: int, blocks: int, tall: int) -> tuple[ND
     row_block = index // (tall * blocks)  # exact: only the last row block is shorter
     height = np.minimum(strips - row_block * tall, tall)
     return row_block * tall + rows, (index - row_block * tall * blocks) // height
+
+
+def rows_damage(shape: tuple[int, int], rows: Tensor, r: int, c: int = 1, words: int = 1) -> str | None:
+    """What is wrong with `rows` of `pack_strips`, or None: the segments of a group are one of each of its strips.
+
+    A strip that stood there twice would be summed by a kernel and overwritten by `unpack_strips`.
+
+    Args:
+        shape: (N, K).
+        rows: [segments] uint8; as many as the shape has.
+        r: rows of a strip.
+        c: columns of a unit.
+        words: 64-bit words of a segment's mask.
+    """
+    strips, blocks, tall = -(-shape[0] // r), -(-shape[1] // (64 * words * c)), BLOCK_ROWS // r
+    strip, block = _places(rows.cpu().numpy(), strips, blocks, tall)
+    counts = np.bincount(strip * blocks + block, minlength=strips * blocks)
+    return None if len(counts) == strips * blocks and bool((counts == 1).all()) else "rows do not have each strip once"
 
 
 def masks_by_row(shape: tuple[int, int], masks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

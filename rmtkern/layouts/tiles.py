@@ -6,7 +6,7 @@ It knows neither PackedWeight nor kernels; csrc/linear/tile.inl reads the arrays
 import torch
 from torch import Tensor
 
-__all__ = ["TILE", "pack_tiles", "unpack_tiles"]
+__all__ = ["TILE", "pack_tiles", "tiles_damage", "unpack_tiles"]
 
 TILE = 32
 """Outputs of a tile; part of the format."""
@@ -40,3 +40,12 @@ def unpack_tiles(tiles: Tensor, shape: tuple[int, int], width: int = TILE) -> Te
     lanes = -(-k // per)
     dense = tiles.view(-1, lanes, width, per).permute(0, 2, 1, 3).reshape(-1, lanes * per)
     return dense[:n, :k].contiguous()
+
+
+def tiles_damage(tiles: Tensor, shape: tuple[int, int], width: int = TILE) -> str | None:
+    """What is wrong with what should be `pack_tiles` of a matrix `shape`, or None: what fills up is zero.
+
+    Kernels multiply it, so that a large number there would overflow beside the matrix.
+    """
+    filled = torch.equal(pack_tiles(unpack_tiles(tiles, shape, width), width), tiles)
+    return None if filled else "what fills up the tiles of its factors is not zero"

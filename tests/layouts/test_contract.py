@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import re
 
 import pytest
 import torch
@@ -271,3 +272,69 @@ def test_dense_forms(monkeypatch):
 def test_parts_begin_at_cache_lines(layout, params, nofm):
     packed = LAYOUTS[layout].pack(weight((40, 64), nofm), **params)
     assert all(part.data_ptr() % 64 == 0 for part in packed.tensors())
+
+
+@pytest.mark.parametrize(
+    ("layout", "params", "nofm", "dtype"),
+    [(*form, dtype) for forms, dtype in ((FORMS, torch.float32), (BF16, torch.bfloat16)) for form in forms],
+)
+@pytest.mark.parametrize(("n", "k"), [(131, 208), (5, 64)])
+def test_what_pack_writes_has_no_damage(layout, params, nofm, dtype, n, k):
+    dense = weight((n, k), nofm).to(dtype)
+    for part in (LAYOUTS[layout].pack(dense, **params), LAYOUTS[layout].pack(dense, **params).to("cpu")):
+        assert part.damage() is None
+
+
+def damaged(packed, name, change):
+    """The weight with a part of it changed."""
+    parts = {key: part.clone() for key, part in zip(packed.parts, packed.tensors(), strict=True)}
+    change(parts[name])
+    return type(packed)(packed.shape, packed.params, tuple(parts.values()))
+
+
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_damage_that_no_kernel_sees_is_told(dtype, isa, monkeypatch):
+    """Kernels run these without leaving their memory, and would compute something else than `unpack` gives."""
+    monkeypatch.setenv("RMTKERN_ISA", isa)
+    dense = random_sparse(131, 208, 0.5).to(dtype)
+    size = {"r": 4, "c": 1} if dtype == torch.float32 else {"r": 4, "c": 2}
+    sparse = dense.where(torch.rand(131, 208) < 0.05, 0)
+    spectral = LAYOUTS["spectral"].from_parts(torch.randn(131, 3).to(dtype), torch.randn(3, 208).to(dtype), sparse)
+    lowrank = LAYOUTS["lowrank"].from_factors(torch.randn(131, 3).to(dtype), torch.randn(3, 208).to(dtype))
+    found = [
+        (LAYOUTS["bitmask"].pack(dense), "rows", lambda part: part[:2].fill_(int(part[0])), "each strip once"),
+        (LAYOUTS["block"].pack(dense, **size), "rows", lambda part: part[:2].fill_(int(part[0])), "each strip once"),
+        (spectral, "rows", lambda part: part[:2].fill_(int(part[0])), "each strip once"),
+        (spectral, "a", lambda part: part[0, -1:].fill_(1e30), "what fills up the tiles .* is not zero"),
+        (spectral, "b", lambda part: part[-1, -1:].fill_(1e30), "what fills up the tiles .* is not zero"),
+        (lowrank, "a", lambda part: part[0, -1:].fill_(1e30), "what fills up the tiles .* is not zero"),
+        (lowrank, "b", lambda part: part[-1, -1:].fill_(1e30), "what fills up the tiles .* is not zero"),
+    ]
+    if dtype == torch.bfloat16:
+        picked = LAYOUTS["nofm"].pack(weight((131, 208), (2, 4)).to(dtype), n=2, m=4)
+        for value in (0x77, 0xFF, 0x00):
+            change = lambda part, value=value: part[0, :4].fill_(value)  # noqa: E731
+            found.append((picked, "masks", change, "do not name two columns of each group"))
+    for packed, name, change, words in found:
+        assert packed.damage() is None
+        bad = damaged(packed, name, change)
+        assert ops.linear(torch.zeros(1, 208, dtype=dtype), bad).shape == (1, 131)
+        assert re.search(words, bad.damage()), (packed.layout, name)
+
+
+def test_what_lies_in_padding_rows_does_not_matter():
+    dense = weight((21, 64), (2, 4)).bfloat16()
+    packed = LAYOUTS["nofm"].pack(dense, n=2, m=4)
+    bad = damaged(packed, "masks", lambda part: part[-1, -4:].fill_(0xFF))
+    bad = damaged(bad, "values", lambda part: part[-1, -2:].fill_(1e30))
+    assert bad.damage() is None and torch.equal(bad.unpack(), dense + 0.0)
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(ops.linear(x, bad), ops.linear(x, packed))
+
+
+def test_parts_without_numbers_are_refused_by_the_kernels():
+    packed = LAYOUTS["bitmask"].pack(random_sparse(8, 64, 0.5))
+    packed.values = packed.values.to(torch.int64)
+    with pytest.raises(ops.KernelUnavailable, match=r"x is torch\.float32, the weight None; cast x, or pack"):
+        ops.linear(torch.zeros(1, 64), packed)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight, check_dense
-from rmtkern.layouts.strips import masks_by_row, pack_strips, unpack_strips
+from rmtkern.layouts.strips import masks_by_row, pack_strips, rows_damage, unpack_strips
 
 __all__ = ["BitmaskWeight"]
 
@@ -30,6 +30,7 @@ class BitmaskWeight(PackedWeight):
 
     layout = "bitmask"
     parts = ("values", "masks", "rows", "starts")
+    streamed = ("values",)
     gpu_stored = ("values",)
     gpu_parts = ("row_masks", "row_starts")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +64,10 @@ class BitmaskWeight(PackedWeight):
         """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
         parts = (self.values[:, None], self.masks, self.rows, self.starts)
         return unpack_strips(self.shape, 1, parts, words=len(self.masks) // len(self.rows))
+
+    def damage(self) -> str | None:
+        """Rows that are not each strip of a group once."""
+        return rows_damage(self.shape, self.rows, 1, words=len(self.masks) // len(self.rows))
 
     def gpu_form(self) -> tuple[Tensor, ...]:
         """The masks in the order of the rows, 12 bytes for 64 entries.

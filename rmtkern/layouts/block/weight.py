@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rmtkern.layouts.base import PackedWeight, check_dense
-from rmtkern.layouts.strips import blocks_by_strip, masks_by_row, pack_strips, unpack_strips
+from rmtkern.layouts.strips import blocks_by_strip, masks_by_row, pack_strips, rows_damage, unpack_strips
 
 __all__ = ["BlockWeight"]
 
@@ -131,6 +131,10 @@ class BlockWeight(PackedWeight):
         """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
         parts = (self.values, self.masks, self.rows, self.starts)
         return unpack_strips(self.shape, self.params["r"], parts, self.params["c"])
+
+    def damage(self) -> str | None:
+        """Rows that are not each strip of a group once."""
+        return rows_damage(self.shape, self.rows, self.params["r"], self.params["c"])
 
     @property
     def large(self) -> bool:

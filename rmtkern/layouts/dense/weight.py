@@ -3,7 +3,7 @@
 It knows how the weight is stored for each dense library, not when that is fast (packing.py measures).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -93,6 +93,9 @@ class DenseWeight(PackedWeight):
         """As it lies in memory: plain [N, K], oneDNN's opaque tensor in the prepacked form, tiles in our own."""
         return self.dense if self.reordered is None else self.reordered  # type: ignore[return-value]
 
+    def _values(self) -> Tensor:
+        return self.stored
+
     @property
     def label(self) -> str:
         """Such as "dense/onednn"."""
@@ -122,9 +125,9 @@ class DenseWeight(PackedWeight):
             self.reordered = pack_tiles(plain)
             self.dense = None
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._plain()
-        super()._apply(*args, **kwargs)
+        super()._apply(fn, recurse)
         self._reorder()
         return self
 

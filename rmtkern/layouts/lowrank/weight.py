@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from rmtkern.layouts.base import PackedWeight, check_dense
 from rmtkern.layouts.factors import GAIN, check_factors, factor, reason_against_rank, tolerance, truncation_errors
-from rmtkern.layouts.tiles import pack_tiles, unpack_tiles
+from rmtkern.layouts.tiles import pack_tiles, tiles_damage, unpack_tiles
 
 __all__ = ["LowRankWeight"]
 
@@ -101,6 +101,16 @@ class LowRankWeight(PackedWeight):
         """(B [N, R], A [R, K]) in the packed dtype, bit for bit."""
         rank = self.params["rank"]
         return unpack_tiles(self.b, (self.shape[0], rank)), unpack_tiles(self.a, (rank, self.shape[1]))
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """The product of the factors in another dtype."""
+        b, a = self.factors()
+        return self.from_factors(b.to(dtype), a.to(dtype))
+
+    def damage(self) -> str | None:
+        """Numbers where the tiles are filled up."""
+        (n, k), rank = self.shape, self.params["rank"]
+        return tiles_damage(self.a, (rank, k)) or tiles_damage(self.b, (n, rank))
 
     def gpu_form(self) -> tuple[Tensor, ...]:
         """A [R', K] and B [N, R'] row by row, R filled up with zeros to a multiple of 16 so that loads are wide."""

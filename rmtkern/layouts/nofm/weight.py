@@ -215,6 +215,22 @@ class NofMWeight(PackedWeight):
         values, masks = (torch.from_numpy(np.ascontiguousarray(array)).to(dense.device) for array in arrays)
         return cls((dense.shape[0], dense.shape[1]), params, (values.view(dense.dtype), masks))
 
+    def _picked(self) -> Tensor:
+        """The bytes for each group of each row of bfloat16 without r, padding rows too: [rows, K / 4, 4] uint8."""
+        groups = self.shape[1] // 4
+        pairs = self.masks.view(-1, -(-groups // 2), TILE, 4).transpose(1, 2)
+        return torch.stack([pairs % 16, pairs >> 4], 3).reshape(-1, 2 * pairs.shape[2], 4)[:, :groups]
+
+    def damage(self) -> str | None:
+        """Bytes of bfloat16 that do not name two columns of a group in order; kernels take any."""
+        if self.by_row or "r" in self.params:
+            return None
+        picked = self._picked()[: self.shape[0]]
+        first, second = picked[..., 0] // 2, picked[..., 2] // 2
+        named = torch.stack([2 * first, 2 * first + 1, 2 * second, 2 * second + 1], -1)
+        fits = bool((named == picked).all() & (first < second).all() & (second < 4).all())
+        return None if fits else "masks do not name two columns of each group in order"
+
     def unpack(self) -> Tensor:
         """The dense weight [N, K] in the packed dtype, bit for bit (-0.0 has become 0.0)."""
         (n_rows, n_cols), dtype = self.shape, self.values.dtype
@@ -225,15 +241,14 @@ class NofMWeight(PackedWeight):
         if not self.by_row:
             groups = n_cols // 4
             pairs = self.values.view(INTEGERS[dtype]).view(-1, groups, TILE, 2).transpose(1, 2).reshape(-1, groups, 2)
-            picked = self.masks.view(-1, -(-groups // 2), TILE, 4).transpose(1, 2).reshape(len(pairs), -1, 4)[..., ::2]
-            columns = torch.stack([picked % 16 // 2, picked // 32], 2).view(len(pairs), -1, 2)[:, :groups].long()
-            full = pairs.new_zeros(len(pairs), groups, 4).scatter(-1, columns, pairs)
-            return full[:n_rows].reshape(n_rows, n_cols).view(dtype)
-        values, masks = (part.cpu().numpy() for part in self.tensors())
+            columns = self._picked()[:n_rows, :, ::2].long() // 2
+            full = pairs.new_zeros(n_rows, groups, 4).scatter(-1, columns, pairs[:n_rows])
+            return full.reshape(n_rows, n_cols).view(dtype)
+        values, masks = self.values.cpu().view(INTEGERS[dtype]).numpy(), self.masks.cpu().numpy()
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :n_cols].astype(bool)
         dense = np.zeros((n_rows, n_cols), values.dtype)
         dense[bits] = values.ravel()
-        return torch.from_numpy(dense).to(self.values.device)
+        return torch.from_numpy(dense).to(self.values.device).view(dtype)
 
     @property
     def by_row(self) -> bool:

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from rmtkern.layouts.base import PackedWeight, check_dense
 from rmtkern.layouts.factors import GAIN, check_factors, factor, reason_against_rank, tolerance
-from rmtkern.layouts.strips import masks_by_row, pack_strips, unpack_strips
-from rmtkern.layouts.tiles import pack_tiles, unpack_tiles
+from rmtkern.layouts.strips import masks_by_row, pack_strips, rows_damage, unpack_strips
+from rmtkern.layouts.tiles import pack_tiles, tiles_damage, unpack_tiles
 
 __all__ = ["SpectralWeight"]
 
@@ -36,6 +36,7 @@ class SpectralWeight(PackedWeight):
 
     layout = "spectral"
     parts = ("values", "masks", "rows", "starts", "a", "b")
+    streamed = ("values",)
     gpu_stored = ("values",)
     gpu_parts = ("row_masks", "row_starts", "plain_a", "plain_b")
     dtypes = (torch.float32, torch.bfloat16)
@@ -132,6 +133,17 @@ class SpectralWeight(PackedWeight):
         values, *rest = pack_strips(s, 1, words=WORDS[s.dtype])
         factors = (pack_tiles(a.detach()), pack_tiles(b.detach(), STRIP))
         return cls(shape, {"rank": a.shape[0]}, (values[:, 0], *rest, *factors))
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """B A + S of the parts in another dtype."""
+        b, a, s = self.split()
+        return self.from_parts(b.to(dtype), a.to(dtype), s.to(dtype))
+
+    def damage(self) -> str | None:
+        """Rows that are not each strip of a group once, or numbers where the tiles are filled up."""
+        (n, k), rank = self.shape, self.params["rank"]
+        factors = tiles_damage(self.a, (rank, k)) or tiles_damage(self.b, (n, rank), STRIP)
+        return rows_damage(self.shape, self.rows, 1, words=len(self.masks) // len(self.rows)) or factors
 
     def gpu_form(self) -> tuple[Tensor, ...]:
         """Masks and starts of S as `masks_by_row` puts them; A [R', K] and B [N, R'] row by row.
