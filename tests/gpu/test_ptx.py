@@ -95,16 +95,16 @@ TABLE = {
 """Kernel -> (what launches it and checks the result, for a dtype and (T, N, K); dtypes; shapes)."""
 
 
-def cases(halves=False):
+def cases(arch):
     """Parameters (name, dtype, shape): float16 with one shape, as bfloat16's code but for the conversions; ROW once.
 
-    With `halves` numbers of 16 bits alone, and the first shape.
+    On sm_90 bfloat16 and the first shape.
     """
     found = []
     for name, (_, dtypes, shapes) in TABLE.items():
-        for dtype, shape in product(dtypes, shapes[:1] if halves else shapes):
+        for dtype, shape in product(dtypes, shapes):
             rare = (dtype == torch.float16 and shape != shapes[0]) or (dtype == torch.float32 and shape == ROW)
-            if not rare and (dtype.itemsize == 2 or not halves):
+            if not rare if arch == 80 else (dtype, shape) == (torch.bfloat16, shapes[0]):
                 found.append(pytest.param(name, dtype, shape, id=f"{name}-{dtype}-{shape}"))
     return pytest.mark.parametrize(("name", "dtype", "shape"), found)
 
@@ -153,17 +153,16 @@ def executed(arch, launch):
     return report
 
 
-@cases()
+@cases(80)
 def test_sm_80(name, dtype, shape):
     executed(80, partial(TABLE[name][0], dtype, shape))
 
 
-@pytest.mark.parametrize("arch", SCHEDULES)
-def test_many_tokens(arch):
-    executed(arch, partial(linear, "dense", torch.bfloat16, BATCH))
+def test_many_tokens():
+    executed(90, partial(linear, "dense", torch.bfloat16, BATCH))  # two warpgroups
 
 
-@cases(halves=True)  # the pointer kernels of float32 have the code of sm_80, test_tensor_descriptors has the other
+@cases(90)  # the pointer kernels of float32 have the code of sm_80, test_tensor_descriptors has the other
 def test_sm_90(name, dtype, shape):
     report = executed(90, partial(TABLE[name][0], dtype, shape))
     if shape == ALIGNED and name != "lowrank":
@@ -188,11 +187,11 @@ FAULTS = {
 
 
 def check_fault(arch, launch, removed, kinds):
-    """The fault must be found under every schedule; whether the result is wrong depends on it."""
+    """The fault must be found whatever the schedule; whether the result is wrong depends on it."""
     from tests.gpu.ptx.driver import executing
     from tests.gpu.ptx.launch import without
 
-    for schedule in ("forward", "reverse"):
+    for schedule in SCHEDULES[80] if arch == 80 else ("reverse",):
         with executing(arch, schedule, lambda ptx: without(ptx, removed)) as report:
             try:
                 launch()
