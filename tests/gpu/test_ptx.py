@@ -5,13 +5,18 @@ To add a kernel: one line in TABLE.
 
 import importlib
 from functools import partial
+from itertools import product
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.pairs import interleave
+from rmtkern.pruning.budget import take_smallest
+from rmtkern.spectrum.sparsify import sparsify
 from rmtkern.testing import assert_as_accurate_as_dense
+from tests.gpu import test_masked_linear, test_sparsify
 from tests.gpu.test_accuracy import pack, pair, problem
 
 triton = pytest.importorskip("triton")
@@ -19,7 +24,8 @@ tl = pytest.importorskip("triton.language")
 
 pytestmark = pytest.mark.compiled
 
-HALF = (torch.bfloat16, torch.float16)
+ALL = (torch.float32, torch.bfloat16, torch.float16)
+HALF = ALL[1:]
 SCHEDULES = {80: ("forward", "reverse"), 90: ("forward", "reverse", "lockstep")}
 # T, N, K: each class of tiles (gpu_configs.py), none filled whole
 ALIGNED, RAGGED, ROW, BATCH = (21, 80, 208), (37, 53, 72), (5, 48, 96), (520, 80, 80)
@@ -50,22 +56,57 @@ def gated(layout, dtype, shape):
     assert_as_accurate_as_dense(y, x, gate, biases[0], "silu", residual, scale, (up, biases[1]))
 
 
-ALL = (torch.float32, torch.bfloat16, torch.float16)
+def masked(dtype, shape):
+    """masked_linear, forward and backward."""
+    with patch("rmtkern.masked_linear._reason_against_triton", lambda x, w: None):
+        test_masked_linear.check(*test_masked_linear.problem(*shape, dtype, "cpu"), "gelu")
+
+
+def sparsified(dtype, shape):
+    """sparsify of two layers: recomposed, by a threshold, and with a fixed number of zeros."""
+    parts = test_sparsify.factors(2, *shape[1:], "cpu")
+    with patch("rmtkern.spectrum.sparsify._reason_against_kernel", lambda *_: None):
+        whole = sparsify(*parts, dtype=dtype, backend="triton").weight
+        exact = sparsify(*(part.double() for part in parts), backend="reference").weight
+        eps = torch.finfo(dtype).eps
+        assert float((whole.double() - exact).abs().max()) <= 4 * eps * float(exact.abs().max())
+        for options, gone in (
+            ({"threshold": 0.5}, whole.abs().float() < 0.5),
+            ({"zeros": 1000}, torch.stack(list(take_smallest([layer.abs().float() for layer in whole], 1000)))),
+        ):
+            found = sparsify(*parts, dtype=dtype, backend="triton", **options)
+            assert torch.equal(found.weight, whole.masked_fill(gone, 0))
+            test_sparsify.check_bits(found)
+
+
+BOTH, EVERY = ALL[:2], (ALIGNED, RAGGED, ROW)
 TABLE = {
-    "dense": (partial(linear, "dense"), ALL),
-    "dense gated": (partial(gated, "dense"), ALL[1:2]),
-    "bitmask": (partial(linear, "bitmask"), ALL),
-    "lowrank": (partial(linear, "lowrank"), ALL),
-    "spectral": (partial(linear, "spectral"), ALL[:2]),
+    "dense": (partial(linear, "dense"), ALL, EVERY),
+    "dense gated": (partial(gated, "dense"), ALL[1:2], [ALIGNED]),
+    "bitmask": (partial(linear, "bitmask"), ALL, EVERY),
+    "lowrank": (partial(linear, "lowrank"), ALL, [ALIGNED]),  # which runs dense's kernel
+    "spectral": (partial(linear, "spectral"), BOTH, EVERY),
+    "block 64x32": (partial(linear, "block 64x32"), BOTH, [ALIGNED]),
+    "block 16x128": (partial(linear, "block 16x128"), ALL[1:2], [RAGGED]),
+    "nofm": (partial(linear, "nofm"), BOTH, [ALIGNED]),
+    "masked_linear": (masked, BOTH, [RAGGED]),
+    "sparsify": (sparsified, ALL[1:2], [RAGGED]),
 }
-"""Kernel -> (what launches it and checks the result, for a dtype and (T, N, K); dtypes)."""
+"""Kernel -> (what launches it and checks the result, for a dtype and (T, N, K); dtypes; shapes)."""
 
 
-def cases(allowed, but=()):
-    """Parameters (name, dtype), of some dtypes only, without the kernels named in `but`."""
-    pairs = [(name, dtype) for name, (_, dtypes) in TABLE.items() if name not in but for dtype in dtypes]
-    pairs = [(name, dtype) for name, dtype in pairs if dtype in allowed]
-    return pytest.mark.parametrize(("name", "dtype"), pairs, ids=str)
+def cases(arch):
+    """Parameters (name, dtype, shape): float16 with one shape, as bfloat16's code but for the conversions; ROW once.
+
+    On sm_90 bfloat16 and the first shape.
+    """
+    found = []
+    for name, (_, dtypes, shapes) in TABLE.items():
+        for dtype, shape in product(dtypes, shapes):
+            rare = (dtype == torch.float16 and shape != shapes[0]) or (dtype == torch.float32 and shape == ROW)
+            if not rare if arch == 80 else (dtype, shape) == (torch.bfloat16, shapes[0]):
+                found.append(pytest.param(name, dtype, shape, id=f"{name}-{dtype}-{shape}"))
+    return pytest.mark.parametrize(("name", "dtype", "shape"), found)
 
 
 @triton.jit
@@ -112,30 +153,19 @@ def executed(arch, launch):
     return report
 
 
-@cases(ALL)
-def test_sm_80(name, dtype):
-    executed(80, partial(TABLE[name][0], dtype, ALIGNED))
+@cases(80)
+def test_sm_80(name, dtype, shape):
+    executed(80, partial(TABLE[name][0], dtype, shape))
 
 
-@cases(ALL[:2], but=("lowrank",))  # float16 has the code of bfloat16 but for the conversions, lowrank that of dense
-def test_ragged_rows_on_sm_80(name, dtype):
-    executed(80, partial(TABLE[name][0], dtype, RAGGED))
+def test_many_tokens():
+    executed(90, partial(linear, "dense", torch.bfloat16, BATCH))  # two warpgroups
 
 
-@cases(ALL[1:2], but=("lowrank", "dense gated"))
-def test_few_tokens_on_sm_80(name, dtype):
-    executed(80, partial(TABLE[name][0], dtype, ROW))
-
-
-@pytest.mark.parametrize("arch", SCHEDULES)
-def test_many_tokens(arch):
-    executed(arch, partial(linear, "dense", torch.bfloat16, BATCH))
-
-
-@cases(HALF)  # float32 has the code of sm_80
-def test_sm_90(name, dtype):
-    report = executed(90, partial(TABLE[name][0], dtype, ALIGNED))
-    if name != "lowrank":
+@cases(90)  # the pointer kernels of float32 have the code of sm_80, test_tensor_descriptors has the other
+def test_sm_90(name, dtype, shape):
+    report = executed(90, partial(TABLE[name][0], dtype, shape))
+    if shape == ALIGNED and name != "lowrank":
         assert all(launch.instructions["wgmma"] for launch in report.launches)
 
 
@@ -157,11 +187,11 @@ FAULTS = {
 
 
 def check_fault(arch, launch, removed, kinds):
-    """The fault must be found under every schedule; whether the result is wrong depends on it."""
+    """The fault must be found whatever the schedule; whether the result is wrong depends on it."""
     from tests.gpu.ptx.driver import executing
     from tests.gpu.ptx.launch import without
 
-    for schedule in ("forward", "reverse"):
+    for schedule in SCHEDULES[80] if arch == 80 else ("reverse",):
         with executing(arch, schedule, lambda ptx: without(ptx, removed)) as report:
             try:
                 launch()
