@@ -111,10 +111,10 @@ def show(title: str, rows: Rows, columns: Sequence[str]) -> None:
     print(f"\n{title}\n" + Table(filled, [[row[name] for name in filled] for row in rows]).to_text(), flush=True)
 
 
+@torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print and store; 1 if the options leave no case that can run here, 2 without the device asked for."""
     args = parse_args(argv)
-    torch.set_grad_enabled(False)
     if args.device == "cuda":
         return gpu.main(args, Said(), show)
     isa = (isas() or ["none"])[0]

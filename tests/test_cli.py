@@ -444,7 +444,7 @@ def test_threads(work, capsys):
         (["analyze", "no_such_net"], 2, "no timm model of that name"),
         (["analyze", "clitoys:nothing"], 2, "expected an importable module:function"),
         (["analyze", "clitoys:broken"], 1, "no\\nsuch key"),
-        (["analyze", "clitoys:toy", "--checkpoint", "gone.safetensors"], 2, "no such checkpoint file"),
+        (["analyze", "clitoys:toy", "--checkpoint", "gone.safetensors"], 2, "gone.safetensors: no such file"),
         (["analyze", "clitoys:toy", "--targets", "zzz"], 2, "zzz"),
         (
             ["prune", "clitoys:toy", "--sparsity", "1.0", "-o", "x"],

@@ -49,8 +49,8 @@ def test_no_kernel_gives_each_reason(packed):
         ops.linear(torch.randn(3, 64, device="meta"), packed)
     with pytest.raises(KernelUnavailable, match=r"cuda: layout bitmask has no cuda kernel yet"):
         ops.linear(torch.randn(3, 64), packed, backend="cuda")
-    dense = LAYOUTS["dense"].pack(torch.randn(4, 8)).double()
-    with pytest.raises(KernelUnavailable, match=r"the weight torch.float64; cast one to the other"):
+    dense = LAYOUTS["dense"].pack(torch.randn(4, 8)).bfloat16()
+    with pytest.raises(KernelUnavailable, match=r"the weight torch.bfloat16; cast one to the other"):
         ops.linear(torch.randn(3, 8), dense)
 
 
