@@ -233,6 +233,8 @@ def calibrated() -> Table:
 def finetuned() -> Table:
     """Top-1 of a pruned ViT-S/14 before and after fine-tuning."""
     found = rows("finetune-vits14-imagenette.csv")
+    cases = list(dict.fromkeys((row["method"], row["pattern"], row["sparsity"]) for row in found))
+    found.sort(key=lambda row: cases.index((row["method"], row["pattern"], row["sparsity"])))  # its seeds together
     cells = [
         [
             row["method"],
@@ -240,12 +242,13 @@ def finetuned() -> Table:
             row["pattern"],
             f"{float(row['sparsity']):.0%}",
             f"{row['epochs']} x {row['train_images']}",
+            row["seed"],
             row["val_images"],
             *(f"{100 * float(row[column]):.1f}" for column in ("dense_top1", "pruned_top1", "top1")),
         ]
         for row in found
     ]
-    columns = ["method", "calibration images", "pattern", "sparsity", "epochs x images", "val images"]
+    columns = ["method", "calibration images", "pattern", "sparsity", "epochs x images", "seed", "val images"]
     note = (
         "Top-1 in %, ViT-S/14 (DINOv2) on Imagenette: AdamW, distillation from the dense model, bfloat16 autocast, 1"
         f" thread; at most {max(float(row['train_cpu_s']) for row in found):.0f} s of CPU time."
