@@ -37,6 +37,6 @@ def test_bad_use_of_finetune(work, images, capsys):  # noqa: F811
     argv = prune(capsys)
     fails(capsys, [*argv, "--epochs", "0"], 2, "epochs: expected at least 1")
     fails(capsys, [*argv, "--optimizer", "lion"], 2, "unknown optimizer 'lion'")
-    fails(capsys, [*argv, "--teacher", "none.safetensors"], 2, "no such checkpoint file")
+    fails(capsys, [*argv, "--teacher", "none.safetensors"], 2, "none.safetensors: no such file")
     fails(capsys, [*argv[:-2], "-o", "none/tuned.safetensors"], 2, "no such folder to write tuned.safetensors into")
     assert not (work / "tuned.safetensors").exists()
