@@ -539,7 +539,7 @@ def test_teacher_from_a_file(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not fit the teacher"):
         finetune_(model, plan, data(), teacher=tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="none.safetensors: no such file"):
+    with pytest.raises(ValueError, match=r"none\.safetensors: no such file"):
         finetune_(model, plan, data(), teacher=tmp_path / "none.safetensors")
 
 
