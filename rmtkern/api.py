@@ -503,8 +503,9 @@ def _write_(weights: Sequence[PrunableWeight], pruned: list[Pruned]) -> None:
     """
     undo: list[Callable[[], object]] = []
     try:
-        for weight in weights:
-            mask, value = pruned.pop(0)
+        for i, weight in zip(range(len(pruned)), weights, strict=True):
+            mask, value = pruned[i]
+            pruned[i] = mask, None
             parameter = weight.parameter
             if value is None:
                 gone = weight.to_parameter(mask)

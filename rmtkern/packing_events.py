@@ -10,15 +10,13 @@ from typing import Protocol
 
 import torch
 
-from rmtkern.packing_timing import Timer
+from rmtkern.packing_timing import Timer, in_rounds, repeats_of
 
 __all__ = ["Clock", "CudaClock", "EventTimer", "how", "interleaved"]
 
 Call = Callable[[], object]
 LAUNCH_BOUND = 0.8
 """Share of a call's time on the device that giving it the work takes, from which the device is taken to wait for it."""
-ROUND_MS = 0.5
-"""A round repeats short calls until they have taken about this long."""
 
 
 class Clock(Protocol):
@@ -96,16 +94,13 @@ def interleaved(clock: Clock, calls: Mapping[str, Call], budget_ms: float) -> di
     Returns:
         name -> ms of one call on the device, in each round.
     """
-    repeats = {name: max(1, min(100, int(ROUND_MS / max(clock.ms(call, 1)[0], 1e-4)))) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    spent, rounds, names = 0.0, 0, list(calls)
-    while rounds < (3 if spent > 1000 * max(rounds, 1) else 5) or (spent < budget_ms and rounds < 200):
-        for name in names if rounds % 2 == 0 else reversed(names):
-            taken, _ = clock.ms(calls[name], repeats[name])
-            samples[name].append(taken)
-            spent += taken * (repeats[name] + 1)
-        rounds += 1
-    return samples
+    repeats = {name: repeats_of(clock.ms(call, 1)[0]) for name, call in calls.items()}
+
+    def measure(name: str) -> tuple[float, float]:
+        taken, _ = clock.ms(calls[name], repeats[name])
+        return taken, taken * (repeats[name] + 1)
+
+    return in_rounds(list(calls), measure, budget_ms)
 
 
 class EventTimer:

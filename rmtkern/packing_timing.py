@@ -1,16 +1,17 @@
 """How candidates are timed: interleaved rounds, medians. It knows nothing about what it calls."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
 
-__all__ = ["Timer", "interleaved_ms", "interleaved_samples"]
+__all__ = ["Timer", "in_rounds", "interleaved_ms", "interleaved_samples", "repeats_of"]
 
 Timer = Callable[[Mapping[str, Callable[[], object]], float], Mapping[str, float]]
 """(name -> call, budget_ms) -> (name -> ms)."""
 WALL = time.perf_counter
+ROUND_MS = 0.5
 SETTLE = 0.005
 """Seconds in which worker threads stop spinning."""
 
@@ -52,19 +53,45 @@ def interleaved_samples(
             taken = clock() - start
             if taken > 0.1:
                 break
-        repeats[name] = max(1, min(100, int(5e-4 / max(taken, 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    spent, rounds, names = 0.0, 0, list(calls)
+        repeats[name] = repeats_of(1e3 * taken)
+
+    def measure(name: str) -> tuple[float, float]:
+        if settle:
+            time.sleep(SETTLE)
+            calls[name]()
+        start = clock()
+        for _ in range(repeats[name]):
+            calls[name]()
+        taken_ms = 1e3 * (clock() - start)
+        return taken_ms / repeats[name], taken_ms
+
+    return in_rounds(list(calls), measure, budget_ms)
+
+
+def repeats_of(ms: float) -> int:
+    """How often a round runs a call that takes so long: short ones until they have taken about ROUND_MS, 1..100."""
+    return max(1, min(100, int(ROUND_MS / max(ms, 1e-4))))
+
+
+def in_rounds(
+    names: Sequence[str], measure: Callable[[str], tuple[float, float]], budget_ms: float
+) -> dict[str, list[float]]:
+    """Measure everything in turn, in every other round backwards.
+
+    Args:
+        names: what there is to measure.
+        measure: name -> ms of one call, and ms that this took of the budget.
+        budget_ms: stop after about this long, but not before 5 rounds (3 if a round takes over a second) nor after 200.
+
+    Returns:
+        name -> ms of one call, in each round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    spent, rounds = 0.0, 0
     while rounds < (3 if spent > 1000 * max(rounds, 1) else 5) or (spent < budget_ms and rounds < 200):
         for name in names if rounds % 2 == 0 else reversed(names):
-            if settle:
-                time.sleep(SETTLE)
-                calls[name]()
-            start = clock()
-            for _ in range(repeats[name]):
-                calls[name]()
-            taken_ms = 1e3 * (clock() - start)
+            ms, taken_ms = measure(name)
             spent += taken_ms
-            samples[name].append(taken_ms / repeats[name])
+            samples[name].append(ms)
         rounds += 1
     return samples

@@ -69,7 +69,8 @@ def prune_layerwise(
         ValueError: no image, inputs with NaN or Inf, a weight that no image reaches, batches that the model treats
             differently.
     """
-    left = {weight.name: chosen.pop(0) for weight in weights}
+    left = {weight.name: mask for weight, mask in zip(weights, chosen, strict=True)}
+    chosen.clear()
     masks: dict[str, Tensor] = {}
     near = {weight.name: prior for weight, prior in zip(weights, priors or [], strict=priors is not None)}
     alone = config.score in GROUPED and config.repair == "none"  # as published; see docs/calibrated.md
