@@ -4,25 +4,29 @@
 
 DIR is put on the import path. The model function takes nothing and returns a classifier; the images function takes
 (split, limit) and returns (images [B, C, H, W], labels [B]). Methods are presets, or budget+score+repair such as
-uniform+activation+obs (without a repair: none), each with /permute behind it or not. With --shrink, rows are of smaller
-dense models instead: shares of hidden features and heads that go, such as 0.3 or 0.3+0.17, chosen by calibration
-("lstsq") or by norms. Choose on --split train (held-out from calibration), report on --split val. Every row is written
-as soon as it is known; rows of the file for other methods, patterns or sparsities stay.
+uniform+activation+obs (without a repair: none), each with options behind it or not, such as /permute or
+rmt/soft_threshold=1/theta=legacy. Seed 0 calibrates on the first training images, any other on others. With --shrink,
+rows are of smaller dense models instead: shares of hidden features and heads that go, such as 0.3 or 0.3+0.17, chosen
+by calibration ("lstsq") or by norms. Choose on --split train (held-out from calibration), report on --split val. Every
+row is written as soon as it is known, and one that the file has is not run again.
 """
 
 import argparse
+import base64
 import copy
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.record import stamped, write_rows
+from benchmarks.record import has_row, stamped, write_rows
 from rmtkern.api import prune_
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.shrinking import shrink_
@@ -37,14 +41,42 @@ def load(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "permute": bool, "alpha_regime": bool, "haar": float, "soft_threshold": float, "theta": str,
+}  # fmt: skip
+"""Field of PruneConfig that may stand behind a method -> its value from what stands behind "="."""
+
+
 def config(method: str, sparsity: float, pattern: str) -> PruneConfig:
-    """A preset by name, or budget+score, or budget+score+repair; with /permute behind it, channels change places."""
-    name = method.removesuffix("/permute")
-    permute = name != method
+    """A preset by name, or budget+score, or budget+score+repair; with options behind it, such as /permute/haar=0.5."""
+    name, *options = method.split("/")
+    fields: dict[str, Any] = {}
+    for option in options:
+        field, _, value = option.partition("=")
+        if field not in OPTIONS:
+            raise SystemExit(f"unknown option {field!r} of method {method!r}; expected one of {', '.join(OPTIONS)}")
+        fields[field] = OPTIONS[field](value or "yes")
     if "+" in name:
         budget, score, repair = [*name.split("+"), "none"][:3]
-        return PruneConfig(sparsity, "magnitude", budget, score, pattern, repair=repair, permute=permute)
-    return PruneConfig(sparsity, name, pattern=pattern, permute=permute)
+        return PruneConfig(sparsity, "magnitude", budget, score, pattern, repair=repair, **fields)
+    return PruneConfig(sparsity, name, pattern=pattern, **fields)
+
+
+def calibration_images(train: Tensor, count: int, seed: int, scored: int = 0) -> Tensor:
+    """The rows of `train` that calibrate: the first `count` for seed 0, the last for 1, those before them for 2, ...
+
+    Args:
+        train: images or labels, [B, ...].
+        count: how many, >= 1.
+        seed: >= 0.
+        scored: rows behind the first `count` that are scored on, and not to be calibrated on.
+    """
+    if count * (seed + 1) + scored > len(train):
+        raise SystemExit(
+            f"seed {seed}: {len(train)} training images are too few for {count} of its own; take a lower one"
+        )
+    end = count if seed == 0 else len(train) - (seed - 1) * count
+    return train[end - count : end]
 
 
 @torch.inference_mode()
@@ -62,7 +94,17 @@ def against(dense: Tensor, pruned: Tensor) -> dict[str, float]:
             "loss": round(float(lost.mean()), 6), "loss_error": round(error, 6)}  # fmt: skip
 
 
-KEYS = ("model", "split", "images", "method", "pattern", "asked", "calibration_images")
+def pack_hits(found: Tensor) -> str:
+    """Which images were classified right as text, 6 images a character, so that rows can be compared image by image."""
+    return base64.b64encode(np.packbits(found.numpy().astype(bool))).decode()
+
+
+def unpack_hits(text: str, images: int) -> np.ndarray:
+    """The inverse of `pack_hits`: float64 [images]."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:images].astype(float)
+
+
+KEYS = ("model", "split", "images", "method", "pattern", "asked", "calibration_images", "calibration_seed")
 """Columns that identify a row."""
 
 
@@ -85,6 +127,25 @@ def smaller(
     return {**row, "calibration_images": plan.calibration_images, "shrink_cpu_s": round(seconds, 2)}
 
 
+def pruned(
+    dense: nn.Module, asked: PruneConfig, calibration: Any, dense_hits: Tensor, images: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    """Prune a copy and score it."""
+    model = copy.deepcopy(dense)
+    start = time.process_time()
+    needs = asked.resolve(calibrated=True).needs_calibration
+    plan = prune_(model, asked, calibration=calibration if needs else None)
+    seconds = time.process_time() - start
+    plan.verify(model)
+    found = hits(model, images, labels)
+    done = plan.config
+    return {
+        "budget": done.budget, "score": done.score, "repair": done.repair, "sparsity": plan.sparsity,
+        "sparsity_prunable": plan.prunable.sparsity, "sparsity_all": plan.parameters.sparsity,
+        **against(dense_hits, found), "hits": pack_hits(found), "prune_cpu_s": round(seconds, 2),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Run the grid and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,22 +162,27 @@ def main() -> None:
     parser.add_argument("--split", default="val", choices=("train", "val"))
     parser.add_argument("--limit", type=int, default=500, help="images to evaluate on")
     parser.add_argument("--calibration", type=int, default=128, help="training images to calibrate on")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="which training images calibrate")
+    parser.add_argument("--again", action="store_true", help="replace the rows that the file has")
     parser.add_argument("--out", type=Path, help="CSV file; default: print only")
     args = parser.parse_args()
 
     sys.path.insert(0, args.path)
     dense = load(args.model)().eval()
     load_images = load(args.images)
-    calibration = load_images("train", args.calibration)[0]
+    train = load_images("train", args.calibration if args.seeds == [0] else None)
     skip = args.calibration if args.split == "train" else 0  # never evaluate on what was calibrated on
     images, labels = (part[skip:] for part in load_images(args.split, args.limit + skip))
+    scored = len(labels) if args.split == "train" else 0
 
     dense_hits = hits(dense, images, labels)
     print(f"dense: {float(dense_hits.mean()):.4f} on {len(labels)} {args.split} images", flush=True)
+    base = {"model": args.name, "split": args.split, "images": len(labels)}
     if args.shrink:
+        calibration = calibration_images(train[0], args.calibration, args.seeds[0], scored)
         for shares in args.shrink:
             for by in args.by:
-                row = {"model": args.name, "split": args.split, "images": len(labels), "method": by}
+                row = {**base, "method": by}
                 row |= smaller(dense, shares, calibration if by == "lstsq" else None, dense_hits, images, labels)
                 if args.out:
                     write_rows(args.out, [stamped(row)], SHRINK_KEYS)
@@ -126,30 +192,25 @@ def main() -> None:
     if args.cases:
         cases = [(pattern, float(sparsity)) for pattern, sparsity in (case.split("=") for case in args.cases)]
     rows: list[dict[str, Any]] = []
-    for method in args.methods:
-        for pattern, sparsity in cases:
-            asked = config(method, sparsity, pattern)
-            model = copy.deepcopy(dense)
-            start = time.process_time()
-            needs = asked.resolve(calibrated=True).needs_calibration
-            plan = prune_(model, asked, calibration=calibration if needs else None)
-            seconds = time.process_time() - start
-            plan.verify(model)
-            found = against(dense_hits, hits(model, images, labels))
-            done = plan.config
-            row = {"model": args.name, "split": args.split, "images": len(labels), "method": method}
-            row |= {"budget": done.budget, "score": done.score, "repair": done.repair, "pattern": done.pattern}
-            row |= {"asked": sparsity, "sparsity": plan.sparsity}
-            row |= {"sparsity_prunable": plan.prunable.sparsity, "sparsity_all": plan.parameters.sparsity}
-            row |= {**found, "calibration_images": plan.calibration_images, "prune_cpu_s": round(seconds, 2)}
-            rows.append(row)
-            if args.out:
-                write_rows(args.out, [stamped(row)], KEYS)
-            lost = (
-                f"top-1 {found['top1']:.4f}, {100 * found['loss']:.1f} +- {100 * found['loss_error']:.1f} points lost"
-            )
-            print(f"{method:20} {pattern:12} {sparsity:.2f}  {lost}, pruned in {seconds:.1f} s", flush=True)
-    print(Table(list(rows[0]), [list(row.values()) for row in rows]).to_text())
+    for seed, method, (pattern, sparsity) in itertools.product(args.seeds, args.methods, cases):
+        asked = config(method, sparsity, pattern)
+        resolved = asked.resolve(calibrated=True)
+        if seed and not resolved.needs_calibration:
+            continue  # nothing depends on it
+        count = args.calibration if resolved.needs_calibration else 0
+        row = {**base, "method": method, "pattern": pattern, "asked": sparsity, "calibration_images": count,
+               "calibration_seed": seed}  # fmt: skip
+        if args.out and not args.again and has_row(args.out, row, KEYS):
+            continue
+        data = tuple(calibration_images(part, args.calibration, seed, scored) for part in train)
+        row |= pruned(dense, asked, data if resolved.needs_labels else data[0], dense_hits, images, labels)
+        rows.append(row)
+        if args.out:
+            write_rows(args.out, [stamped(row)], KEYS)
+        lost = f"top-1 {row['top1']:.4f}, {100 * row['loss']:.1f} +- {100 * row['loss_error']:.1f} points lost"
+        print(f"{method:20} {pattern:12} {sparsity:.2f}  {lost}, pruned in {row['prune_cpu_s']:.1f} s", flush=True)
+    if rows:
+        print(Table(list(rows[0]), [list(row.values()) for row in rows]).to_text())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 from rmtkern.environment import cpu_model, environment
 
-__all__ = ["RESULTS", "ROOT", "read_rows", "results_file", "revision", "stamped", "write_rows"]
+__all__ = ["RESULTS", "ROOT", "has_row", "read_rows", "results_file", "revision", "stamped", "write_rows"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,6 +66,14 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], keys: Sequence[str
         writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore", restval="")
         writer.writeheader()
         writer.writerows([*kept, *rows])
+
+
+def has_row(path: Path, asked: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    """Whether a results file has a row that equals `asked` in the columns `keys`."""
+    if not path.exists():
+        return False
+    wanted = [_cell(asked[key]) for key in keys]
+    return any([row[key] for key in keys] == wanted for row in read_rows(path))
 
 
 def _cell(value: Any) -> str:

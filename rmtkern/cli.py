@@ -28,7 +28,7 @@ from rmtkern.ops import available
 from rmtkern.packing import pack_
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.budget import BUDGETS
-from rmtkern.pruning.plan import PRIORS, PruneConfig, PrunePlan
+from rmtkern.pruning.plan import PRIORS, THETAS, PruneConfig, PrunePlan
 from rmtkern.pruning.presets import PRESETS, RESTORES
 from rmtkern.pruning.repair import REPAIRS
 from rmtkern.pruning.score import SCORES
@@ -85,6 +85,9 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
 
 HOW = {"budget": list(BUDGETS), "score": list(SCORES), "repair": list(REPAIRS), "restore": list(RESTORES)}
 """The parts of a method that `rmtkern prune` lets replace -> their names."""
+
+FIELDS = ("prior", "alpha", "permute", "theta", "soft_threshold")
+"""The other fields of a PruneConfig that `rmtkern prune` has options for."""
 
 PLAN = "the JSON of a plan, or a checkpoint that holds one"
 
@@ -176,6 +179,13 @@ def _parser() -> argparse.ArgumentParser:
         prune.add_argument(f"--{name}", choices=choices, help="default: the method's")
     prune.add_argument("--prior", choices=PRIORS, help="method cast: a mask to stay close to, by this method")
     prune.add_argument("--alpha", type=float, default=0.5, help="how close, >= 0; default 0.5")
+    prune.add_argument("--theta", choices=THETAS, default="haar", help="method rmt: unit of its thresholds")
+    prune.add_argument(
+        "--soft-threshold",
+        type=float,
+        default=0.0,
+        help="method rmt: shrink what stays after each cycle by so many times the published amount, >= 0; default 0",
+    )
     prune.add_argument(
         "--permute",
         action=argparse.BooleanOptionalAction,
@@ -391,7 +401,7 @@ def _prune(args: argparse.Namespace) -> int:
     calibration = _calibration(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
-    how: dict[str, Any] = {name: getattr(args, name) for name in (*HOW, "prior", "alpha", "permute")}
+    how: dict[str, Any] = {name: getattr(args, name) for name in (*HOW, *FIELDS)}
     if args.speedup is not None:
         example = _example(model, args.batch)
         asked = PruneConfig(method=args.method, pattern=args.pattern, targets=targets, ignore=ignore, **how)

@@ -201,6 +201,20 @@ def test_prune_takes_a_method_apart(work, images, capsys):
     assert [config[name] for name in ("score", "prior", "alpha", "permute")] == ["cast", "row", 0.2, True]
 
 
+def test_prune_in_cycles_takes_their_options(work, capsys):
+    argv = ["prune", "clitoys:toy", "--method", "rmt", "--sparsity", "0.3", "-o", "p.safetensors", *FC]
+    weights = []
+    for more in ([], ["--theta", "legacy"], ["--soft-threshold", "20"]):
+        assert main([*argv, *more, "--json"]) == 0
+        config = strict_json(capsys.readouterr().out)["plan"]["config"]
+        assert config["theta"] == ("legacy" if "--theta" in more else "haar")
+        assert config["soft_threshold"] == (20 if "--soft-threshold" in more else 0)
+        weights.append(load_file(work / "p.safetensors")["fc1.weight"])
+    assert weights[2].abs().sum() < weights[0].abs().sum() and not torch.equal(weights[1], weights[0])
+    assert main([*argv, "--soft-threshold", "-1"]) == 2
+    assert "soft_threshold: expected a finite number >= 0" in capsys.readouterr().err
+
+
 def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):
     pytest.importorskip("matplotlib")
     argv = ["sweep", "clitoys:toy", "--images", str(images), "--sparsities", "0.3", "0.6", "--calibration", str(images),

@@ -23,9 +23,12 @@ from rmtkern.pruning.target import Target, Trial
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits
 from rmtkern.tables import Table, Tabulated
 
-__all__ = ["GIVEN", "PRIORS", "Count", "LayerPlan", "PruneConfig", "PrunePlan", "mask_hash", "sparsity_grid"]
+__all__ = [
+    "GIVEN", "PRIORS", "THETAS", "Count", "LayerPlan", "PruneConfig", "PrunePlan", "mask_hash", "sparsity_grid",
+]  # fmt: skip
 
 THETAS = ("haar", "legacy")
+"""Units of the thresholds on singular vectors in budget "cycle"."""
 
 PRIORS = tuple(
     name
