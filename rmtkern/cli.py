@@ -29,7 +29,7 @@ from rmtkern.packing import pack_
 from rmtkern.packing_report import PackReport
 from rmtkern.pruning.budget import BUDGETS
 from rmtkern.pruning.plan import PRIORS, THETAS, PruneConfig, PrunePlan
-from rmtkern.pruning.presets import PRESETS, RESTORES
+from rmtkern.pruning.presets import BEST, PRESETS, RESTORES
 from rmtkern.pruning.repair import REPAIRS
 from rmtkern.pruning.score import SCORES
 from rmtkern.report import write_report
@@ -83,7 +83,7 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
 
 
-HOW = {"budget": list(BUDGETS), "score": list(SCORES), "repair": list(REPAIRS), "restore": list(RESTORES)}
+HOW = {"budget": [*BUDGETS, BEST], "score": list(SCORES), "repair": list(REPAIRS), "restore": list(RESTORES)}
 """The parts of a method that `rmtkern prune` lets replace -> their names."""
 
 FIELDS = ("prior", "alpha", "permute", "theta", "soft_threshold")

@@ -38,7 +38,7 @@ class Layer:
         alpha: Hill exponent, or None.
         randomness: (1 - mu) gamma in [0, 1]; 1 where no law could be fitted.
         loss: [N, K] float32, >= 0: what each entry costs the model's outputs; None if it was not measured. It may be
-            the score itself, which budget "sensitivity" then overwrites with its keys.
+            the score itself, which the budgets of MEASURED then overwrite with their keys.
     """
 
     type: str
@@ -145,6 +145,22 @@ def _marginal(layer: Layer, loss: Tensor, most: float) -> Tensor:
     return _closed(layer, rising[ranks].reshape(layer.score.shape))
 
 
+def edge_sensitivity(
+    layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
+) -> list[Tensor]:
+    """Measured losses, budgeted by the spectral edge: keys of "sensitivity" over the square of those weights of "edge".
+
+    "edge" divides |W| by a weight, and a loss goes with W^2. A layer with a high edge loses more than its measured
+    losses alone say. Layers without losses get the keys of "edge".
+
+    Source: docs/math.md (22) and docs/calibrated.md; the combination is ours.
+    """
+    weights = edge_weights(layers, sparsity, alpha_regime=alpha_regime)
+    keys = sensitivity(layers, sparsity)
+    return [key / weight if layer.loss is None else key.div_(weight**2)
+            for layer, key, weight in zip(layers, keys, weights, strict=True)]  # fmt: skip
+
+
 BUDGETS: dict[str, Budget] = {
     "global": global_,
     "uniform": uniform,
@@ -153,15 +169,16 @@ BUDGETS: dict[str, Budget] = {
     "cycle": cycle,
     "alphapruning": alphapruning,
     "sensitivity": sensitivity,
+    "edge-sensitivity": edge_sensitivity,
 }
 """Name -> budget."""
 
-MEASURED: tuple[str, ...] = ("sensitivity",)
+MEASURED: tuple[str, ...] = ("sensitivity", "edge-sensitivity")
 """The budgets that need what each entry costs, measured on calibration images."""
 
 _LEAST_KEPT = 0.5
 
-SPECTRAL: tuple[str, ...] = ("edge", "cycle", "alphapruning")
+SPECTRAL: tuple[str, ...] = ("edge", "cycle", "alphapruning", "edge-sensitivity")
 """The budgets that need the layers' spectral fits."""
 
 HILL: dict[str, int | None] = {"alphapruning": None}
@@ -195,7 +212,9 @@ def edge_weights(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool
     strength = max(0.0, 1.0 - sparsity / vanish)
     values = [getattr(layer, signal) for layer in layers]
     known = [value for value in values if value is not None]
-    deviation = pstdev(known) if len(known) > 1 else 0.0
+    if not known:
+        return [1.0] * len(layers)
+    deviation = pstdev(known)
     if (signal == "alpha" and not alpha_regime) or strength == 0.0 or deviation <= 1e-12 * abs(fmean(known)):
         return [1.0] * len(layers)
     mean = fmean(known)

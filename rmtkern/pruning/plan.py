@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rmtkern.models import ROLES, PrunableWeight, block_name, prunable_weights
 from rmtkern.pruning.budget import BUDGETS, MEASURED, SPECTRAL
 from rmtkern.pruning.pattern import parse_pattern, unit_of
-from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, HYBRID_UNTIL, PRESETS, RESTORES, Preset
+from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, BEST, HYBRID_UNTIL, PRESETS, RESTORES, Preset
 from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
 from rmtkern.pruning.score import CALIBRATED, GROUPED, LAYERWISE, SCORES
 from rmtkern.pruning.target import Target, Trial
@@ -61,7 +61,8 @@ class PruneConfig:
         sparsity: fraction of the selected weights that is zero afterwards, over all layers together; [0, 1).
         method: a preset (a key of PRESETS); "auto": the best preset for what is at hand; or "hybrid": "magnitude" to
             20 % and "ser" above.
-        budget: key of BUDGETS, how the sparsity is shared over layers; None: the method's.
+        budget: key of BUDGETS, how the sparsity is shared over layers; "best": of presets.BEST_OF the one that changes
+            the model's outputs least on an eighth of the calibration images, held out for that; None: the method's.
         score: key of SCORES, which entries matter; None: the method's.
         repair: key of REPAIRS, what becomes of the entries that stay; None: the method's.
         permute: first let channels change places where the model allows it, so that mini-blocks hold what costs alike
@@ -115,7 +116,7 @@ class PruneConfig:
             raise ValueError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
         _one_of("method", self.method, ("auto", "hybrid", *PRESETS))
         if self.budget is not None:
-            _one_of("budget", self.budget, BUDGETS)
+            _one_of("budget", self.budget, (*BUDGETS, BEST))
         if self.score is not None:
             _one_of("score", self.score, SCORES)
         if self.repair is not None:
@@ -201,6 +202,10 @@ class PruneConfig:
                 f"restore {resolved.restore!r}: expected a pattern without n:m and a score that is known before any "
                 f"layer is pruned, got pattern {self.pattern!r} and score {resolved.score!r}; take restore='none'"
             )
+        if resolved.budget == BEST and ":" in self.pattern:
+            raise ValueError(
+                f"budget {BEST!r}: pattern {self.pattern!r} says itself how much goes from each layer; take budget=None"
+            )
         if resolved.score in GROUPED and ":" not in self.pattern:
             raise ValueError(
                 f"score {resolved.score!r} compares whole n:m groups, got pattern {self.pattern!r}; take pattern='2:4' "
@@ -214,7 +219,7 @@ class PruneConfig:
             what = "permute=True" if resolved.permute else f"restore {resolved.restore!r}"
             if resolved.score in CALIBRATED:
                 what = f"score {resolved.score!r}"
-            elif resolved.budget in MEASURED:
+            elif resolved.budget in (*MEASURED, BEST):
                 what = f"budget {resolved.budget!r}"
             elif resolved.repair in CALIBRATED_REPAIRS:
                 what = f"repair {resolved.repair!r}"
@@ -238,7 +243,7 @@ class PruneConfig:
     @property
     def measured(self) -> bool:
         """Whether the budget of a resolved config goes by what the weights cost the model; n:m leaves it no choice."""
-        return self.budget in MEASURED and ":" not in self.pattern
+        return self.budget in (*MEASURED, BEST) and ":" not in self.pattern
 
     @property
     def layerwise(self) -> bool:
@@ -252,7 +257,7 @@ class PruneConfig:
 
 
 def _uses_images(asked: PruneConfig | Preset) -> bool:
-    named = asked.score in CALIBRATED or asked.repair in CALIBRATED_REPAIRS or asked.budget in MEASURED
+    named = asked.score in CALIBRATED or asked.repair in CALIBRATED_REPAIRS or asked.budget in (*MEASURED, BEST)
     return named or asked.restore not in (None, "none")
 
 
@@ -368,6 +373,8 @@ class PrunePlan(Tabulated):
         fits: the spectra that the budget used, as found before pruning; empty if it used none.
         calibration_images: images that were used; 0 for a data-free method.
         target: what accuracy the sparsity was found for, with every trial; None where the sparsity was given.
+        budgets: what each budget that "best" tried changed the outputs by, relative squares on held-out images;
+            `config` names the one that was taken. Empty where a budget was given.
     """
 
     config: PruneConfig
@@ -377,6 +384,7 @@ class PrunePlan(Tabulated):
     fits: SpectralFits
     calibration_images: int = 0
     target: Target | None = None
+    budgets: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def selected(self) -> Count:
@@ -416,6 +424,9 @@ class PrunePlan(Tabulated):
             f"pattern {config.pattern}, asked sparsity {config.sparsity:g}",
             *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
         ]
+        if self.budgets:
+            tried = ", ".join(f"{name} {loss:.4g}" for name, loss in self.budgets.items())
+            notes.append(f"budgets tried, relative change of the outputs on held-out images: {tried}")
         if self.target is not None:
             target = self.target
             notes.append(
@@ -441,6 +452,7 @@ class PrunePlan(Tabulated):
                 "fits": {name: fit.to_dict() for name, fit in self.fits.items()},
                 "calibration_images": self.calibration_images,
                 "target": None if self.target is None else asdict(self.target),
+                "budgets": dict(self.budgets),
             },
             indent=1,
         )
@@ -463,6 +475,7 @@ class PrunePlan(Tabulated):
                 fits=SpectralFits({name: SpectralFit.from_dict(fit) for name, fit in data["fits"].items()}),
                 calibration_images=data["calibration_images"],
                 target=None if data.get("target") is None else _target(data["target"]),
+                budgets=data.get("budgets", {}),
             )
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not the JSON of a PrunePlan ({error!r}); expected what to_json wrote") from error

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-__all__ = ["AUTO", "AUTO_CALIBRATED", "AUTO_NM", "AUTO_NO_GRADIENTS", "HYBRID_UNTIL", "PRESETS", "RESTORES", "Preset"]
+__all__ = [
+    "AUTO", "AUTO_CALIBRATED", "AUTO_NM", "AUTO_NO_GRADIENTS", "BEST", "BEST_OF", "HYBRID_UNTIL", "PRESETS", "RESTORES",
+    "Preset",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,18 @@ PRESETS: dict[str, Preset] = {
     "admm": Preset("uniform", "admm", "obs"),
     "cast": Preset("uniform", "cast"),
     "sensitivity": Preset("sensitivity", "admm", "obs"),
+    "edge-sensitivity": Preset("edge-sensitivity", "admm", "obs"),
 }
 """Method -> preset."""
 
 RESTORES = ("none", "movement", "gradient")
 """Which entries come back after 3 % more than asked were removed; see training/reallocate.py."""
+
+BEST = "best"
+"""In the place of a budget: that of BEST_OF which changes the model's outputs least on held-out calibration images."""
+
+BEST_OF = ("edge", "sensitivity", "edge-sensitivity")
+"""The budgets that "best" tries: by the Marchenko-Pastur edge, by measured losses, by both."""
 
 HYBRID_UNTIL = 0.20
 """Highest sparsity at which method "hybrid" is "magnitude"; above, it is "ser" (arXiv 2606.02608)."""

@@ -99,7 +99,7 @@ def test_edge_weights_are_floored():
 def test_edge_weights_vanish_above_their_end_and_without_variation():
     assert edge_weights(signals([1, 2, 3]), 0.85) == edge_weights(signals([1, 2, 3]), 0.95) == [1.0] * 3
     assert edge_weights(signals([2, 2, 2]), 0.5) == [1.0] * 3
-    assert edge_weights(signals([2, None, None]), 0.5) == [1.0] * 3
+    assert edge_weights(signals([2, None, None]), 0.5) == edge_weights(signals([None] * 3), 0.5) == [1.0] * 3
 
 
 def test_layers_without_a_signal_are_neutral_and_not_counted():
@@ -188,6 +188,20 @@ def test_sensitivity_gives_the_ith_smallest_score_the_ith_smallest_loss():
     assert keys.isinf().sum() == 4 and keys[0, -4:].isinf().all()
     plain = layer([[3.0, 1.0]])
     assert torch.equal(BUDGETS["sensitivity"]([plain], 0.5)[0], plain.score)
+
+
+def test_edge_sensitivity_divides_losses_by_the_squared_weights_of_the_edge():
+    rng = np.random.default_rng(0)
+    losses = [rng.random((4, 5)).astype(np.float32) for _ in Z]
+    layers = [layer(one, edge=edge, loss=torch.tensor(one)) for one, edge in zip(losses, (1, 2, 3, 6), strict=True)]
+    keys = BUDGETS["edge-sensitivity"](layers, 0.3)
+    least_kept = math.ceil(0.65 * 20)  # of each layer at least half of what stays in all
+    for key, loss, weight in zip(keys, losses, edge_weights(layers, 0.3), strict=True):
+        open_ = np.sort((loss / weight**2).ravel())[:least_kept]
+        np.testing.assert_allclose(np.sort(key.numpy().ravel()), [*open_, *[np.inf] * (20 - least_kept)], rtol=1e-6)
+    plain = layer([[3.0, 1.0]], edge=6)
+    keys = BUDGETS["edge-sensitivity"]([*layers[:3], plain], 0.3)
+    assert torch.equal(keys[3], BUDGETS["edge"]([*layers[:3], plain], 0.3)[3])
 
 
 @pytest.mark.parametrize("zeros", [0, 7, 60])
