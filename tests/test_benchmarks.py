@@ -2,14 +2,12 @@
 
 import csv
 import importlib.util
-import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy, cases, contenders, finetune, growth, kernel, memory, record, run, tables, timing
+from benchmarks import cases, contenders, growth, kernel, memory, record, run, tables, timing
 from benchmarks.cases import KernelCase
 from rmtkern import comparison, load, peers, save
 from rmtkern.layouts import LAYOUTS
@@ -189,109 +187,6 @@ def test_options_that_do_not_fit_are_refused(capsys, options, message):
     with pytest.raises(SystemExit):
         parsed(*options)
     assert message in capsys.readouterr().err
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A folder with a model and images, and how to call a benchmark on them."""
-    (tmp_path / "toydata.py").write_text(
-        "import torch\nfrom torch import nn\n"
-        "def load_model():\n    torch.manual_seed(0)\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 16), nn.Linear(16, 4))\n"
-        "def load_images(split, limit):\n    torch.manual_seed(len(split))\n"
-        "    x = 9 * torch.randn(limit or 200, 3, 2, 2)\n    return x, load_model()(x).argmax(1)\n"
-    )
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-
-    def call(benchmark, *options):
-        name = benchmark.__name__.rpartition(".")[2]
-        where = ["--path", str(tmp_path), "--model", "toydata:load_model", "--images", "toydata:load_images"]
-        monkeypatch.setattr(sys, "argv", [name, *where, *map(str, options)])
-        benchmark.main()
-
-    return call
-
-
-def test_accuracy_rows_of_calibrated_methods(toy, tmp_path, capsys):
-    """The whole benchmark on a toy: rows by method and pattern, written one by one, then shown as a table."""
-    out = tmp_path / "accuracy-vits14-imagenette-calibrated.csv"
-    base = ["--limit", 40, "--calibration", 30, "--out", out, "--cases", "unstructured=0.5", "2:4=0.5"]
-    toy(accuracy, *base, "--methods", "admm", "uniform+activation+obs")
-    for again in ([], ["--again"]):  # what is known is not run again, unless asked to
-        capsys.readouterr()
-        toy(accuracy, *base, "--methods", "admm", *again)
-        assert ("points lost" in capsys.readouterr().out) is bool(again)
-    rows = record.read_rows(out)
-    assert sorted((row["method"], row["pattern"]) for row in rows) == sorted(
-        (method, pattern) for method in ("admm", "uniform+activation+obs") for pattern in ("2:4", "unstructured")
-    )
-    for row in rows:
-        assert row["repair"] == "obs" and row["calibration_images"] == "30" and float(row["dense_top1"]) == 1
-        assert float(row["loss"]) == pytest.approx(1 - float(row["top1"])) and float(row["loss_error"]) >= 0
-        assert accuracy.unpack_hits(row["hits"], 40).mean() == pytest.approx(float(row["top1"]))
-    toy(accuracy, *base, "--methods", "admm", "uniform", "--seeds", 0, 1)
-    rows = record.read_rows(out)
-    assert [row["calibration_seed"] for row in rows if row["method"] == "uniform"] == ["0", "0"]
-    seeds = {row["calibration_seed"]: row for row in rows if (row["method"], row["pattern"]) == ("admm", "2:4")}
-    assert set(seeds) == {"0", "1"} and seeds["0"]["hits"] != seeds["1"]["hits"]
-    table = tables.calibrated()
-    assert list(table.columns) == ["method", "calibration images", "unstructured 50%", "2:4 50%"]
-    assert len(table.rows) == 3 and "paired standard error, 40 validation" in table.notes[0]
-
-
-def test_methods_take_options():
-    found = accuracy.config("rmt/soft_threshold=0.5/theta=legacy", 0.4, "unstructured")
-    assert (found.method, found.soft_threshold, found.theta, found.permute) == ("rmt", 0.5, "legacy", None)
-    assert accuracy.config("edge+admm+obs/permute", 0.5, "4x1").permute is True
-    with pytest.raises(SystemExit, match="unknown option 'theta2' of method"):
-        accuracy.config("rmt/theta2=1", 0.4, "unstructured")
-
-
-def test_images_of_a_seed_are_its_own():
-    train = torch.arange(100)
-    taken = [set(accuracy.calibration_images(train, 20, seed, scored=20).tolist()) for seed in range(4)]
-    assert taken[0] == set(range(20)) and taken[1] == set(range(80, 100))
-    assert len(set().union(*taken)) == 80 and not set().union(*taken) & set(range(20, 40))
-    with pytest.raises(SystemExit, match="seed 4: 100 training images"):
-        accuracy.calibration_images(train, 20, 4, scored=20)
-
-
-def test_fine_tuned_rows_and_what_is_known_of_them(toy, tmp_path, capsys):
-    out = tmp_path / "finetune.csv"
-    base = ["--patterns", "unstructured", "--sparsities", 0.7, 0.5, "--calibration", 32, "--train-images", 96,
-            "--val-images", 40, "--epochs", 1, "--out", out]  # fmt: skip
-    toy(finetune, *base, "--methods", "magnitude", "ser", "--seeds", 0, 1)
-    rows = record.read_rows(out)
-    asked = [(row["method"], row["asked_sparsity"], row["seed"]) for row in rows]
-    assert len(set(asked)) == len(asked) == 8 and {row["steps"] for row in rows} == {""}
-    for row in rows:
-        found = accuracy.unpack_hits(row["hits"], 40)
-        assert found.mean() == pytest.approx(float(row["top1"])) and len(found) == 40
-        assert float(row["loss"]) == pytest.approx(1 - float(row["top1"]), abs=1e-6)
-        assert row["calibration_images"] == ("32" if row["method"] == "ser" else "0")
-    capsys.readouterr()
-    toy(finetune, *base, "--methods", "ser", "magnitude", "seb")
-    assert "2 of 6 cases to run" in capsys.readouterr().out and len(record.read_rows(out)) == 10
-
-
-def test_gradual_rows_go_on_from_the_step_before(toy, tmp_path):
-    out = tmp_path / "finetune.csv"
-    base = ["--patterns", "unstructured", "--calibration", 32, "--train-images", 96, "--val-images", 40, "--epochs", 1]
-    toy(
-        finetune, *base, "--gradual", "--sparsities", 0.5, 0.2, "--methods", "hybrid", "--no-pruned-score", "--out", out
-    )
-    rows = [(row["asked_sparsity"], row["steps"], row["calibration_images"], row["pruned_top1"])
-            for row in record.read_rows(out)]  # fmt: skip
-    assert rows == [("0.2", "", "0", ""), ("0.5", "0.2", "32", "")]
-
-
-def test_paired_errors():
-    dense, pruned = torch.tensor([1.0, 1, 1, 0]).double(), torch.tensor([1.0, 0, 1, 1]).double()
-    found = accuracy.against(dense, pruned)
-    lost = np.array([0, 1, 0, -1])
-    assert found["loss"] == lost.mean() and found["top1"] == 0.75
-    assert found["loss_error"] == pytest.approx(lost.std(ddof=1) / 2, abs=1e-6)
 
 
 def test_a_packed_model_is_measured_from_its_file(tmp_path):
