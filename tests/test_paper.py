@@ -5,8 +5,9 @@ import gzip
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.paper import fully_connected
+from benchmarks.paper import compression, fully_connected
 from benchmarks.paper.__main__ import EXPERIMENTS, main
 from benchmarks.paper.finding import Finding
 
@@ -55,15 +56,38 @@ def few_images(tmp_path):
 def test_fully_connected_networks(few_images, capsys):
     path = few_images / "fc.csv"
     argv = ["--data", str(few_images), "--width", "40", "--epochs", "4", "--batch", "20", "--gate", "1"]
+    argv += ["--held-out", "20"]
     assert fully_connected.main([*argv, "none", "He, MP + L1 + L2", "--out", str(path)]) == 0  # nothing to compare
     with path.open(newline="") as file:
         none, cut = csv.DictReader(file)
-    assert (
-        none["stored"] == none["weights"] == str(784 * 40 + 3 * 40 * 40 + 40 * 10 + 10 * 10) and none["cut_gate"] == ""
-    )
-    assert int(cut["cut_values"]) > 0 and int(cut["stored"]) < int(cut["weights"]) and cut["stopped"] == ""
+    weights = 784 * 40 + 3 * 40 * 40 + 40 * 10 + 10 * 10
+    assert none["weights"] == str(weights) and none["numbers"] == str(weights + 4 * 40 + 2 * 10)
+    assert (none["train_images"], none["held_out"], none["cut_gate"]) == ("60", "20", "")
+    assert int(cut["cut_values"]) > 0 and cut["stopped"] == ""
+    assert all(0 < int(row["small_numbers"]) < int(row["numbers"]) for row in (none, cut))
     assert (none["published_test_top1"], cut["published_test_top1"]) == ("71.64", "")
-    code = fully_connected.main([*argv, "MP", "none"])
-    assert ("none < MP: holds" in capsys.readouterr().out) is (code == 0)
+    capsys.readouterr()
+    code = fully_connected.main([*argv, "MP", "none", "--out", str(path)])
+    out = capsys.readouterr().out
+    assert ("none < MP: holds" in out) is (code == 0)
+    assert "MP: test" in out and "none: test" not in out  # which is known
     with pytest.raises(SystemExit):
         fully_connected.main([*argv, "all"])
+
+
+def test_a_small_network_is_no_worse_and_computes_what_its_numbers_say():
+    torch.manual_seed(0)
+    first, middle, last = torch.nn.Linear(30, 60), torch.nn.Linear(60, 60), torch.nn.Linear(60, 4)
+    net = torch.nn.Sequential(first, torch.nn.ReLU(), middle, torch.nn.ReLU(), last)
+    with torch.no_grad():  # rank 3 and noise that no class depends on
+        middle.weight.copy_(8 * torch.randn(60, 3) @ torch.randn(3, 60) / 60 + 0.001 * torch.randn(60, 60))
+    x = torch.randn(400, 30)
+    y = net(x).argmax(1)
+    before = [parameter.clone() for parameter in net.parameters()]
+    small = compression.compress(net, (x, y), max_drop=0.01)
+    assert all(map(torch.equal, before, net.parameters()))
+    assert (small(x).argmax(1) == y).float().mean() >= 0.99
+    ranks = [layer.out_features for layer in small if isinstance(layer, torch.nn.Linear) and layer.bias is None]
+    assert 3 in ranks  # two factors
+    left = compression.numbers(small)
+    assert left == sum(int((p != 0).sum()) for p in small.parameters()) < 0.9 * compression.numbers(net)
