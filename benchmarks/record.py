@@ -10,7 +10,7 @@ from typing import Any
 
 from rmtkern.environment import cpu_model, environment
 
-__all__ = ["RESULTS", "ROOT", "has_row", "read_rows", "results_file", "revision", "stamped", "write_rows"]
+__all__ = ["RESULTS", "ROOT", "has_row", "read_rows", "results_file", "revision", "rows", "stamped", "write_rows"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +46,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """All rows of a results file; an empty cell is ""."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    """All rows of one file in RESULTS."""
+    return read_rows(RESULTS / name)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], keys: Sequence[str] = ()) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy, controls, finetune, record, tables
+from benchmarks import accuracy, accuracy_tables, controls, finetune, record
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def toy(tmp_path, monkeypatch):
         "    x = 9 * torch.randn(limit or 200, 3, 2, 2)\n    return x, load_model()(x).argmax(1)\n"
     )
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
 
     def call(benchmark, *options):
         name = benchmark.__name__.rpartition(".")[2]
@@ -53,7 +53,7 @@ def test_accuracy_rows_of_calibrated_methods(toy, tmp_path, capsys):
     assert [row["calibration_seed"] for row in rows if row["method"] == "uniform"] == ["0", "0"]
     seeds = {row["calibration_seed"]: row for row in rows if (row["method"], row["pattern"]) == ("admm", "2:4")}
     assert set(seeds) == {"0", "1"} and seeds["0"]["hits"] != seeds["1"]["hits"]
-    table = tables.calibrated()
+    table = accuracy_tables.calibrated()
     assert list(table.columns) == ["method", "calibration images", "unstructured 50%", "2:4 50%"]
     assert len(table.rows) == 3 and "paired standard error, 40 validation" in table.notes[0]
 
@@ -116,11 +116,11 @@ def finetuned_row(method, sparsity, hits, steps="", seed=0, **more):
 
 
 def test_tables_of_fine_tuned_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     worse, better = [1, 1, 0, 0] * 10, [1, 1, 0, 1] * 10
     seeds = [finetuned_row("admm", 0.5, better), finetuned_row("admm", 0.5, worse, seed=1)]
     record.write_rows(tmp_path / "finetune-vits14-imagenette.csv", seeds)
-    (cells,) = tables.finetuned().rows
+    (cells,) = accuracy_tables.finetuned().rows
     errors = [100 * np.std(hits, ddof=1) / 40**0.5 for hits in (better, worse)]
     assert cells[5:] == ["0 1", "40", "100.0", "25.0", "62.5", f"37.5 ± {np.mean(errors):.1f} (25.0 to 50.0)"]
     rows = [
@@ -130,7 +130,7 @@ def test_tables_of_fine_tuned_rows(tmp_path, monkeypatch):
         {**finetuned_row("wanda", 0.5, worse), "hits": ""},
     ]  # fmt: skip
     record.write_rows(tmp_path / "protocol-vits14-imagenette.csv", rows)
-    table = tables.same_protocol()
+    table = accuracy_tables.same_protocol()
     difference = 100 * np.std(np.array(better) - worse, ddof=1) / 40**0.5
     found = {tuple(cells[:2]): (cells[3], cells[5]) for cells in table.rows}
     lost = {hits: f"{100 - hits:.1f} ± {error:.1f}" for hits, error in zip((75, 50), errors, strict=True)}
@@ -143,7 +143,7 @@ def test_tables_of_fine_tuned_rows(tmp_path, monkeypatch):
 
 
 def test_more_lost_than_another_method(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     common = {"split": "val", "pattern": "unstructured", "asked": 0.5, "calibration_images": 9}
     rights = {"rmt": torch.arange(40) % 4 > 0, "rmt/theta=legacy": torch.arange(40) % 2 > 0}
     rows = [
@@ -152,7 +152,7 @@ def test_more_lost_than_another_method(tmp_path, monkeypatch):
         for method, right in rights.items() for count in (8, 40)
     ]  # fmt: skip
     record.write_rows(tmp_path / "accuracy-vits14-imagenette-cycles.csv", rows)
-    table = tables.cycles()
+    table = accuracy_tables.cycles()
     assert table.columns[-1] == "unstructured 50%, more than rmt"
     assert [cells[2].split()[0] for cells in table.rows] == ["25.0", "50.0"] and "40 validation" in table.notes[0]
     assert [cells[3] and cells[3].split()[0] for cells in table.rows] == [None, "+25.0"]
@@ -171,7 +171,7 @@ def test_negative_controls(toy, tmp_path, capsys):
     assert float(bulk["stored"]) < float(half["stored"]) <= 1
     beside = found["magnitude, as many numbers as whole bulk removed"]
     assert float(beside["stored"]) == pytest.approx(float(bulk["stored"]), abs=0.01)
-    assert [cells[0] for cells in tables.controls().rows] == names
+    assert [cells[0] for cells in accuracy_tables.controls().rows] == names
 
 
 def test_paired_errors():

@@ -114,7 +114,7 @@ def test_the_growth_table_is_made_of_the_rows(tmp_path, monkeypatch):
     case = KernelCase("demo.proj", 16, ("bitmask 0.5",), sweep="tokens")
     rows = [row for one in (case, replace(case, tokens=1)) for row in growth.measure(one, rounds=1)]
     record.write_rows(tmp_path / f"growth-{tables.CPU}.csv", growth.mark_flat(rows), growth.KEYS)
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     table = tables.growth()
     assert [(cells[2], round(int(cells[4][:-1]), -1)) for cells in table.rows] == [("16", 50), ("1", 50)]
     assert "yes" in {cells[-1] for cells in table.rows}
