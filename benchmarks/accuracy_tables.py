@@ -208,7 +208,7 @@ def paper() -> Table:
 
 def fully_connected() -> Table:
     """Fashion-MNIST by fully connected networks, with and without Marchenko-Pastur pruning and regularisation."""
-    found = [row for row in rows("fully-connected-amd-epyc-family-25-model-17.csv") if row["small_numbers"]]
+    found = rows("fully-connected-amd-epyc-family-25-model-17.csv")
     groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in found:
         key = row["width"], f"{row['epochs']} x {row['train_images']}", row["training"]
@@ -219,11 +219,14 @@ def fully_connected() -> Table:
 
     cells = []
     for key, group in groups.items():
-        whole, small = mean(group, "numbers"), mean(group, "small_numbers")
-        lost = f"{mean(group, 'small_loss'):.2f} ± {mean(group, 'small_loss_error'):.2f}"
         top1 = [f"{mean(group, column):.2f}" for column in ("train_top1", "test_top1")]
-        cells.append([*key, " ".join(row["seed"] for row in group), *top1, f"{whole:,.0f}", f"{small:,.0f}",
-                      f"{1 - small / whole:.1%}", lost, group[0]["published_test_top1"] or None])  # fmt: skip
+        small: list[str | None] = [None] * 4
+        if all(row.get("small_numbers") for row in group):
+            before, after = mean(group, "numbers"), mean(group, "small_numbers")
+            lost = f"{mean(group, 'small_loss'):.2f} ± {mean(group, 'small_loss_error'):.2f}"
+            small = [f"{before:,.0f}", f"{after:,.0f}", f"{1 - after / before:.1%}", lost]
+        seeds = " ".join(row["seed"] for row in group)
+        cells.append([*key, seeds, *top1, *small, group[0]["published_test_top1"] or None])
     share = mean(found, "test_top1") / 100
     error = 100 * (2 * share * (1 - share) / 10_000) ** 0.5
     columns = ["width", "epochs x images", "training", "seeds", "train top-1", "test top-1", "numbers", "small numbers",

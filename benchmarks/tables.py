@@ -3,7 +3,8 @@
     python -m benchmarks.tables           # rewrite both
     python -m benchmarks.tables --check   # exit 1 if one of them differs
 
-A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a key of TABLES.
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`; NAME is a key of TABLES. Where its results file
+is missing, a sentence says so.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from benchmarks import accuracy_tables
 from benchmarks.record import ROOT, rows
@@ -212,7 +214,11 @@ def render(text: str) -> str:
         name = match.group(1)
         if name not in TABLES:
             raise ValueError(f"a document asks for table {name!r}; known: {', '.join(sorted(TABLES))}")
-        return f"<!-- table: {name} -->\n{TABLES[name]().to_markdown()}\n<!-- end table -->"
+        try:
+            table = TABLES[name]().to_markdown()
+        except FileNotFoundError as error:
+            table = f"Not measured yet: there is no `benchmarks/results/{Path(error.filename).name}`."
+        return f"<!-- table: {name} -->\n{table}\n<!-- end table -->"
 
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end table -->", fill, text, flags=re.DOTALL)
 
