@@ -142,8 +142,16 @@ def pruned(
     return {
         "budget": done.budget, "score": done.score, "repair": done.repair, "sparsity": plan.sparsity,
         "sparsity_prunable": plan.prunable.sparsity, "sparsity_all": plan.parameters.sparsity,
+        "tried": " ".join(f"{name}={change:.4g}" for name, change in plan.budgets.items()),
         **against(dense_hits, found), "hits": pack_hits(found), "prune_cpu_s": round(seconds, 2),
     }  # fmt: skip
+
+
+def score_dense(dense: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """`hits` of the dense model, printed."""
+    found = hits(dense, images, labels)
+    print(f"dense: {float(found.mean()):.4f} on {len(labels)} images", flush=True)
+    return found
 
 
 def main() -> None:
@@ -175,10 +183,9 @@ def main() -> None:
     images, labels = (part[skip:] for part in load_images(args.split, args.limit + skip))
     scored = len(labels) if args.split == "train" else 0
 
-    dense_hits = hits(dense, images, labels)
-    print(f"dense: {float(dense_hits.mean()):.4f} on {len(labels)} {args.split} images", flush=True)
     base = {"model": args.name, "split": args.split, "images": len(labels)}
     if args.shrink:
+        dense_hits = score_dense(dense, images, labels)
         calibration = calibration_images(train[0], args.calibration, args.seeds[0], scored)
         for shares in args.shrink:
             for by in args.by:
@@ -191,26 +198,31 @@ def main() -> None:
     cases = [(args.pattern, sparsity) for sparsity in args.sparsities]
     if args.cases:
         cases = [(pattern, float(sparsity)) for pattern, sparsity in (case.split("=") for case in args.cases)]
-    rows: list[dict[str, Any]] = []
+    left = []
     for seed, method, (pattern, sparsity) in itertools.product(args.seeds, args.methods, cases):
-        asked = config(method, sparsity, pattern)
-        resolved = asked.resolve(calibrated=True)
-        if seed and not resolved.needs_calibration:
-            continue  # nothing depends on it
-        count = args.calibration if resolved.needs_calibration else 0
-        row = {**base, "method": method, "pattern": pattern, "asked": sparsity, "calibration_images": count,
-               "calibration_seed": seed}  # fmt: skip
-        if args.out and not args.again and has_row(args.out, row, KEYS):
-            continue
-        data = tuple(calibration_images(part, args.calibration, seed, scored) for part in train)
-        row |= pruned(dense, asked, data if resolved.needs_labels else data[0], dense_hits, images, labels)
+        request = config(method, sparsity, pattern)
+        needs = request.resolve(calibrated=True).needs_calibration
+        row = {**base, "method": method, "pattern": pattern, "asked": sparsity,
+               "calibration_images": args.calibration if needs else 0, "calibration_seed": seed}  # fmt: skip
+        if needs or not seed:  # without images nothing depends on the seed
+            left += [(row, request)] if args.again or not (args.out and has_row(args.out, row, KEYS)) else []
+    print(f"{len(left)} rows to compute", flush=True)
+    if not left:
+        return
+    dense_hits = score_dense(dense, images, labels)
+    rows: list[dict[str, Any]] = []
+    for row, request in left:
+        data: Any = tuple(calibration_images(part, args.calibration, row["calibration_seed"], scored) for part in train)
+        data = data if request.resolve(calibrated=True).needs_labels else data[0]
+        row |= pruned(dense, request, data, dense_hits, images, labels)
         rows.append(row)
         if args.out:
             write_rows(args.out, [stamped(row)], KEYS)
-        lost = f"top-1 {row['top1']:.4f}, {100 * row['loss']:.1f} +- {100 * row['loss_error']:.1f} points lost"
-        print(f"{method:20} {pattern:12} {sparsity:.2f}  {lost}, pruned in {row['prune_cpu_s']:.1f} s", flush=True)
-    if rows:
-        print(Table(list(rows[0]), [list(row.values()) for row in rows]).to_text())
+        what, seconds = f"{row['method']:20} {row['pattern']:12} {row['asked']:.2f}", row["prune_cpu_s"]
+        lost = f"{100 * row['loss']:.1f} +- {100 * row['loss_error']:.1f} points lost"
+        print(f"{what}  top-1 {row['top1']:.4f}, {lost}, pruned in {seconds:.1f} s", flush=True)
+    shown = [name for name in rows[0] if name not in ("hits", *base)]
+    print(Table(shown, [[row[name] for name in shown] for row in rows]).to_text())
 
 
 if __name__ == "__main__":

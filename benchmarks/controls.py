@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import against, hits, load, pack_hits
+from benchmarks.accuracy import against, hits, load, pack_hits, score_dense
 from benchmarks.record import has_row, read_rows, stamped, write_rows
 from rmtkern.api import prune_
 from rmtkern.models import prunable_weights
@@ -85,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path.insert(0, args.path)
     dense = load(args.model)().eval()
     images, labels = load(args.images)(args.split, args.limit)
-    dense_hits = hits(dense, images, labels)
-    print(f"dense: {float(dense_hits.mean()):.4f} on {len(labels)} {args.split} images", flush=True)
+    dense_hits = score_dense(dense, images, labels)
 
     def run(control: str, change: Callable[[nn.Module], dict[str, Any]]) -> None:
         row: dict[str, Any] = {"model": args.name, "split": args.split, "images": len(labels), "control": control}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import against, calibration_images, config, hits, load, pack_hits
+from benchmarks.accuracy import against, calibration_images, config, hits, load, pack_hits, score_dense
 from benchmarks.record import has_row, stamped, write_rows
 from rmtkern.api import prune_
 from rmtkern.pruning.pattern import parse_pattern
@@ -179,8 +179,7 @@ def main() -> None:
     print(f"{len(left)} of {len(asked)} cases to run", flush=True)
     rows: list[dict[str, Any]] = []
     if left:
-        setting = replace(setting, dense_hits=hits(dense, *val))
-        print(f"dense: {float(setting.dense_hits.mean()):.4f} on {len(val[1])} val images", flush=True)
+        setting = replace(setting, dense_hits=score_dense(dense, *val))
     for case in left:
         for row in setting.rows(case):
             rows.append(row)
