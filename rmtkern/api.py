@@ -142,7 +142,8 @@ def prune_(
         config: a PruneConfig with all the fields; then none of the others may be given.
         budget: overrides the method's budget. "best" tries those by the Marchenko-Pastur edge, by measured losses and
             by both, each from the dense weights, and takes the one that changes the model's outputs least on the last
-            eighth of the calibration images, which nothing else sees then (three times the time).
+            eighth of the calibration images, which nothing else sees then (three times the time, two more copies of the
+            weights).
         score: overrides the method's score.
         repair: overrides the method's repair: "none", or "obs" (the survivors of any method's mask are refit to the
             layer's outputs on the calibration images).

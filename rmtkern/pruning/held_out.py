@@ -76,12 +76,20 @@ def model_outputs(model: nn.Module, images: Tensor | Iterable[Any]) -> list[Tens
 
 
 def relative_change(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """|found - wanted|^2 / |wanted|^2, the squares summed over all outputs, >= 0; inf where that is not finite.
+    """|found - wanted|^2 / |wanted|^2, the squares summed over all outputs, >= 0.
 
     The square is what the measured sensitivity and the layers' losses are about (docs/calibrated.md).
+
+    Raises:
+        ValueError: outputs that are not finite, or wanted ones that are all zero.
     """
     change = total = 0.0
     for old, new in zip(wanted, found, strict=True):
         change += float((new.double() - old.double()).square().sum())
         total += float(old.double().square().sum())
-    return change / total if total > 0 and math.isfinite(change) and math.isfinite(total) else math.inf
+    if not (total > 0 and math.isfinite(total) and math.isfinite(change)):
+        raise ValueError(
+            "budget 'best': the model's outputs on the held-out calibration images are all zero, NaN or Inf, so that no "
+            "budget can be chosen by them; check the images, or name a budget"
+        )
+    return change / total
