@@ -89,7 +89,7 @@ def relative_change(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
         total += float(old.double().square().sum())
     if not (total > 0 and math.isfinite(total) and math.isfinite(change)):
         raise ValueError(
-            "budget 'best': the model's outputs on the held-out calibration images are all zero, NaN or Inf, so that no "
+            "budget 'best': the model's outputs on the held-out calibration images are all zero, NaN or Inf, so no "
             "budget can be chosen by them; check the images, or name a budget"
         )
     return change / total
