@@ -66,6 +66,8 @@ def test_fully_connected_networks(few_images, capsys):
     assert int(cut["cut_values"]) > 0 and cut["stopped"] == ""
     assert all(0 < int(row["small_numbers"]) < int(row["numbers"]) for row in (none, cut))
     assert (none["published_test_top1"], cut["published_test_top1"]) == ("71.64", "")
+    assert float(none["noise_growth"]) == pytest.approx(1, abs=0.3)  # and twice the weights times the noise
+    assert 0 <= float(none["noise_0.01_test_top1"]) <= 100
     capsys.readouterr()
     code = fully_connected.main([*argv, "MP", "none", "--out", str(path)])
     out = capsys.readouterr().out

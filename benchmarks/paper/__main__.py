@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.paper import regression, spectra, theory
+from benchmarks.paper import certificates, regression, spectra, structured, theory
 from benchmarks.paper.finding import Finding
 from benchmarks.record import stamped, write_rows
 from rmtkern.tables import Table
@@ -21,9 +21,12 @@ EXPERIMENTS: dict[str, Callable[[int], Iterator[Finding]]] = {
     "C6": regression.c6,
     "T5": theory.t5,
     "T6": theory.t6,
+    "T7": certificates.t7,
     "T8": theory.t8,
     "T9": theory.t9,
     "T10": theory.t10,
+    "T11": structured.t11,
+    "T12": structured.t12,
     "T14": theory.t14,
 }
 KEYS = ("experiment", "quantity", "setting", "seed")

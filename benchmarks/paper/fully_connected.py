@@ -1,11 +1,12 @@
-"""C3: fully connected networks on Fashion-MNIST, trained with and without Marchenko-Pastur pruning and regularisation.
+"""C3, C5: fully connected networks on Fashion-MNIST, trained with and without Marchenko-Pastur pruning.
 
     python -m benchmarks.paper.fully_connected --data /usr/share/datasets/fashion-mnist [--width 600] [--epochs 16]
 
 One row per training in the CSV; the claim is none < (regularised, MP alone) < MP + regularised. The paper's rows are of
 width 3000 and 100 epochs, from an initialisation that it does not name; a He-initialised baseline stands beside them.
 Afterwards each network is made as small as it gets without loss on the last training images, which are held out for
-that (compression.py). A row is written as soon as it is known, and one that the file has is not run again.
+that (compression.py), and scored with noise on its weights (C5). A row is written as soon as it is known, and one that
+the file has is not run again.
 """
 
 import argparse
@@ -43,6 +44,8 @@ PUBLISHED = {"none": (78.03, 71.64), "MP": (88.12, 81.22), "L1 + L2": (87.57, 81
              "MP + L2": (99.98, 90.16)}  # fmt: skip
 """Name -> train and test top-1 [%] at width 3000 after 100 epochs."""
 EVERY = 4
+NOISE = (0.002, 0.005, 0.01)
+"""Standard deviations of the noise that C5 adds to every weight but the last layer's."""
 ORDER = [("none", "MP"), ("none", "L1 + L2"), ("MP", "MP + L1 + L2"), ("L1 + L2", "MP + L1 + L2")]
 KEYS = ("training", "width", "epochs", "train_images", "batch", "seed", "cut_gate")
 
@@ -65,6 +68,25 @@ def read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     """Images [B, 784] in [0, 1] and labels [B] of "train" or "t10k"."""
     images = torch.from_numpy(read_idx(folder / f"{part}-images-idx3-ubyte.gz").reshape(-1, 784).astype(np.float32))
     return images / 255, torch.from_numpy(read_idx(folder / f"{part}-labels-idx1-ubyte.gz").astype(np.int64))
+
+
+@torch.no_grad()
+def with_noise(model: nn.Module, test: tuple[Tensor, Tensor], seed: int) -> dict[str, float]:
+    """C5: test top-1 [%] at each of NOISE, and by how much the squared weights grow, over (weights x deviation^2)."""
+    found: dict[str, float] = {}
+    weights = prunable_weights(model, "all")[:-1]
+    before = [weight.parameter.clone() for weight in weights]
+    for deviation in NOISE:
+        generator = torch.Generator().manual_seed(seed)
+        grown = count = 0.0
+        for weight, value in zip(weights, before, strict=True):
+            weight.parameter.copy_(value + deviation * torch.randn(value.shape, generator=generator))
+            grown += float((weight.parameter.double().square() - value.double().square()).sum())
+            count += value.numel()
+        found[f"noise_{deviation:g}_test_top1"] = round(100 * accuracy(model, *test), 2)
+    for weight, value in zip(weights, before, strict=True):
+        weight.parameter.copy_(value)
+    return {**found, "noise_growth": round(grown / (count * deviation**2), 4)}
 
 
 def train(
@@ -98,6 +120,7 @@ def train(
         "weights": weights, "seconds": round(seconds, 1), "held_out": len(data["held out"][1]),
         "numbers": sum(parameter.numel() for parameter in model.parameters()), "small_numbers": numbers(small),
         "small_test_top1": round(100 * lost["top1"], 2),
+        **with_noise(model, data["t10k"], seed),
         "small_loss": round(100 * lost["loss"], 2), "small_loss_error": round(100 * lost["loss_error"], 2),
         "published_train_top1": published[0], "published_test_top1": published[1],
     }  # fmt: skip
