@@ -77,7 +77,7 @@ def with_noise(model: nn.Module, test: tuple[Tensor, Tensor], seed: int) -> dict
     weights = prunable_weights(model, "all")[:-1]
     before = [weight.parameter.clone() for weight in weights]
     for deviation in NOISE:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + 1_000_003)  # other numbers than the initial weights
         grown = count = 0.0
         for weight, value in zip(weights, before, strict=True):
             weight.parameter.copy_(value + deviation * torch.randn(value.shape, generator=generator))
