@@ -26,7 +26,7 @@ from rmtkern.gradual import CYCLE, DROP_THRESHOLD, GRID, prune_gradually_
 from rmtkern.loading import SHRUNK, input_size_of, load_model, load_plan, save_dense
 from rmtkern.ops import available
 from rmtkern.packing import pack_
-from rmtkern.packing_report import PackReport
+from rmtkern.packing.report import PackReport
 from rmtkern.pruning.budget import BUDGETS
 from rmtkern.pruning.plan import PRIORS, PruneConfig, PrunePlan
 from rmtkern.pruning.presets import PRESETS, RESTORES

@@ -225,7 +225,7 @@ def test_sweep_packs_and_times(work, images, capsys, monkeypatch):
             call()
         return {name: 2.0 if name == "original" or name.startswith("dense") else 1.0 for name in calls}
 
-    monkeypatch.setattr("rmtkern.packing_device.interleaved_ms", cheap)
+    monkeypatch.setattr("rmtkern.packing.device.interleaved_ms", cheap)
     argv = ["sweep", "clitoys:toy", "--images", str(images), "--sparsities", "0.9", "--methods", "row", *FC, "-o",
             "sweep.csv", "--batch", "2"]  # fmt: skip
     assert main(argv) == 0
@@ -366,7 +366,7 @@ def test_bench_writes_the_packed_model(work, capsys, monkeypatch):
             call()
         return {name: 1.0 if name in ("packed", "bitmask") else 2.0 for name in calls}
 
-    monkeypatch.setattr("rmtkern.packing_device.interleaved_ms", cheap)
+    monkeypatch.setattr("rmtkern.packing.device.interleaved_ms", cheap)
     assert main(["bench", "clitoys:toy", "--sparsity", "0.8", *FC, "-o", "packed.safetensors"]) == 0
     capsys.readouterr()
     import clitoys

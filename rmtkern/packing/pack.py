@@ -1,7 +1,7 @@
 """pack_ and unpack_: swap a model's linears for what is measured fastest, and back.
 
-It decides by measuring and must not know why weights are zero. What it learnt is in packing_report.py, how it watches
-a forward pass in packing_watch.py.
+It decides by measuring and must not know why weights are zero. What it learnt is in report.py, how it watches
+a forward pass in watch.py.
 """
 
 import os
@@ -22,19 +22,19 @@ from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import interleave
 from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
 from rmtkern.ops import gated_linear, linear
-from rmtkern.packing_attention import AttentionCall, AttentionForward, watch_attention
-from rmtkern.packing_decisions import DecisionLog, Decisions
-from rmtkern.packing_device import Device, device_of
-from rmtkern.packing_dtype import DTYPES, cast_, is_cast, uncast_
-from rmtkern.packing_events import how
-from rmtkern.packing_gated import GatedPair, find_pairs, fuse, fused, part, unfuse
-from rmtkern.packing_lent import LendingLinear
-from rmtkern.packing_multihead import PackedMultihead, Split, find_multiheads, in_projection, linears_of, watch_calls
-from rmtkern.packing_norm import NormForward, watch_norms
-from rmtkern.packing_report import EndToEnd, GatedReport, LayerReport, PackReport, SiteReport
-from rmtkern.packing_sites import KernelForward, disable, enable, measure_sites
-from rmtkern.packing_timing import Timer
-from rmtkern.packing_watch import Seen, reason_to_leave, watch
+from rmtkern.packing.attention import AttentionCall, AttentionForward, watch_attention
+from rmtkern.packing.decisions import DecisionLog, Decisions
+from rmtkern.packing.device import Device, device_of
+from rmtkern.packing.dtype import DTYPES, cast_, is_cast, uncast_
+from rmtkern.packing.events import how
+from rmtkern.packing.gated import GatedPair, find_pairs, fuse, fused, part, unfuse
+from rmtkern.packing.lent import LendingLinear
+from rmtkern.packing.multihead import PackedMultihead, Split, find_multiheads, in_projection, linears_of, watch_calls
+from rmtkern.packing.norm import NormForward, watch_norms
+from rmtkern.packing.report import EndToEnd, GatedReport, LayerReport, PackReport, SiteReport
+from rmtkern.packing.sites import KernelForward, disable, enable, measure_sites
+from rmtkern.packing.timing import Timer
+from rmtkern.packing.watch import Seen, reason_to_leave, watch
 from rmtkern.progress import progress
 from rmtkern.testing import accuracy_excess
 
@@ -796,7 +796,7 @@ def pack_(
     On a CUDA device the dense forms are nn.Linear (cuBLAS) and our own, and layers without a kernel there stay as they
     are with the reason; attention and LayerNorm stay PyTorch's. Times are the device's. What is bound by launches, as
     one or a few images are, is timed under CUDA graphs where it can be captured, and the report says so: then run the
-    model under them too, or pass `timer=EventTimer(CudaClock(device), graphs=False)` (of packing_events), whose times
+    model under them too, or pass `timer=EventTimer(CudaClock(device), graphs=False)` (of packing.events), whose times
     hold for a model that is launched kernel by kernel.
 
     Args:
