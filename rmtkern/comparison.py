@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rmtkern.errors import PackedModelError
 from rmtkern.packing import is_packed, pack_
-from rmtkern.packing.pack import OUTPUT_TOLERANCE
+from rmtkern.packing.outputs import OUTPUT_TOLERANCE
 from rmtkern.packing.timing import WALL, interleaved_samples
 from rmtkern.peers import PEERS, PeerMissing, prepare
 from rmtkern.progress import progress

@@ -65,6 +65,24 @@ def test_training_knows_models_and_plans_and_no_kernel():
         assert offenders(f"training/{name}.py", ("training.loop",)) == []
 
 
+def test_the_files_of_packing_import_only_what_is_below_them():
+    rows = (
+        ("timing", "dtype", "decisions", "watch", "gated", "lent", "outputs"),
+        ("events", "report", "multihead"),
+        ("device", "sites"),
+        ("attention", "norm", "layers"),
+        ("swaps",),
+        ("trials", "pairs", "guard", "summary", "unpack"),
+        ("pack",),
+    )
+    assert {name for row in rows for name in row} | {"__init__"} == {p.stem for p in (PACKAGE / "packing").glob("*.py")}
+    for index, row in enumerate(rows):
+        banned = ("packing", *(f"packing.{name}" for above in rows[index:] for name in above))
+        for name in row:
+            found = imports(PACKAGE / f"packing/{name}.py")
+            assert [f"{name} imports {ban}" for ban in banned if ban in found] == []
+
+
 def test_layouts_know_no_spectrum_and_no_pruning():
     assert offenders("layouts", (*TOP, *LEFT, "nn", "ops")) == []
     assert offenders("ops.py", (*TOP, *LEFT, "nn")) == []

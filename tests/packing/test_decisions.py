@@ -12,7 +12,8 @@ from torch import nn
 import rmtkern
 from rmtkern.cli import main
 from rmtkern.nn import PackedLinear
-from rmtkern.packing import decisions, pack, pack_, unpack_
+from rmtkern.ops import linear
+from rmtkern.packing import decisions, pack_, unpack_
 from rmtkern.packing.decisions import DecisionKey, DecisionLog, Decisions
 
 
@@ -171,12 +172,12 @@ def test_times_that_lack_a_candidate_are_measured_again():
 
 
 def test_accuracy_is_checked_though_the_times_are_known(monkeypatch):
-    known, model, real = measured(), linears(64, 96, 32), pack.linear
+    known, model = measured(), linears(64, 96, 32)
 
     def wrong(x, w, bias=None, **options):
-        return real(x, w, bias, **options) + (1e-3 if w.layout == "bitmask" else 0.0)
+        return linear(x, w, bias, **options) + (1e-3 if w.layout == "bitmask" else 0.0)
 
-    monkeypatch.setattr(pack, "linear", wrong)
+    monkeypatch.setattr("rmtkern.packing.layers.linear", wrong)
     timer = Timer()
     report = pack_(model, X, timer=timer, decisions=known)
     assert timer.groups == 0 and report.groups_reused == 2 and report.packed_layers == 0

@@ -426,7 +426,7 @@ def test_separate_projections_and_lone_modules():
 def test_a_failure_halfway_gives_the_module_back(monkeypatch):
     model, x = block()
     attn, state = model.attn, copy.deepcopy(model.state_dict())
-    for place in ("measure_sites", "_measure", "_guard", "_find", "_verify"):
+    for place in ("measure_sites", "measure_group", "guard", "find_layers", "verify"):
         with monkeypatch.context() as patch:
             patch.setattr(f"rmtkern.packing.pack.{place}", lambda *args, **kwargs: 1 / 0)
             with pytest.raises(ZeroDivisionError):
