@@ -507,7 +507,7 @@ def test_help_tells_the_exit_codes(verb, capsys):
 
 
 def test_as_a_module_in_a_process_of_its_own(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).resolve().parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(rmtkern.__file__).resolve().parents[1])}
 
     def run(*words):
         argv = [sys.executable, "-m", "rmtkern", *words]
