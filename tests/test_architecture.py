@@ -104,9 +104,7 @@ def test_the_columns_meet_only_at_the_top():
         assert offenders(name, ("sweep",)) == []  # which meets the other column through speed
     for name in ("token_merging.py", "macs.py"):
         assert offenders(name, (*TOP, *RIGHT, "spectrum")) == []
-    for folder in sorted(
-        path.name for path in PACKAGE.glob("*") if path.name not in ("report", "cli", "__init__.py")
-    ):
+    for folder in sorted(path.name for path in PACKAGE.glob("*") if path.name not in ("report", "cli", "__init__.py")):
         if (PACKAGE / folder).suffix == ".py" or (PACKAGE / folder / "__init__.py").exists():
             assert offenders(folder, ("report",)) == []
     for name in ("svg", "page", "figures", "contents"):
