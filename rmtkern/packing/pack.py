@@ -162,6 +162,7 @@ def _pack(
     show_progress: bool | None,
     log: DecisionLog,
 ) -> PackReport:
+    """The steps in order: try what can move, choose per linear, per site and per pair, judge the whole, report."""
     whole_outputs, whole_calls = split_multiheads(model, split, examples)
     layers = find_layers(model, split, device)
     movable = [layer for layer in layers if layer.reason is None]
