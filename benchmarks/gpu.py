@@ -23,7 +23,7 @@ from benchmarks.cases import KernelCase, ModelCase
 from benchmarks.contenders import Unavailable
 from benchmarks.record import results_file, stamped, write_rows
 from rmtkern.environment import version
-from rmtkern.packing_events import Clock, CudaClock
+from rmtkern.packing.events import Clock, CudaClock
 
 __all__ = ["BUDGET_S", "CASES", "Gpu", "OutOfTime", "Ran", "find", "main", "run", "select"]
 

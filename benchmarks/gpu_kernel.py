@@ -21,7 +21,7 @@ from benchmarks.timing import quantiles
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.ops import linear
-from rmtkern.packing_events import EventTimer
+from rmtkern.packing.events import EventTimer
 from rmtkern.testing import accuracy_excess
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from benchmarks.timing import quantiles
 from rmtkern.api import prune_
 from rmtkern.comparison import allowed_error, relative_error
 from rmtkern.packing import pack_
-from rmtkern.packing_events import interleaved
+from rmtkern.packing.events import interleaved
 from rmtkern.pruning.pattern import parse_pattern
 
 if TYPE_CHECKING:

@@ -15,9 +15,7 @@ from rmtkern.gradual import Gradual, prune_gradually_
 from rmtkern.loading import load_plan, read_checkpoint
 from rmtkern.macs import MacReport, count_macs
 from rmtkern.ops import available
-from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_decisions import Decisions
-from rmtkern.packing_report import PackReport
+from rmtkern.packing import Decisions, PackReport, pack_, unpack_
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.report import PageReport, write_report
 from rmtkern.shrink_plan import ShrinkPlan

@@ -19,9 +19,9 @@ from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.ops import linear
-from rmtkern.packing_dtype import DTYPES, cast_
-from rmtkern.packing_timing import Timer, interleaved_ms
-from rmtkern.packing_watch import reason_to_leave, watch
+from rmtkern.packing.dtype import DTYPES, cast_
+from rmtkern.packing.timing import Timer, interleaved_ms
+from rmtkern.packing.watch import reason_to_leave, watch
 from rmtkern.progress import progress
 from rmtkern.pruning.pattern import parse_pattern
 from rmtkern.tables import Table, Tabulated

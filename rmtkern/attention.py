@@ -1,6 +1,6 @@
 """attention(): softmax(q kᵀ scale + mask) v on the CPU in one kernel, with the arguments of PyTorch's own function.
 
-It checks a call once and knows no model; packing_attention.py decides who uses it.
+It checks a call once and knows no model; packing/attention.py decides who uses it.
 """
 
 import math

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.errors import PackedModelError
-from rmtkern.packing import OUTPUT_TOLERANCE, is_packed, pack_
-from rmtkern.packing_timing import WALL, interleaved_samples
+from rmtkern.packing import is_packed, pack_
+from rmtkern.packing.outputs import OUTPUT_TOLERANCE
+from rmtkern.packing.timing import WALL, interleaved_samples
 from rmtkern.peers import PEERS, PeerMissing, prepare
 from rmtkern.progress import progress
 from rmtkern.pruning.calibrate import tensors_of

@@ -1,7 +1,7 @@
 """save and load: a packed model as safetensors, and back into a model of the same architecture.
 
 docs/formats.md is the specification. Nothing in a file is trusted or run: what it says is compared with the model, and
-every packed weight is tried, before anything of the model is changed. It chooses no form; packing.py does.
+every packed weight is tried, before anything of the model is changed. It chooses no form; rmtkern.packing does.
 """
 
 import copy
@@ -24,13 +24,13 @@ from rmtkern.layouts.pairs import rows_of
 from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
 from rmtkern.ops import ACTIVATIONS, linear
 from rmtkern.packing import is_packed, place_
-from rmtkern.packing_attention import AttentionForward
-from rmtkern.packing_dtype import DTYPES, CastRecord, cast_record, resume_cast_
-from rmtkern.packing_gated import GatedPair, fuse, fused, part
-from rmtkern.packing_lent import LendingLinear
-from rmtkern.packing_multihead import PackedMultihead, linears_of, reason_to_keep
-from rmtkern.packing_norm import NormForward
-from rmtkern.packing_sites import KernelForward, enable
+from rmtkern.packing.attention import AttentionForward
+from rmtkern.packing.dtype import DTYPES, CastRecord, cast_record, resume_cast_
+from rmtkern.packing.gated import GatedPair, fuse, fused, part
+from rmtkern.packing.lent import LendingLinear
+from rmtkern.packing.multihead import PackedMultihead, linears_of, reason_to_keep
+from rmtkern.packing.norm import NormForward
+from rmtkern.packing.sites import KernelForward, enable
 from rmtkern.shards import as_bytes, locate, read_metadata, read_tensors, shard_of, target_of, write
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.storage import replacing

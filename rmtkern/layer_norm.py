@@ -1,6 +1,6 @@
 """layer_norm(): LayerNorm over the last dimension on the CPU in one kernel.
 
-It checks a call once and knows no model; packing_norm.py decides who uses it.
+It checks a call once and knows no model; packing/norm.py decides who uses it.
 """
 
 import torch

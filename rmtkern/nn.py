@@ -1,6 +1,6 @@
 """PackedLinear and PackedGatedLinear: the inference-only modules that hold a packed weight and call its kernel.
 
-They decide nothing about speed; packing.py chooses what goes in.
+They decide nothing about speed; rmtkern.packing chooses what goes in.
 """
 
 import copy

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from rmtkern.api import prune_
 from rmtkern.packing import pack_
-from rmtkern.packing_decisions import Decisions
-from rmtkern.packing_report import EndToEnd
-from rmtkern.packing_timing import Timer
+from rmtkern.packing.decisions import Decisions
+from rmtkern.packing.report import EndToEnd
+from rmtkern.packing.timing import Timer
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.tables import Table, Tabulated
 

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from rmtkern.errors import short
 
-__all__ = ["DTYPE_NAMES", "read_json", "read_metadata", "read_names", "read_tensors", "replacing", "write_tensors"]
+__all__ = [
+    "DTYPE_NAMES",
+    "LINE",
+    "read_json",
+    "read_metadata",
+    "read_names",
+    "read_tensors",
+    "replacing",
+    "write_tensors",
+]
 
 MAX_HEADER = 100_000_000
 """Largest safetensors header, or index of shards, that is read [bytes]; the safetensors library's own limit."""

@@ -20,7 +20,7 @@ from rmtkern.api import prune_
 from rmtkern.environment import cpu_model
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.models import prunable_weights
-from rmtkern.packing_timing import Timer
+from rmtkern.packing.timing import Timer
 from rmtkern.progress import progress
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.speed import packed_copy

@@ -11,9 +11,9 @@ from rmtkern.attention import attention, reason_against
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import cpu
 from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_attention import AttentionForward, watch_attention
-from rmtkern.packing_sites import disable, enable
-from tests.test_packing import timer, timm_tiny, torchvision_small, transformers_small
+from rmtkern.packing.attention import AttentionForward, watch_attention
+from rmtkern.packing.sites import disable, enable
+from tests.packing.test_pack import timer, timm_tiny, torchvision_small, transformers_small
 
 DTYPES = [torch.float32, torch.bfloat16]
 # prime and tiny; a whole ViT head; more keys than a block, up to 960 of d = 64, with few queries and with many
@@ -312,7 +312,7 @@ def test_multihead_attention_is_checked_against_float64(bias, dtype, monkeypatch
     (call,) = calls["a"]
     with torch.no_grad():
         assert call.reason is None and call.q.shape == (2, 4, 9, 8) and call.excess() <= 1
-        monkeypatch.setattr("rmtkern.packing_attention.attention", lambda q, k, v: attention(k, q, v))
+        monkeypatch.setattr("rmtkern.packing.attention.attention", lambda q, k, v: attention(k, q, v))
         assert call.excess() > 1
 
 

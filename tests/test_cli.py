@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import rmtkern
 from rmtkern import cli
 from rmtkern.cli import main
+from rmtkern.cli.inputs import model_of
 from rmtkern.evaluation import folder_batches, preprocessing_of
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.pruning.presets import AUTO_CALIBRATED
@@ -239,7 +240,7 @@ def test_sweep_packs_and_times(work, images, capsys, monkeypatch):
             call()
         return {name: 2.0 if name == "original" or name.startswith("dense") else 1.0 for name in calls}
 
-    monkeypatch.setattr("rmtkern.packing_device.interleaved_ms", cheap)
+    monkeypatch.setattr("rmtkern.packing.device.interleaved_ms", cheap)
     argv = ["sweep", "clitoys:toy", "--images", str(images), "--sparsities", "0.9", "--methods", "row", *FC, "-o",
             "sweep.csv", "--batch", "2"]  # fmt: skip
     assert main(argv) == 0
@@ -380,7 +381,7 @@ def test_bench_writes_the_packed_model(work, capsys, monkeypatch):
             call()
         return {name: 1.0 if name in ("packed", "bitmask") else 2.0 for name in calls}
 
-    monkeypatch.setattr("rmtkern.packing_device.interleaved_ms", cheap)
+    monkeypatch.setattr("rmtkern.packing.device.interleaved_ms", cheap)
     assert main(["bench", "clitoys:toy", "--sparsity", "0.8", *FC, "-o", "packed.safetensors"]) == 0
     capsys.readouterr()
     import clitoys
@@ -405,7 +406,7 @@ def test_bench_fails_if_the_packed_model_is_slower(work, capsys, monkeypatch):
     report = SimpleNamespace(
         end_to_end=[SimpleNamespace(speedup=1.3), SimpleNamespace(speedup=0.9)], to_json=lambda: "{}"
     )
-    monkeypatch.setattr(cli, "pack_", lambda model, examples, **options: report)
+    monkeypatch.setattr("rmtkern.cli.bench.pack_", lambda model, examples, **options: report)
     assert main(["bench", "clitoys:toy", "--json", *FC]) == 1
     out, err = capsys.readouterr()
     assert strict_json(out) and err == "rmtkern bench: the packed model is slower than the strongest dense form\n"
@@ -498,7 +499,7 @@ def test_interrupted(work, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_model", interrupt)
+    monkeypatch.setattr("rmtkern.cli.inputs.load_model", interrupt)
     fails(capsys, ["analyze", "clitoys:toy"], 130, "interrupted")
 
 
@@ -521,7 +522,7 @@ def test_help_tells_the_exit_codes(verb, capsys):
 
 
 def test_as_a_module_in_a_process_of_its_own(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).resolve().parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(rmtkern.__file__).resolve().parents[1])}
 
     def run(*words):
         argv = [sys.executable, "-m", "rmtkern", *words]
@@ -539,7 +540,7 @@ def test_tokens_are_merged_wherever_a_model_is_loaded(tmp_path, capsys):
     out = tmp_path / "pruned.safetensors"
     arguments = ["prune", "vit_tiny_patch16_224", "--random-weights", "-o", str(out), "--merge-tokens"]
     assert main([*arguments, "8"]) == 0
-    model = cli._load(cli._parser().parse_args([*arguments, "8"]))
+    model = model_of(cli._parser().parse_args([*arguments, "8"]))
     assert merging_of(model).r == 8 and not model.training
     assert load_file(out).keys() == model.state_dict().keys()
     assert main([*arguments, "-1"]) != 0

@@ -49,7 +49,7 @@ def quick(monkeypatch):
         return {name: [seen["ms"].get(name, 9.0) * (1 + d) for d in (-0.01, 0.0, 0.01)] for name in calls}
 
     monkeypatch.setattr(comparison, "interleaved_samples", fake)
-    monkeypatch.setattr("rmtkern.packing_device.interleaved_ms", lambda calls, ms: dict.fromkeys(calls, 1.0))
+    monkeypatch.setattr("rmtkern.packing.device.interleaved_ms", lambda calls, ms: dict.fromkeys(calls, 1.0))
     seen["ms"] = {"torch": 8.0, "dense": 6.0, "packed": 3.0}
     return seen
 

@@ -11,7 +11,7 @@ import rmtkern
 from docs.make_api import API, render
 from rmtkern import comparison
 from rmtkern.cli import main
-from rmtkern.packing_timing import interleaved_samples
+from rmtkern.packing.timing import interleaved_samples
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -78,7 +78,7 @@ def run_command(line, capsys):
 def test_pages_run(name, folder, capsys, monkeypatch):
     if name == "tutorial-spectra.md":
         pytest.importorskip("matplotlib")
-    for module in ("rmtkern.packing_device", "rmtkern.advice"):
+    for module in ("rmtkern.packing.device", "rmtkern.advice"):
         monkeypatch.setattr(f"{module}.interleaved_ms", sparse_wins)
     monkeypatch.setattr(
         comparison,

@@ -24,8 +24,8 @@ from rmtkern.layouts import LAYOUTS
 from rmtkern.loading import load_plan
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_gated import fused
-from rmtkern.packing_sites import KernelForward
+from rmtkern.packing.gated import fused
+from rmtkern.packing.sites import KernelForward
 from rmtkern.storage import read_metadata
 from rmtkern.testing import random_sparse
 

@@ -12,9 +12,9 @@ from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.layer_norm import layer_norm
 from rmtkern.layouts import cpu
 from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_norm import NormForward, watch_norms
-from rmtkern.packing_sites import disable, enable
-from tests.test_packing import timer, timm_tiny, torchvision_small, transformers_small
+from rmtkern.packing.norm import NormForward, watch_norms
+from rmtkern.packing.sites import disable, enable
+from tests.packing.test_pack import timer, timm_tiny, torchvision_small, transformers_small
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason="the extension is not built")
 DTYPES = [torch.float32, torch.bfloat16]

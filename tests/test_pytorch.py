@@ -22,8 +22,8 @@ from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.layouts import LAYOUTS
 from rmtkern.nn import PackedLinear
 from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_multihead import PackedMultihead
-from rmtkern.packing_sites import KernelForward
+from rmtkern.packing.multihead import PackedMultihead
+from rmtkern.packing.sites import KernelForward
 from rmtkern.testing import random_sparse
 from tests.fuzz import net, ours_wins
 

@@ -19,8 +19,8 @@ import rmtkern
 from rmtkern.cli import main
 from rmtkern.evaluation import Evaluation
 from rmtkern.packing import pack_
-from rmtkern.packing_decisions import Decisions
-from rmtkern.packing_report import EndToEnd, PackReport
+from rmtkern.packing.decisions import Decisions
+from rmtkern.packing.report import EndToEnd, PackReport
 from rmtkern.pruning.plan import Count, sparsity_grid
 from rmtkern.report import write_report
 from rmtkern.report.contents import Contents, Layer, layers_of, timings

@@ -21,7 +21,7 @@ from rmtkern.environment import environment, environment_line
 from rmtkern.evaluation import Evaluation, evaluate
 from rmtkern.models import prunable_weights
 from rmtkern.packing import PackReport, pack_
-from rmtkern.packing_timing import interleaved_ms
+from rmtkern.packing.timing import interleaved_ms
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.spectrum.decompose import singular_values
 from rmtkern.spectrum.fit import SpectralFits

@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rmtkern.storage import LINE
+
 __all__ = ["CPU_DTYPES", "INTEGERS", "PackedWeight", "as_integers", "check_dense"]
 
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -188,7 +190,7 @@ class PackedWeight(nn.Module):
 
 def _aligned(part: Tensor) -> Tensor:
     """The part if it begins at a cache line, else a copy, which does: a vector load across two lines costs two."""
-    return part if part.device.type != "cpu" or part.data_ptr() % 64 == 0 else part.clone()
+    return part if part.device.type != "cpu" or part.data_ptr() % LINE == 0 else part.clone()
 
 
 def check_dense(dense: Tensor, dtypes: tuple[torch.dtype, ...], layout: str) -> None:

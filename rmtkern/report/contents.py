@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from rmtkern.evaluation import Evaluation
 from rmtkern.models import PrunableWeight, check_values, layer_type
-from rmtkern.packing import PLAIN, SPARSITY_STEP
-from rmtkern.packing_decisions import DecisionKey, Decisions
-from rmtkern.packing_report import LayerReport, PackReport, is_dense
+from rmtkern.packing.decisions import DecisionKey, Decisions
+from rmtkern.packing.layers import PLAIN, SPARSITY_STEP
+from rmtkern.packing.report import LayerReport, PackReport, is_dense
 from rmtkern.pruning.plan import Count, PrunePlan
 from rmtkern.spectrum.fit import SpectralFit, fit_singular_values, spectra_of
 from rmtkern.spectrum.histogram import SpectralHistogram, spectral_histogram

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from rmtkern.evaluation import Evaluation
-from rmtkern.packing_decisions import Decisions
-from rmtkern.packing_report import PackReport
+from rmtkern.packing.decisions import Decisions
+from rmtkern.packing.report import PackReport
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.report.contents import Contents, layers_of, plan_note
 from rmtkern.report.page import summary, to_html

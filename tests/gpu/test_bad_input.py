@@ -17,7 +17,7 @@ from rmtkern.layer_norm import layer_norm
 from rmtkern.layouts import LAYOUTS
 from rmtkern.nn import PackedLinear
 from rmtkern.packing import pack_
-from rmtkern.packing_device import device_of
+from rmtkern.packing.device import device_of
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 

@@ -14,7 +14,7 @@ from rmtkern import load, ops, pack_, save, unpack_
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.pairs import interleave
 from rmtkern.nn import PackedLinear
-from rmtkern.packing_device import device_of
+from rmtkern.packing.device import device_of
 from rmtkern.testing import accuracy_excess, assert_as_accurate_as_dense, random_sparse
 
 pytestmark = pytest.mark.gpu

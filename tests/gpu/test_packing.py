@@ -7,11 +7,10 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from rmtkern import packing
 from rmtkern.nn import PackedLinear
-from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_device import cuda_device, device_of
-from rmtkern.packing_events import CudaClock, EventTimer
+from rmtkern.packing import guard, pack, pack_, unpack_
+from rmtkern.packing.device import cuda_device, device_of
+from rmtkern.packing.events import CudaClock, EventTimer
 from rmtkern.testing import accuracy_excess, assert_as_accurate_as_dense, random_sparse
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -70,7 +69,7 @@ class NoClock:
 def test_packed_layers_run_the_triton_kernels(dtype, label, monkeypatch):
     monkeypatch.setenv("RMTKERN_BACKEND", "triton")
     device = cuda_device("Fake GPU", "compute capability 8.0", NoClock())
-    monkeypatch.setattr(packing, "device_of", lambda model, examples: device)
+    monkeypatch.setattr(pack, "device_of", lambda model, examples: device)
     model = sparse(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32))).to(dtype)
     first = model[0]
     x = torch.randn(7, 64).to(dtype)
@@ -110,7 +109,7 @@ def test_a_packed_model_is_the_model(dtype, images):
             allowed = 2 * (plain - true).abs().max() + 4 * torch.finfo(dtype).eps * true.abs().max()
             assert (model(x) - true).abs().max() <= allowed
     for times in report.end_to_end if len(images) == 1 else ():  # of several, one may prefer what another loses by
-        assert times.packed_ms <= (1 + packing.GUARD_NOISE) * min(times.original_ms, times.dense_ms)
+        assert times.packed_ms <= (1 + guard.GUARD_NOISE) * min(times.original_ms, times.dense_ms)
     unpack_(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

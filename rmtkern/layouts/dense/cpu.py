@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rmtkern.layouts.base import CPU_DTYPES
 from rmtkern.layouts.cpu import MISSING
-from rmtkern.layouts.dense.library import finish, gate, library_linear
+from rmtkern.layouts.dense.library import finish, gate, library_linear, reason_against
 from rmtkern.layouts.dense.weight import FORMS, NO_ONEDNN, DenseWeight
 
 __all__ = ["linear", "supports"]
@@ -21,13 +21,8 @@ _ONEDNN = {  # activation -> (attr, algorithm) of mkldnn._linear_pointwise
 
 def supports(w: DenseWeight, x: Tensor) -> str | None:
     """Why the form's dense linear cannot compute x [T, K] times this weight, or None if they can."""
-    if x.dtype not in CPU_DTYPES:
-        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in CPU_DTYPES)}"
-    weight = w.stored
-    if weight.dtype != x.dtype:
-        return f"x is {x.dtype}, the weight {weight.dtype}; cast one to the other's dtype"
-    if x.device.type != "cpu" or weight.device.type != "cpu":
-        return f"x is on {x.device}, the weight on {weight.device}; move both to the cpu"
+    if (reason := reason_against(w.stored, x, CPU_DTYPES, "cpu")) is not None:
+        return reason
     form = FORMS[w.params["form"]]
     return MISSING if form == "own" else NO_ONEDNN if form != "torch" else None
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from rmtkern.layouts.dense.library import library_linear
+from rmtkern.layouts.dense.library import library_linear, reason_against
 from rmtkern.layouts.dense.weight import FORMS, DenseWeight
 
 __all__ = ["linear", "supports"]
@@ -10,13 +10,8 @@ __all__ = ["linear", "supports"]
 
 def supports(w: DenseWeight, x: Tensor) -> str | None:
     """Why F.linear shall or can not compute x [T, K] times this weight on a CUDA device, or None."""
-    weight = w.stored
-    if x.dtype not in w.dtypes:
-        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in w.dtypes)}"
-    if weight.dtype != x.dtype:
-        return f"x is {x.dtype}, the weight {weight.dtype}; cast one to the other's dtype"
-    if x.device.type != "cuda" or weight.device != x.device:
-        return f"x is on {x.device}, the weight on {weight.device}; move both to one CUDA device"
+    if (reason := reason_against(w.stored, x, w.dtypes, "cuda")) is not None:
+        return reason
     form = FORMS[w.params["form"]]
     return None if form == "torch" else f"form {form} is not PyTorch's; it is for triton"
 

@@ -1,6 +1,6 @@
 """DenseWeight: a weight stored as it is, or reordered once: into oneDNN's blocked format, or tiles of our own kernel.
 
-It knows how the weight is stored for each dense library, not when that is fast (packing.py measures).
+It knows how the weight is stored for each dense library, not when that is fast (rmtkern.packing measures).
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -14,11 +14,11 @@ from rmtkern.errors import PackedModelError
 from rmtkern.files import load, save
 from rmtkern.nn import PackedLinear
 from rmtkern.packing import is_packed, pack_, unpack_
-from rmtkern.packing_attention import AttentionForward
-from rmtkern.packing_multihead import PackedMultihead
+from rmtkern.packing.attention import AttentionForward
+from rmtkern.packing.multihead import PackedMultihead
 from rmtkern.storage import read_metadata
+from tests.packing.test_pack import assert_same_function, prune, timer, torchvision_small
 from tests.test_files import refused, written
-from tests.test_packing import assert_same_function, prune, timer, torchvision_small
 
 LIGHT = {"need_weights": False}
 
@@ -289,7 +289,7 @@ def test_the_attention_kernel_takes_masks(monkeypatch):
     report = pack_(model, x, timer=kernel_wins)
     assert [site.used for site in report.attention] == [True]
     monkeypatch.setattr(
-        "rmtkern.packing_attention.attention", lambda *args, **kwargs: ran.append(1) or attention(*args, **kwargs)
+        "rmtkern.packing.attention.attention", lambda *args, **kwargs: ran.append(1) or attention(*args, **kwargs)
     )
     with torch.no_grad():
         assert_same_function(model, dense, x)
@@ -426,9 +426,9 @@ def test_separate_projections_and_lone_modules():
 def test_a_failure_halfway_gives_the_module_back(monkeypatch):
     model, x = block()
     attn, state = model.attn, copy.deepcopy(model.state_dict())
-    for place in ("measure_sites", "_measure", "_guard", "_find", "_verify"):
+    for place in ("measure_sites", "measure_group", "guard", "find_layers", "verify"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"rmtkern.packing.{place}", lambda *args, **kwargs: 1 / 0)
+            patch.setattr(f"rmtkern.packing.pack.{place}", lambda *args, **kwargs: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 pack_(model, x, dtype=torch.bfloat16, timer=timer())
         assert model.attn is attn and not is_packed(model)
@@ -464,7 +464,7 @@ def test_the_attention_kernel_runs_in_it(monkeypatch):
     assert "forward" not in vars(attn)
     ran = []
     monkeypatch.setattr(
-        "rmtkern.packing_attention.attention", lambda *args, **kwargs: ran.append(1) or attention(*args, **kwargs)
+        "rmtkern.packing.attention.attention", lambda *args, **kwargs: ran.append(1) or attention(*args, **kwargs)
     )
     with torch.no_grad():
         assert_same_function(model, dense, x)

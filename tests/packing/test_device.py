@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rmtkern import packing
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import LAYOUTS
 from rmtkern.nn import PackedLinear
-from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_device import cuda_device, device_of
-from rmtkern.packing_events import LAUNCH_BOUND, EventTimer
+from rmtkern.packing import pack, pack_, unpack_
+from rmtkern.packing.device import cuda_device, device_of
+from rmtkern.packing.events import LAUNCH_BOUND, EventTimer
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
 
 
@@ -76,7 +75,7 @@ def on_gpu(monkeypatch):
 
     def use(clock=None, reason=None, name="Fake GPU", arch="compute capability 9.0"):
         device = cuda_device(name, arch, clock or WallClock(), reason)
-        monkeypatch.setattr(packing, "device_of", lambda model, examples: device)
+        monkeypatch.setattr(pack, "device_of", lambda model, examples: device)
         return device
 
     return use
@@ -207,12 +206,13 @@ def test_without_a_kernel_every_layer_stays_and_says_why(on_gpu):
 
 
 def test_why_there_is_no_kernel_is_asked_of_the_backends(monkeypatch):
-    from rmtkern import ops, packing_device
+    from rmtkern import ops
+    from rmtkern.packing import device
 
-    assert packing_device._reason_against(torch.device("cpu")) is None  # nothing is launched: own runs on this CPU
+    assert device._reason_against(torch.device("cpu")) is None  # nothing is launched: own runs on this CPU
     monkeypatch.setattr(ops, "_candidates", lambda device, backend: ("cuda", "triton"))
     monkeypatch.setitem(ops.KERNELS, "dense", {"cuda": "this", "triton": "the package triton is not installed"})
-    reason = packing_device._reason_against(torch.device("cpu"))
+    reason = device._reason_against(torch.device("cpu"))
     assert reason == "no kernel runs layout 'dense' on cpu: cuda: this; triton: the package triton is not installed"
 
 

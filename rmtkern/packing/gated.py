@@ -1,7 +1,7 @@
 """Finds gate-up pairs, y = tail(act(gate(h)) * up(h)) with h = head(x), and makes their module run them in one kernel.
 
 It finds them by trying a copy of a module with random parameters, so it needs to know no model, and takes a swap back.
-packing.py decides which pair is swapped, by timing.
+pairs.py decides which pair is swapped, by timing.
 """
 
 import inspect

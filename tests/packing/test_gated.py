@@ -15,8 +15,8 @@ from rmtkern.errors import PackedModelError
 from rmtkern.models import prunable_weights
 from rmtkern.nn import PackedGatedLinear, PackedLinear
 from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_gated import find_pairs, fused
-from tests.test_packing import assert_same_function, prune
+from rmtkern.packing.gated import find_pairs, fused
+from tests.packing.test_pack import assert_same_function, prune
 
 
 def linears(model):

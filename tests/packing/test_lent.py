@@ -13,9 +13,9 @@ from rmtkern.errors import KernelUnavailable, PackedModelError
 from rmtkern.files import load, save
 from rmtkern.nn import PackedGatedLinear, PackedLinear
 from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_lent import LendingLinear, LentWeight
-from rmtkern.packing_watch import DESCRIPTIVE
-from tests.test_packing import assert_same_function, prune, timer
+from rmtkern.packing.lent import LendingLinear, LentWeight
+from rmtkern.packing.watch import DESCRIPTIVE
+from tests.packing.test_pack import assert_same_function, prune, timer
 
 
 class Attention(nn.Module):

@@ -1,6 +1,6 @@
 """Runs a float32 model in another dtype behind its own interface, and takes that back.
 
-It knows no layout and no kernel; packing.py decides when.
+It knows no layout and no kernel; pack.py decides when.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from rmtkern.packing_timing import Timer, in_rounds, repeats_of
+from rmtkern.packing.timing import Timer, in_rounds, repeats_of
 
 __all__ = ["Clock", "CudaClock", "EventTimer", "how", "interleaved"]
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import rmtkern
-from rmtkern import packing, packing_decisions
 from rmtkern.cli import main
 from rmtkern.nn import PackedLinear
-from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_decisions import DecisionKey, DecisionLog, Decisions
+from rmtkern.ops import linear
+from rmtkern.packing import decisions, pack_, unpack_
+from rmtkern.packing.decisions import DecisionKey, DecisionLog, Decisions
 
 
 def linears(*sizes, sparsity=0.9, dtype=torch.float32):
@@ -110,7 +110,7 @@ def test_times_from_elsewhere_are_not_used(elsewhere, monkeypatch):
         elif elsewhere == "backend":
             monkeypatch.setenv("RMTKERN_BACKEND", "reference")
         elif elsewhere == "cpu":
-            monkeypatch.setattr(packing_decisions, "cpu_model", lambda: "another CPU")
+            monkeypatch.setattr(decisions, "cpu_model", lambda: "another CPU")
         elif elsewhere == "rmtkern":
             monkeypatch.setattr(rmtkern, "__version__", "99")
         else:
@@ -172,12 +172,12 @@ def test_times_that_lack_a_candidate_are_measured_again():
 
 
 def test_accuracy_is_checked_though_the_times_are_known(monkeypatch):
-    known, model, real = measured(), linears(64, 96, 32), packing.linear
+    known, model = measured(), linears(64, 96, 32)
 
     def wrong(x, w, bias=None, **options):
-        return real(x, w, bias, **options) + (1e-3 if w.layout == "bitmask" else 0.0)
+        return linear(x, w, bias, **options) + (1e-3 if w.layout == "bitmask" else 0.0)
 
-    monkeypatch.setattr(packing, "linear", wrong)
+    monkeypatch.setattr("rmtkern.packing.layers.linear", wrong)
     timer = Timer()
     report = pack_(model, X, timer=timer, decisions=known)
     assert timer.groups == 0 and report.groups_reused == 2 and report.packed_layers == 0
@@ -251,7 +251,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(packing_decisions.json, "dump", full)
+    monkeypatch.setattr(decisions.json, "dump", full)
     model = linears(64, 96, 32, 16)
     with pytest.raises(OSError, match="disk full"):
         pack_(model, X, timer=Timer(), decisions=path)
@@ -365,7 +365,7 @@ def test_files_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match=r"decisions: expected Decisions, a path or None, got dict"):
         pack_(linears(64, 96), X, timer=Timer(), decisions={})
     measured().save(tmp_path / "d.json")
-    monkeypatch.setattr(packing_decisions, "MAX_NBYTES", 100)
+    monkeypatch.setattr(decisions, "MAX_NBYTES", 100)
     with pytest.raises(ValueError, match=r"expected at most 100 bytes, got more; pass a file"):
         Decisions.load(tmp_path / "d.json")
 
@@ -378,13 +378,13 @@ def test_the_instruction_set_of_a_key(monkeypatch):
             .isa
         )
 
-    assert isa() == packing_decisions.cpu.isas()[0]
+    assert isa() == decisions.cpu.isas()[0]
     monkeypatch.setenv("RMTKERN_ISA", "portable")
     assert isa() == "portable"
     monkeypatch.setenv("RMTKERN_BACKEND", "reference")
     assert isa() == "reference"
     monkeypatch.setenv("RMTKERN_BACKEND", "cpu")
-    monkeypatch.setattr(packing_decisions.cpu, "isas", list)
+    monkeypatch.setattr(decisions.cpu, "isas", list)
     assert isa() == "none"
 
 

@@ -1,7 +1,7 @@
 """Makes modules that call PyTorch's scaled_dot_product_attention use our kernel instead, and takes that back.
 
 It finds who calls it by watching a forward pass, so it needs to know no model; of PyTorch's modules it knows
-nn.MultiheadAttention, whose fast path calls nothing. packing.py puts it in.
+nn.MultiheadAttention, whose fast path calls nothing. pack.py puts it in.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rmtkern.attention import attention, reason_against
-from rmtkern.packing_sites import KernelForward
+from rmtkern.packing.sites import KernelForward
 
 __all__ = ["AttentionCall", "AttentionForward", "MultiheadCall", "watch_attention"]
 

@@ -19,9 +19,9 @@ from rmtkern.examples import Example
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.dense.weight import FORMS
 from rmtkern.ops import linear
-from rmtkern.packing_dtype import DTYPES
-from rmtkern.packing_events import Clock, CudaClock, EventTimer
-from rmtkern.packing_timing import Timer, interleaved_ms
+from rmtkern.packing.dtype import DTYPES
+from rmtkern.packing.events import Clock, CudaClock, EventTimer
+from rmtkern.packing.timing import Timer, interleaved_ms
 
 __all__ = ["Device", "cuda_device", "device_of"]
 

@@ -1,6 +1,6 @@
 """Takes nn.MultiheadAttention apart into two linears, which can be packed, and puts it together again.
 
-It says which modules allow that and computes their calls; packing.py decides which of the linears are packed.
+It says which modules allow that and computes their calls; pack.py decides which of the linears are packed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rmtkern.nn import PackedLinear, check_inference, refuse_gradient
-from rmtkern.packing_lent import LendingLinear, LentWeight
-from rmtkern.packing_watch import is_altered
+from rmtkern.packing.lent import LendingLinear, LentWeight
+from rmtkern.packing.watch import is_altered
 
 __all__ = [
     "PackedMultihead",

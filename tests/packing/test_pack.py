@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 from transformers import ViTConfig, ViTModel
 
-from rmtkern import packing
 from rmtkern.errors import PackedModelError
 from rmtkern.nn import AbsorbedActivation, PackedLinear
-from rmtkern.packing import pack_, unpack_
-from rmtkern.packing_timing import interleaved_ms
+from rmtkern.ops import linear
+from rmtkern.packing import guard, outputs, pack_, unpack_
+from rmtkern.packing.timing import interleaved_ms
 from rmtkern.testing import random_sparse
 
 
@@ -94,7 +94,7 @@ def test_bare_sequential_with_real_timing():
         if layer.packed:
             assert best / layer.speedup <= (1 - 0.03) * best
     times = report.end_to_end[0]
-    assert times.packed_ms <= (1 + packing.GUARD_NOISE) * min(times.original_ms, times.dense_ms)
+    assert times.packed_ms <= (1 + guard.GUARD_NOISE) * min(times.original_ms, times.dense_ms)
 
 
 def timm_tiny():
@@ -472,7 +472,7 @@ def test_layers_of_one_shape_and_two_dtypes_are_measured_apart():
 
 
 def test_a_bfloat16_model_of_nothing_but_linears_is_held_to_its_own_tolerance(monkeypatch):
-    monkeypatch.setitem(packing.OUTPUT_TOLERANCE, torch.bfloat16, -1.0)  # nothing meets it
+    monkeypatch.setitem(outputs.OUTPUT_TOLERANCE, torch.bfloat16, -1.0)  # nothing meets it
     with pytest.raises(PackedModelError, match="the packed model's output on example 0 differs by"):
         pack_(mlp(0.9).bfloat16(), torch.randn(8, 128).bfloat16(), timer=timer())
 
@@ -490,7 +490,7 @@ def test_our_own_dense_form_is_chosen_and_held_to_the_accuracy_rule(monkeypatch)
         calls.append(args)
         return 0.5 if len(calls) <= 2 else 7.0  # good while it is timed, bad once a layer is packed
 
-    monkeypatch.setattr(packing, "accuracy_excess", inaccurate)
+    monkeypatch.setattr("rmtkern.packing.layers.accuracy_excess", inaccurate)
     report = pack_(model, x, timer=timer("dense/own"), layouts=["dense"])
     assert [layer.form for layer in report.layers] == ["nn.Linear"] * 2 and len(calls) == 4
     assert "dense/own misses the accuracy rule by a factor 7" in report.layers[0].reason
@@ -676,9 +676,9 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(stage, monkeypatch):
         return timer()(times, budget_ms)
 
     if stage == "verify":
-        monkeypatch.setitem(packing.OUTPUT_TOLERANCE, torch.float32, -1.0)
+        monkeypatch.setitem(outputs.OUTPUT_TOLERANCE, torch.float32, -1.0)
     if stage == "pack":
-        monkeypatch.setattr(packing, "_pack_layer", lambda *args: 1 / 0)
+        monkeypatch.setattr("rmtkern.packing.pack.pack_layer", lambda *args: 1 / 0)
     expected = {"verify": PackedModelError, "pack": ZeroDivisionError}.get(stage, KeyboardInterrupt)
     with pytest.raises(expected):
         pack_(model, x, timer=fails)
@@ -697,12 +697,11 @@ def test_watching_restores_classes_when_the_model_raises():
 
 def test_a_candidate_that_is_wrong_is_never_chosen(monkeypatch):
     model, x = mlp(0.9), torch.randn(4, 128)
-    real = packing.linear
 
     def wrong(x, w, bias=None, **options):
-        return real(x, w, bias, **options) + (1e-3 if w.layout == "bitmask" else 0.0)
+        return linear(x, w, bias, **options) + (1e-3 if w.layout == "bitmask" else 0.0)
 
-    monkeypatch.setattr(packing, "linear", wrong)
+    monkeypatch.setattr("rmtkern.packing.layers.linear", wrong)
     report = pack_(model, x, timer=timer())
     assert report.packed_layers == 0
     assert "bitmask misses the accuracy rule by a factor" in report.layers[0].reason

@@ -1,7 +1,7 @@
 """Makes LayerNorm modules use our kernel instead of PyTorch's, and takes that back.
 
 It finds them by watching a forward pass: a module whose whole forward is one call of F.layer_norm with its own
-parameters. packing.py decides who gets the kernel.
+parameters. pack.py decides who gets the kernel.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rmtkern.layer_norm import layer_norm, reason_against
-from rmtkern.packing_sites import KernelForward
-from rmtkern.packing_watch import is_altered
+from rmtkern.packing.sites import KernelForward
+from rmtkern.packing.watch import is_altered
 
 __all__ = ["NormCall", "NormForward", "watch_norms"]
 

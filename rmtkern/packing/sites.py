@@ -1,6 +1,6 @@
 """Modules that run one of our kernels in place of PyTorch's function: measuring, putting in, taking out.
 
-It knows no kernel: packing_attention and packing_norm find the calls and say what to run.
+It knows no kernel: attention.py and norm.py find the calls and say what to run.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.nn import NotPickled
-from rmtkern.packing_report import SiteReport
-from rmtkern.packing_timing import Timer
+from rmtkern.packing.report import SiteReport
+from rmtkern.packing.timing import Timer
 from rmtkern.progress import progress
 
 __all__ = ["Call", "KernelForward", "disable", "enable", "measure_sites"]

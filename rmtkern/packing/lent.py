@@ -2,7 +2,7 @@
 
 Attention with biases of its own for q and v does that. What such code gets is no tensor: it says what the weight is
 (its shape, dtype, device), F.linear runs the packed kernel with it, and everything else refuses it, also a part of it.
-packing_watch.py says who uses a weight in no other way.
+watch.py says who uses a weight in no other way.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from rmtkern.errors import short
-from rmtkern.packing_decisions import Decisions
+from rmtkern.packing.decisions import Decisions
 from rmtkern.tables import Table, Tabulated
 
 __all__ = ["EndToEnd", "GatedReport", "LayerReport", "PackReport", "SiteReport", "is_dense"]

@@ -1,0 +1,66 @@
+"""Options that several verbs share."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from rmtkern.pruning.presets import PRESETS
+from rmtkern.training.config import FinetuneConfig
+
+__all__ = ["model_options", "prune_options", "settings_of", "settings_options", "train_options"]
+
+SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
+"""Field -> what the dataclass says of it; each is an option of `rmtkern finetune` and `gradual`."""
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """What model, with which weights, and whether its tokens are merged."""
+    parser.add_argument("model", help="a timm model name, module:function, or demo")
+    parser.add_argument("--checkpoint", type=Path, help="safetensors (or weights-only torch) file to load into it")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="do not ask a model hub for a timm model's weights"
+    )
+    parser.add_argument(
+        "--merge-tokens",
+        type=int,
+        metavar="R",
+        help="let every block merge its R most similar tokens; dense files do not say so: ask again wherever it counts",
+    )
+
+
+def prune_options(parser: argparse.ArgumentParser) -> None:
+    """How much of a model is pruned, by which method, and where."""
+    parser.add_argument("--sparsity", type=float, help="fraction of the selected weights removed, [0, 1); default 0.5")
+    parser.add_argument("--method", default="auto", help=f"auto, hybrid, {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--pattern",
+        default="unstructured",
+        help="unstructured, n:m such as 2:4 or 2:4x4, or blocks such as 4x1 or 32x32",
+    )
+    parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
+    parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    """Images to train on, a teacher, and images to score before and after."""
+    parser.add_argument(
+        "--train", type=Path, required=True, help="folder of images, a sub-folder per class; held in memory"
+    )
+    parser.add_argument("--train-images", type=int, help="at most so many of them, evenly over the classes")
+    parser.add_argument("--teacher", type=Path, help="safetensors of the dense model to distil from")
+    parser.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
+
+
+def settings_options(parser: argparse.ArgumentParser, defaults: FinetuneConfig) -> None:
+    """Every field of FinetuneConfig, with other defaults."""
+    kinds = {"int": int, "float": float, "str": str}
+    for name, field in SETTINGS.items():
+        kind = kinds[str(getattr(field.type, "__name__", field.type)).partition(" ")[0]]
+        value = getattr(defaults, name)
+        shown = "none" if value is None else value
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default: {shown}")
+
+
+def settings_of(args: argparse.Namespace) -> FinetuneConfig:
+    """The settings that `settings_options` asked for."""
+    return FinetuneConfig(**{name: getattr(args, name) for name in SETTINGS})

@@ -1,0 +1,105 @@
+"""`rmtkern prune`: prune a model and write it as dense safetensors."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rmtkern.api import prune_
+from rmtkern.cli.inputs import calibration_of, check_batch, check_folder, images_for, metadata_of, model_of
+from rmtkern.cli.options import model_options, prune_options
+from rmtkern.cli.outputs import print_made
+from rmtkern.cli.verb import Verb
+from rmtkern.evaluation import evaluate
+from rmtkern.loading import SHRUNK, save_dense
+from rmtkern.pruning.budget import BUDGETS
+from rmtkern.pruning.plan import PRIORS, THETAS, PruneConfig
+from rmtkern.pruning.presets import BEST, RESTORES
+from rmtkern.pruning.repair import REPAIRS
+from rmtkern.pruning.score import SCORES
+from rmtkern.speed import prune_to_speed_
+
+__all__ = ["VERB"]
+
+HOW = {"budget": [*BUDGETS, BEST], "score": list(SCORES), "repair": list(REPAIRS), "restore": list(RESTORES)}
+"""The parts of a method that `rmtkern prune` lets replace -> their names."""
+
+FIELDS = ("prior", "alpha", "permute", "theta", "soft_threshold")
+"""The other fields of a PruneConfig that it has options for."""
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    model_options(parser)
+    prune_options(parser)
+    parser.add_argument(
+        "--calibration", type=Path, help="folder of images (a sub-folder per class) for calibrated methods"
+    )
+    parser.add_argument("--calibration-images", type=int, default=128, help="how many of them")
+    for name, choices in HOW.items():
+        parser.add_argument(f"--{name}", choices=choices, help="default: the method's")
+    parser.add_argument("--prior", choices=PRIORS, help="method cast: a mask to stay close to, by this method")
+    parser.add_argument("--alpha", type=float, default=0.5, help="how close, >= 0; default 0.5")
+    parser.add_argument("--theta", choices=THETAS, default="haar", help="method rmt: unit of its thresholds")
+    parser.add_argument(
+        "--soft-threshold",
+        type=float,
+        default=0.0,
+        help="method rmt: shrink what stays after each cycle by so many times the published amount, >= 0; default 0",
+    )
+    parser.add_argument(
+        "--permute",
+        action=argparse.BooleanOptionalAction,
+        help="let channels change places first (patterns, calibration); default: for mini-blocks with method auto",
+    )
+    parser.add_argument(
+        "--max-drop", type=float, help="find the highest sparsity that loses at most so much top-1; 0.01 is one point"
+    )
+    parser.add_argument(
+        "--speedup", type=float, help="find the lowest sparsity whose packed model is so much faster than dense here"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="batch size for --speedup")
+    parser.add_argument("--images", type=Path, help="folder of held-out images (a sub-folder per class) for --max-drop")
+    parser.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
+
+
+def _run(args: argparse.Namespace) -> int:
+    check_folder(args.output)
+    if args.speedup is not None and (args.sparsity, args.max_drop) != (None, None):
+        raise ValueError("--speedup finds the sparsity: give it no --sparsity and no --max-drop")
+    check_batch(args.batch)
+    if args.max_drop is not None and (args.sparsity is not None or args.images is None):
+        raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
+    if args.images is not None and args.max_drop is None:
+        raise ValueError("--images are for --max-drop; to score a model before and after, use --evaluate FOLDER")
+    model = model_of(args)
+    calibration = calibration_of(args, model)
+    before = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
+    how: dict[str, Any] = {name: getattr(args, name) for name in (*HOW, *FIELDS)}
+    if args.speedup is not None:
+        example = images_for(model, args.batch)
+        asked = PruneConfig(method=args.method, pattern=args.pattern, targets=targets, ignore=ignore, **how)
+        found = prune_to_speed_(model, args.speedup, example, asked, calibration)
+        plan = found.plan
+        if not args.json:
+            print(found)
+    else:
+        plan = prune_(
+            model,
+            args.sparsity,
+            args.method,
+            args.pattern,
+            targets,
+            ignore,
+            calibration,
+            max_drop=args.max_drop,
+            evaluate=args.images,
+            **how,
+        )
+    after = evaluate(model, args.evaluate) if args.evaluate is not None else None
+    save_dense(model, args.output, plan.to_json(), metadata_of(args.checkpoint, SHRUNK))
+    print_made(args, "plan", plan, before, after)
+    return 0
+
+
+VERB = Verb("prune", "prune a model and write it as dense safetensors under its original keys", _options, _run)
