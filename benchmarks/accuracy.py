@@ -4,11 +4,14 @@
 
 DIR is put on the import path. The model function takes nothing and returns a classifier; the images function takes
 (split, limit) and returns (images [B, C, H, W], labels [B]). Methods are presets, or budget+score+repair such as
-uniform+activation+obs (without a repair: none), each with options behind it or not, such as /permute or
-rmt/soft_threshold=1/theta=legacy. Seed 0 calibrates on the first training images, any other on others. With --shrink,
-rows are of smaller dense models instead: shares of hidden features and heads that go, such as 0.3 or 0.3+0.17, chosen
-by calibration ("lstsq") or by norms. Choose on --split train (held-out from calibration), report on --split val. Every
-row is written as soon as it is known, and one that the file has is not run again.
+uniform+activation+obs (without a repair: none), each with options behind it or not: /permute (channels change places
+inside blocks), /residual (those of the residual stream too), or such as rmt/soft_threshold=1/theta=legacy. Seed 0
+calibrates on the first training images, any other on others. With --times FILE (measured if it is not there), rows say
+how fast the linears of each plan are by these times, and a case may name several patterns to choose among and the
+speed-up to reach, such as unstructured+1x2+4x2=1.4x; with --pack, each row's model is packed and timed whole. With
+--shrink, rows are of smaller dense models instead: shares of hidden features and heads that go, such as 0.3 or
+0.3+0.17, chosen by calibration ("lstsq") or by norms. Choose on --split train (held-out from calibration), report on
+--split val. Every row is written as soon as it is known, and one that the file has is not run again.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import importlib
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,12 @@ from torch import Tensor, nn
 
 from benchmarks.record import has_row, stamped, write_rows
 from rmtkern.api import prune_
-from rmtkern.pruning.plan import PruneConfig
+from rmtkern.packing.dtype import DTYPES
+from rmtkern.pattern_timing import time_patterns
+from rmtkern.pruning.plan import BLOCKS, PruneConfig, PrunePlan
+from rmtkern.pruning.times import PatternTimes
 from rmtkern.shrinking import shrink_
+from rmtkern.speed import packed_copy
 from rmtkern.tables import Table
 
 
@@ -41,25 +48,38 @@ def load(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-OPTIONS: dict[str, Callable[[str], Any]] = {
-    "permute": bool, "alpha_regime": bool, "haar": float, "soft_threshold": float, "theta": str,
-}  # fmt: skip
-"""Field of PruneConfig that may stand behind a method -> its value from what stands behind "="."""
+OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "permute": ("permute", lambda _: BLOCKS),
+    "residual": ("permute", lambda _: True),
+    "alpha_regime": ("alpha_regime", lambda _: True),
+    "haar": ("haar", float),
+    "soft_threshold": ("soft_threshold", float),
+    "theta": ("theta", str),
+}
+"""What may stand behind a method -> field of PruneConfig, and its value from what stands behind "="."""
 
 
-def config(method: str, sparsity: float, pattern: str) -> PruneConfig:
-    """A preset by name, or budget+score, or budget+score+repair; with options behind it, such as /permute/haar=0.5."""
-    name, *options = method.split("/")
-    fields: dict[str, Any] = {}
-    for option in options:
-        field, _, value = option.partition("=")
-        if field not in OPTIONS:
-            raise SystemExit(f"unknown option {field!r} of method {method!r}; expected one of {', '.join(OPTIONS)}")
-        fields[field] = OPTIONS[field](value or "yes")
+def config(method: str, goal: float | str, pattern: str) -> PruneConfig:
+    """A preset by name, or budget+score, or budget+score+repair, with options behind it.
+
+    Args:
+        method: such as "sensitivity", "row+activation+obs/permute" or "seb/haar=0.5".
+        goal: a sparsity, or with several patterns a speed-up such as "1.4x".
+        pattern: one, or several with + between.
+    """
+    name, *given = method.split("/")
+    fields: dict[str, Any] = {"permute": False, "pattern": pattern if "+" not in pattern else tuple(pattern.split("+"))}
+    fields |= {"linear_speedup": float(goal[:-1])} if isinstance(goal, str) else {"sparsity": goal}
+    for option in given:
+        word, _, value = option.partition("=")
+        if word not in OPTIONS:
+            raise SystemExit(f"unknown option {word!r} of method {method!r}; expected one of {', '.join(OPTIONS)}")
+        field, read = OPTIONS[word]
+        fields[field] = read(value)
     if "+" in name:
         budget, score, repair = [*name.split("+"), "none"][:3]
-        return PruneConfig(sparsity, "magnitude", budget, score, pattern, repair=repair, **fields)
-    return PruneConfig(sparsity, name, pattern=pattern, **fields)
+        return PruneConfig(method="magnitude", budget=budget, score=score, repair=repair, **fields)
+    return PruneConfig(method=name, **fields)
 
 
 def calibration_images(train: Tensor, count: int, seed: int, scored: int = 0) -> Tensor:
@@ -79,11 +99,45 @@ def calibration_images(train: Tensor, count: int, seed: int, scored: int = 0) ->
     return train[end - count : end]
 
 
+def linear_speedup(plan: PrunePlan, times: PatternTimes) -> float:
+    """The pruned linears of a plan against dense ones, by measured times; what is not faster runs dense.
+
+    Sparsities above the highest measured one take its time, those below the lowest the dense one.
+    """
+    dense_ms = ms = 0.0
+    for layer in plan.layers:
+        known = times.of(layer.name)
+        if known is None:
+            raise SystemExit(f"--times: no times of {layer.name}")
+        highest = max(known.ms.get(layer.pattern, {}), default=0.0)
+        taken = known.at(layer.pattern, min(layer.sparsity, highest))
+        dense_ms, ms = dense_ms + known.dense_ms, ms + min(known.dense_ms, taken or known.dense_ms)
+    return dense_ms / ms
+
+
 @torch.inference_mode()
-def hits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Which images [B] the model classifies right, float64 0 or 1."""
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """[B, C]."""
     model.eval()
-    return torch.cat([model(part).argmax(1) for part in images.split(50)]).eq(labels).double()
+    return torch.cat([model(part) for part in images.split(50)])
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which images [B] are classified right, float64 0 or 1."""
+    return logits.argmax(1).eq(labels).double()
+
+
+def hits_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """`hits` of a model."""
+    return hits(logits_of(model, images), labels)
+
+
+def divergence(dense: Tensor, pruned: Tensor) -> dict[str, float]:
+    """Mean of KL(dense || pruned) over the images and its standard error [nat], from logits [B, C]."""
+    p, q = dense.double().log_softmax(1), pruned.double().log_softmax(1)
+    each = (p.exp() * (p - q)).sum(1)
+    error = float(each.std() / len(each) ** 0.5) if len(each) > 1 else 0.0
+    return {"kl": round(float(each.mean()), 6), "kl_error": round(error, 6)}
 
 
 def against(dense: Tensor, pruned: Tensor) -> dict[str, float]:
@@ -123,35 +177,63 @@ def smaller(
     seconds = time.process_time() - start
     before, after = plan.parameters
     row = {"mlp": mlp, "heads": heads, "parameters": before, "parameters_left": after}
-    row |= against(dense_hits, hits(model, images, labels))
+    row |= against(dense_hits, hits(logits_of(model, images), labels))
     return {**row, "calibration_images": plan.calibration_images, "shrink_cpu_s": round(seconds, 2)}
 
 
+def timed(
+    path: Path, model: nn.Module, example: Tensor, cases: Sequence[tuple[str, float | str]], dtype: torch.dtype
+) -> PatternTimes:
+    """The times in a file; measured and written if it is not there, of all patterns of the cases."""
+    if path.exists():
+        return PatternTimes.load(path)
+    patterns = list(dict.fromkeys(name for pattern, _ in cases for name in pattern.split("+")))
+    found = time_patterns(model, example, patterns, dtype=dtype)
+    found.save(path)
+    print(found, flush=True)
+    return found
+
+
 def pruned(
-    dense: nn.Module, asked: PruneConfig, calibration: Any, dense_hits: Tensor, images: Tensor, labels: Tensor
+    dense: nn.Module,
+    asked: PruneConfig,
+    calibration: Any,
+    dense_logits: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    times: PatternTimes | None,
+    pack: tuple[Tensor, torch.dtype] | None,
 ) -> dict[str, Any]:
-    """Prune a copy and score it."""
+    """Prune a copy and score it; by `times` and `pack` (an example and a dtype) also say how fast it is."""
     model = copy.deepcopy(dense)
     start = time.process_time()
     needs = asked.resolve(calibrated=True).needs_calibration
-    plan = prune_(model, asked, calibration=calibration if needs else None)
+    plan = prune_(model, asked, calibration=calibration if needs else None, timings=times if asked.mixed else None)
     seconds = time.process_time() - start
     plan.verify(model)
-    found = hits(model, images, labels)
+    logits = logits_of(model, images)
+    found = hits(logits, labels)
     done = plan.config
-    return {
+    row = {
         "budget": done.budget, "score": done.score, "repair": done.repair, "sparsity": plan.sparsity,
         "sparsity_prunable": plan.prunable.sparsity, "sparsity_all": plan.parameters.sparsity,
         "tried": " ".join(f"{name}={change:.4g}" for name, change in plan.budgets.items()),
-        **against(dense_hits, found), "hits": pack_hits(found), "prune_cpu_s": round(seconds, 2),
+        **against(hits(dense_logits, labels), found), **divergence(dense_logits, logits), "hits": pack_hits(found),
+        "prune_cpu_s": round(seconds, 2), "linear_speedup": None, "packed_speedup": None, "dtype": None,
     }  # fmt: skip
+    if times is not None:
+        row |= {"linear_speedup": round(linear_speedup(plan, times), 4), "dtype": times.dtype}
+    if pack is not None:
+        _, (whole, *_) = packed_copy(model, pack[0], dtype=pack[1])
+        row |= {"packed_speedup": round(whole.speedup, 4), "dtype": str(pack[1]).removeprefix("torch.")}
+    return row
 
 
 def score_dense(dense: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """`hits` of the dense model, printed."""
-    found = hits(dense, images, labels)
-    print(f"dense: {float(found.mean()):.4f} on {len(labels)} images", flush=True)
-    return found
+    """`logits_of` the dense model; its top-1 is printed."""
+    logits = logits_of(dense, images)
+    print(f"dense: {float(hits(logits, labels).mean()):.4f} on {len(labels)} images", flush=True)
+    return logits
 
 
 def main() -> None:
@@ -165,6 +247,10 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.3, 0.4, 0.5, 0.6, 0.7])
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--cases", nargs="+", help="pattern=sparsity, such as 2:4=0.5; instead of the two above")
+    parser.add_argument("--times", type=Path, help="JSON of measured times of patterns; written if it is not there")
+    parser.add_argument("--pack", action="store_true", help="also pack each model and time it against the best dense")
+    parser.add_argument("--batch", type=int, default=8, help="images of --times and --pack")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of --times and --pack")
     parser.add_argument("--shrink", nargs="+", help="mlp or mlp+heads shares to remove; no methods and cases then")
     parser.add_argument("--by", nargs="+", default=["lstsq", "norms"], choices=("lstsq", "norms"), help="with --shrink")
     parser.add_argument("--split", default="val", choices=("train", "val"))
@@ -185,7 +271,7 @@ def main() -> None:
 
     base = {"model": args.name, "split": args.split, "images": len(labels)}
     if args.shrink:
-        dense_hits = score_dense(dense, images, labels)
+        dense_hits = hits(score_dense(dense, images, labels), labels)
         calibration = calibration_images(train[0], args.calibration, args.seeds[0], scored)
         for shares in args.shrink:
             for by in args.by:
@@ -195,32 +281,38 @@ def main() -> None:
                     write_rows(args.out, [stamped(row)], SHRINK_KEYS)
                 print(Table(list(row), [list(row.values())]).to_text(), flush=True)
         return
-    cases = [(args.pattern, sparsity) for sparsity in args.sparsities]
+    cases: list[tuple[str, float | str]] = [(args.pattern, sparsity) for sparsity in args.sparsities]
     if args.cases:
-        cases = [(pattern, float(sparsity)) for pattern, sparsity in (case.split("=") for case in args.cases)]
+        named = [case.split("=") for case in args.cases]
+        cases = [(pattern, goal if goal.endswith("x") else float(goal)) for pattern, goal in named]
+    dtype = DTYPES[0] if args.dtype == "float32" else DTYPES[1]
+    example = images[: args.batch]
+    times = timed(args.times, dense, example, cases, dtype) if args.times else None
     left = []
-    for seed, method, (pattern, sparsity) in itertools.product(args.seeds, args.methods, cases):
-        request = config(method, sparsity, pattern)
+    for seed, method, (pattern, goal) in itertools.product(args.seeds, args.methods, cases):
+        request = config(method, goal, pattern)
         needs = request.resolve(calibrated=True).needs_calibration
-        row = {**base, "method": method, "pattern": pattern, "asked": sparsity,
+        row = {**base, "method": method, "pattern": pattern, "asked": goal,
                "calibration_images": args.calibration if needs else 0, "calibration_seed": seed}  # fmt: skip
         if needs or not seed:  # without images nothing depends on the seed
             left += [(row, request)] if args.again or not (args.out and has_row(args.out, row, KEYS)) else []
     print(f"{len(left)} rows to compute", flush=True)
     if not left:
         return
-    dense_hits = score_dense(dense, images, labels)
+    dense_logits = score_dense(dense, images, labels)
+    pack = (example, dtype) if args.pack else None
     rows: list[dict[str, Any]] = []
     for row, request in left:
         data: Any = tuple(calibration_images(part, args.calibration, row["calibration_seed"], scored) for part in train)
         data = data if request.resolve(calibrated=True).needs_labels else data[0]
-        row |= pruned(dense, request, data, dense_hits, images, labels)
+        row |= pruned(dense, request, data, dense_logits, images, labels, times, pack)
         rows.append(row)
         if args.out:
             write_rows(args.out, [stamped(row)], KEYS)
-        what, seconds = f"{row['method']:20} {row['pattern']:12} {row['asked']:.2f}", row["prune_cpu_s"]
-        lost = f"{100 * row['loss']:.1f} +- {100 * row['loss_error']:.1f} points lost"
-        print(f"{what}  top-1 {row['top1']:.4f}, {lost}, pruned in {seconds:.1f} s", flush=True)
+        what, seconds = f"{row['method']:20} {row['pattern']:12} {row['asked']}", row["prune_cpu_s"]
+        lost = f"{100 * row['loss']:.1f} +- {100 * row['loss_error']:.1f} points lost, KL {row['kl']:.4f}"
+        fast = "" if times is None else f", linears {row['linear_speedup']:.2f}x"
+        print(f"{what}  top-1 {row['top1']:.4f}, {lost}{fast}, pruned in {seconds:.1f} s", flush=True)
     shown = [name for name in rows[0] if name not in ("hits", *base)]
     print(Table(shown, [[row[name] for name in shown] for row in rows]).to_text())
 

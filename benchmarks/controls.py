@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import against, hits, load, pack_hits, score_dense
+from benchmarks.accuracy import against, hits, hits_of, load, pack_hits, score_dense
 from benchmarks.record import has_row, read_rows, stamped, write_rows
 from rmtkern.api import prune_
 from rmtkern.models import prunable_weights
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.path.insert(0, args.path)
     dense = load(args.model)().eval()
     images, labels = load(args.images)(args.split, args.limit)
-    dense_hits = score_dense(dense, images, labels)
+    dense_hits = hits(score_dense(dense, images, labels), labels)
 
     def run(control: str, change: Callable[[nn.Module], dict[str, Any]]) -> None:
         row: dict[str, Any] = {"model": args.name, "split": args.split, "images": len(labels), "control": control}
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         model = copy.deepcopy(dense)
         row |= change(model)
-        found = hits(model, images, labels)
+        found = hits_of(model, images, labels)
         row |= {**against(dense_hits, found), "hits": pack_hits(found)}
         print(f"{control}: {row['stored']:.3f} stored, top-1 {row['top1']:.4f}, {100 * row['loss']:.1f} +- "
               f"{100 * row['loss_error']:.1f} points lost", flush=True)  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import against, calibration_images, config, hits, load, pack_hits, score_dense
+from benchmarks.accuracy import against, calibration_images, config, hits, hits_of, load, pack_hits, score_dense
 from benchmarks.record import has_row, stamped, write_rows
 from rmtkern.api import prune_
 from rmtkern.pruning.pattern import parse_pattern
@@ -104,13 +104,13 @@ class Setting:
             start = time.process_time()
             plan = prune_(model, request, calibration=data if resolved.needs_calibration else None)
             prune_s = time.process_time() - start
-            before = float(hits(model, *self.val).mean()) if self.score_pruned else None
+            before = float(hits_of(model, *self.val).mean()) if self.score_pruned else None
             start = time.process_time()
             teacher = self.dense if self.how.distill > 0 else None
             report = finetune_(model, plan, self.train, teacher=teacher, config=replace(self.how, seed=case.seed))
             train_s = time.process_time() - start
             plan.verify(model)
-            found = hits(model, *self.val)
+            found = hits_of(model, *self.val)
             print(report, flush=True)
             yield {
                 **self.asked(case, step), "budget": plan.config.budget, "score": plan.config.score,
@@ -179,7 +179,7 @@ def main() -> None:
     print(f"{len(left)} of {len(asked)} cases to run", flush=True)
     rows: list[dict[str, Any]] = []
     if left:
-        setting = replace(setting, dense_hits=score_dense(dense, *val))
+        setting = replace(setting, dense_hits=hits(score_dense(dense, *val), val[1]))
     for case in left:
         for row in setting.rows(case):
             rows.append(row)

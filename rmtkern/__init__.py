@@ -16,7 +16,9 @@ from rmtkern.loading import load_plan, read_checkpoint
 from rmtkern.macs import MacReport, count_macs
 from rmtkern.ops import available
 from rmtkern.packing import Decisions, PackReport, pack_, unpack_
+from rmtkern.pattern_timing import time_patterns
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
+from rmtkern.pruning.times import PatternTimes
 from rmtkern.report import PageReport, write_report
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
@@ -41,6 +43,7 @@ __all__ = [
     "PackReport",
     "PackedModelError",
     "PageReport",
+    "PatternTimes",
     "PruneConfig",
     "PrunePlan",
     "ShrinkPlan",
@@ -68,6 +71,7 @@ __all__ = [
     "read_checkpoint",
     "save",
     "shrink_",
+    "time_patterns",
     "unmerge_tokens_",
     "unpack_",
     "write_report",

@@ -14,15 +14,18 @@ from rmtkern.errors import NoGradientsError
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.pruning.budget import HILL
 from rmtkern.pruning.calibrate import Moments, calibrate
-from rmtkern.pruning.cycles import Pruned, layer_weights, make_masks, matrices
+from rmtkern.pruning.cycles import Pruned, layer_weights, make_masks, masks_of_choices, matrices
 from rmtkern.pruning.held_out import hold_out, model_outputs, relative_change
 from rmtkern.pruning.layerwise import prune_layerwise
-from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
+from rmtkern.pruning.mixing import Choice, choose_patterns
+from rmtkern.pruning.pattern import coarsest, parse_pattern, unit_of, whole_units
 from rmtkern.pruning.permute import permute_
 from rmtkern.pruning.plan import GIVEN, PRIORS, Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
 from rmtkern.pruning.presets import AUTO_NO_GRADIENTS, BEST, BEST_OF
+from rmtkern.pruning.residual import permute_stream_
 from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
 from rmtkern.pruning.target import Target, search
+from rmtkern.pruning.times import PatternTimes
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 from rmtkern.training.reallocate import reallocate
 
@@ -95,7 +98,7 @@ def prune_(
     model: nn.Module,
     sparsity: float | PruneConfig | None = None,
     method: str = "auto",
-    pattern: str = "unstructured",
+    pattern: str | Sequence[str] = "unstructured",
     targets: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] = (),
     calibration: Tensor | Iterable[Any] | None = None,
@@ -105,7 +108,7 @@ def prune_(
     score: str | None = None,
     repair: str | None = None,
     restore: str | None = None,
-    permute: bool | None = None,
+    permute: bool | str | None = None,
     prior: str | Mapping[str, Tensor] | None = None,
     alpha: float = 0.5,
     haar: float = 0.0,
@@ -113,6 +116,8 @@ def prune_(
     theta: str = "haar",
     soft_threshold: float = 0.0,
     seed: int = 0,
+    timings: PatternTimes | None = None,
+    linear_speedup: float | None = None,
     max_drop: float | None = None,
     evaluate: Any = None,
     tolerance: float = 0.01,
@@ -133,7 +138,9 @@ def prune_(
             PruneConfig and PRESETS.
             "auto" with calibration images is "sensitivity", or "admm" for a model that cannot run backward.
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
-            outputs x inputs such as "4x1".
+            outputs x inputs such as "4x1". A list of them: each weight gets the one, and the share of zeros, at which
+            all lose least for the time that they take by `timings`; a layer that none makes faster stays dense. The
+            sparsity is then met to one mini-block in all.
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader of
@@ -151,7 +158,10 @@ def prune_(
             what is missed most comes back).
         permute: with mini-blocks or an n:m pattern and calibration images, first let hidden units, and channels within
             a head, change places (weights and biases) so that mini-blocks hold what costs alike, or n:m groups dear and
-            cheap inputs each; the model computes the same. None: for mini-blocks where method "auto" has images.
+            cheap inputs each; the model computes the same. The channels of the residual stream, which all blocks share,
+            do so too where the model allows it and the summed loss falls, so that features taken from inside the model
+            come in another order; with "blocks" they do not. None: "blocks" for mini-blocks where method "auto" has
+            images.
         prior: for method "cast", a mask that the pattern stays close to: the name of a method without labels and
             layer-by-layer choice, whose unstructured mask of the same sparsity it is; or tensors by parameter name (the
             state dict of a pruned model), whose zeros it is. Their other values are not used: to project a pruned and
@@ -165,6 +175,10 @@ def prune_(
         soft_threshold: by how many times the published amount the weights that stay shrink after each cycle of method
             "rmt", >= 0; 0: not at all.
         seed: of score "random", and of the order of images with `restore`.
+        timings: how long each weight takes in each of several patterns, as `time_patterns(model, example)` measured it
+            here or `PatternTimes.load` read it.
+        linear_speedup: with several patterns and instead of a sparsity: prune until the selected weights are together
+            so many times as fast as dense by `timings`, >= 1.
         max_drop: find the highest sparsity whose top-1 on `evaluate` falls by at most this much, [0, 1); 0.01 is one
             point. By bisection, each trial pruned anew from the dense weights; one copy of the weights to return to and
             one of the best trial are held. Every trial is in the plan.
@@ -177,37 +191,43 @@ def prune_(
         The plan: config, spectra, and what was decided for each layer, with a hash of its zeros.
 
     Raises:
-        TypeError: an argument of the wrong type, or `max_drop` with a sparsity or without `evaluate`.
+        TypeError: an argument of the wrong type, `max_drop` with a sparsity or without `evaluate`, several patterns
+            without `timings`, or `linear_speedup` with a sparsity.
         ValueError: a value out of range or an unknown name; nothing to prune; NaN or Inf weights; weights on the meta
             device; K not divisible by m; calibration images missing; `max_drop` with an n:m pattern, no images to
             evaluate, a model that has no more accuracy than `max_drop`, or a drop that no sparsity keeps; a score that
-            needs an n:m pattern, a prior that it does not take, or tensors that do not fit the model.
+            needs an n:m pattern, a prior that it does not take, or tensors that do not fit the model; timings without
+            one of the weights, or by which the patterns do not get as far as asked.
         PackedModelError: the model is packed.
     """
     given = {
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
         "repair": repair, "restore": restore, "permute": permute, "prior": prior, "alpha": alpha,
-        "soft_threshold": soft_threshold,
+        "soft_threshold": soft_threshold, "linear_speedup": linear_speedup,
     }  # fmt: skip
     tensors = None if prior is None or isinstance(prior, str) else prior
     if tensors is not None:
         given["prior"] = None if config is not None or isinstance(sparsity, PruneConfig) else GIVEN
     config = _config(given, config)
     _check_prior(config, tensors)
+    _check_timings(config, timings)
     if max_drop is not None:
         target = Target(max_drop, tolerance, accuracy=0.0, images=0)
         _check_search(sparsity, config, calibration, evaluate)
-        return _search_(model, config, calibration, target, evaluate, show_progress)
+        return _search_(model, config, calibration, target, evaluate, timings, show_progress)
     if evaluate is not None or tolerance != 0.01:
         raise TypeError("prune_: evaluate= and tolerance= are for the search with max_drop=; pass max_drop too")
-    return _prune_(model, config, calibration, show_progress, tensors)
+    if config.linear_speedup is not None and isinstance(sparsity, int | float):
+        raise TypeError("prune_: got a sparsity and linear_speedup, which finds the sparsity; pass one of them")
+    return _prune_(model, config, calibration, timings, show_progress, tensors)
 
 
 def _prune_(
     model: nn.Module,
     config: PruneConfig,
     calibration: Tensor | Iterable[Any] | None,
+    timings: PatternTimes | None,
     show_progress: bool | None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> PrunePlan:
@@ -225,16 +245,23 @@ def _prune_(
         try:
             costs = sensitivities(model, weights, calibration, show_progress=show_progress)
         except NoGradientsError as error:
+            if asked.mixed:
+                raise
             config = replace(asked, method=AUTO_NO_GRADIENTS).resolve(True)  # which permutes only if asked to
             if asked.method != "auto" or config.measured or config.permute:
                 raise
             _log.warning("%s; pruning by method %r instead", error, config.method)
     if costs is None or not config.permute or calibration is None:
-        return choose_(model, weights, config, calibration, costs, priors, show_progress)
+        return choose_(model, weights, config, calibration, costs, priors, timings, show_progress)
     dense = _values(model)
     try:
-        costs = permute_(model, weights, costs, config.pattern, calibration, show_progress)
-        return choose_(model, weights, config, calibration, costs, priors, show_progress)
+        pattern = coarsest(config.patterns)
+        costs = permute_(model, weights, costs, pattern, calibration, show_progress)
+        if config.permute is True:
+            costs = permute_stream_(
+                model, weights, costs, pattern, config.sparsity, calibration, show_progress=show_progress
+            )
+        return choose_(model, weights, config, calibration, costs, priors, timings, show_progress)
     except BaseException:
         _set_(model, dense)
         raise
@@ -267,18 +294,25 @@ def _choose_(
     calibration: Tensor | Iterable[Any] | None,
     costs: Mapping[str, Sensitivity] | None,
     priors: Sequence[Tensor] | None,
+    timings: PatternTimes | None,
     show_progress: bool | None,
 ) -> PrunePlan:
     if not config.measured:
         costs = None
+    choices: dict[str, Choice] | None = None
+    if timings is not None and costs is not None:
+        sparsity = config.sparsity if config.linear_speedup is None else None
+        choices = choose_patterns(
+            weights, costs, config.patterns, timings, sparsity=sparsity, speedup=config.linear_speedup
+        )
     if calibration is not None and not config.needs_calibration:
         _log.warning(
             "method %s with score %s uses no calibration images; they were ignored", config.method, config.score
         )
-    masks_of, fits, images = _masks_of(model, weights, config, calibration, costs, show_progress)
+    masks_of, fits, images = _masks_of(model, weights, config, calibration, costs, show_progress, choices)
     pruned = masks_of()
     if config.needs_labels:
-        unit = unit_of(parse_pattern(config.pattern)[1])
+        unit = unit_of(parse_pattern(config.patterns[0])[1])
         count = sum(int(whole_units(mask, unit).sum()) for mask, _ in pruned)
         total = sum(mask.numel() for mask, _ in pruned) // (unit[0] * unit[1])
         more = min(OVER_PRUNED, (1 - config.sparsity) / 2)
@@ -297,9 +331,10 @@ def _choose_(
         del pruned
         pruned, images = prune_layerwise(
             model, weights, config, masks, calibration,
+            patterns=None if choices is None else {name: choice.pattern for name, choice in choices.items()},
             sensitivities=costs, priors=priors, show_progress=show_progress,
         )  # fmt: skip
-    plan = _plan(model, config, weights, pruned, fits, images)
+    plan = _plan(model, config, weights, pruned, fits, images, choices)
     _write_(weights, pruned)
     return plan
 
@@ -311,11 +346,19 @@ def _masks_of(
     calibration: Tensor | Iterable[Any] | None,
     costs: Mapping[str, Sensitivity] | None,
     show_progress: bool | None,
+    choices: Mapping[str, Choice] | None = None,
 ) -> tuple[Callable[..., list[Pruned]], SpectralFits, int]:
-    """make_masks with all that a config needs of the model, the spectra that it goes by, and the images it saw."""
+    """make_masks with all that a config needs of the model, the spectra that it goes by, and the images it saw.
+
+    Of several patterns masks_of_choices.
+    """
     moments = Moments()
     if config.score == "activation" and calibration is not None:
         moments = calibrate(model, weights, calibration, show_progress=show_progress)
+
+    if choices is not None and costs is not None:
+        chosen = partial(masks_of_choices, weights, config, choices, moments.features, costs)
+        return chosen, SpectralFits({}), moments.images
 
     def fit(found: Mapping[str, Tensor]) -> SpectralFits:
         return fit_spectra(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
@@ -380,9 +423,23 @@ def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:
     weights = prunable_weights(model, config.targets, config.ignore)
     _refuse_nothing(weights, "prune")
     check_values(weights)
-    if config.pattern != "unstructured":
-        _check_divisible(weights, config.pattern)
+    if not config.mixed:
+        _check_divisible(weights, config.patterns[0])
     return weights
+
+
+def _check_timings(config: PruneConfig, timings: Any) -> None:
+    if timings is not None and not isinstance(timings, PatternTimes):
+        raise TypeError(
+            f"timings: expected PatternTimes, got {type(timings).__name__}; rmtkern.time_patterns makes them"
+        )
+    if config.mixed and timings is None:
+        raise TypeError(
+            "prune_: several patterns need timings=, which time_patterns(model, example, patterns) measures or "
+            "PatternTimes.load(file) reads"
+        )
+    if timings is not None and not config.mixed:
+        raise TypeError(f"prune_: got timings and one pattern, {config.pattern!r}; pass several, or no timings")
 
 
 def _check_search(sparsity: Any, config: PruneConfig, calibration: Any, images: Any) -> None:
@@ -391,7 +448,9 @@ def _check_search(sparsity: Any, config: PruneConfig, calibration: Any, images: 
         raise TypeError("prune_: got a sparsity and max_drop, which finds the sparsity; pass one of them")
     if images is None:
         raise TypeError("prune_: max_drop needs evaluate=, held-out images with labels")
-    if ":" in config.pattern:
+    if config.linear_speedup is not None:
+        raise TypeError("prune_: got linear_speedup and max_drop; pass one of them")
+    if config.one_sparsity:
         raise ValueError(
             f"pattern {config.pattern!r} has one sparsity only, so max_drop has nothing to find; take 'unstructured' "
             "or mini-blocks such as '4x1'"
@@ -410,6 +469,7 @@ def _search_(
     calibration: Tensor | Iterable[Any] | None,
     target: Target,
     images: Any,
+    timings: PatternTimes | None,
     show_progress: bool | None,
 ) -> PrunePlan:
     weights = _selected(model, config.resolve(calibration is not None))
@@ -427,7 +487,7 @@ def _search_(
 
     def attempt(sparsity: float) -> float:
         _set_(model, dense)
-        plans.append(_prune_(model, replace(config, sparsity=sparsity), calibration, show_progress))
+        plans.append(_prune_(model, replace(config, sparsity=sparsity), calibration, timings, show_progress))
         found = evaluation.evaluate(model, images, show_progress=show_progress)
         if found.count != before.count:
             raise ValueError(
@@ -508,12 +568,18 @@ def _plan(
     pruned: Sequence[Pruned],
     fits: SpectralFits,
     images: int,
+    choices: Mapping[str, Choice] | None = None,
 ) -> PrunePlan:
-    _, params = parse_pattern(config.pattern)
-    layers = tuple(
-        LayerPlan(weight.name, weight.role, weight.shape, int(mask.sum()), mask_hash(mask), params)
-        for weight, (mask, _) in zip(weights, pruned, strict=True)
-    )
+    def layer_plan(weight: PrunableWeight, mask: Tensor) -> LayerPlan:
+        choice = None if choices is None else choices[weight.name]
+        _, params = parse_pattern(config.patterns[0] if choice is None else choice.pattern)
+        times = {} if choice is None else {"ms": choice.ms, "dense_ms": choice.dense_ms}
+        zeros, found = int(mask.sum()), mask_hash(mask)
+        return LayerPlan(weight.name, weight.role, weight.shape, zeros, found, params, **times)
+
+    layers = tuple(layer_plan(weight, mask) for weight, (mask, _) in zip(weights, pruned, strict=True))
+    if config.linear_speedup is not None:
+        config = replace(config, sparsity=sum(layer.zeros for layer in layers) / sum(layer.total for layer in layers))
     chosen = {layer.name for layer in layers}
     everything = prunable_weights(model, "all")
     zeros = sum(layer.zeros for layer in layers) + sum(

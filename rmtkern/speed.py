@@ -119,9 +119,9 @@ def prune_to_speed_(
 
     Raises:
         TypeError: an argument of the wrong type, or calibration that can be read once only.
-        ValueError: a value out of range, an n:m pattern (it has one sparsity only), a model that could not be timed, or
-            a speed-up that no sparsity up to `highest` reaches: the message says what was reached. Also as prune_ and
-            pack_ raise it.
+        ValueError: a value out of range, an n:m pattern (it has one sparsity only), several patterns, a model that
+            could not be timed, or a speed-up that no sparsity up to `highest` reaches: the message says what was
+            reached. Also as prune_ and pack_ raise it.
         PackedModelError: the model is packed.
     """
     config = config or PruneConfig()
@@ -173,7 +173,12 @@ def _check(speedup: float, config: PruneConfig, calibration: Any, highest: float
             raise ValueError(f"{name}: expected a fraction in (0, 1), got {value}")
     if not isinstance(config, PruneConfig):
         raise TypeError(f"config: expected a PruneConfig, got {type(config).__name__}")
-    if ":" in config.pattern:
+    if config.mixed:
+        raise ValueError(
+            f"pattern: prune_to_speed_ takes one, got {', '.join(config.patterns)}; prune_(pattern=[...], timings=, "
+            "linear_speedup=) chooses among several"
+        )
+    if config.one_sparsity:
         raise ValueError(
             f"pattern {config.pattern!r} has one sparsity only, so there is nothing to find; take 'unstructured' or "
             "mini-blocks such as '4x1'"

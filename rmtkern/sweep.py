@@ -272,7 +272,7 @@ def sweep(
     wanted = [(weights, data, "", DENSE, "", 0.0)]
     for config in configs:
         used = calibration_data if config.needs_calibration else ""
-        wanted.append((weights, data, used, config.method, config.pattern, config.sparsity))
+        wanted.append((weights, data, used, config.method, config.patterns[0], config.sparsity))
     rows: list[SweepRow] = []
     computed = 0
     with tempfile.TemporaryDirectory() as folder:  # times of layers, from one point to the next

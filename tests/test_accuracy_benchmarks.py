@@ -60,8 +60,8 @@ def test_accuracy_rows_of_calibrated_methods(toy, tmp_path, capsys):
 
 def test_methods_take_options():
     found = accuracy.config("rmt/soft_threshold=0.5/theta=legacy", 0.4, "unstructured")
-    assert (found.method, found.soft_threshold, found.theta, found.permute) == ("rmt", 0.5, "legacy", None)
-    assert accuracy.config("edge+admm+obs/permute", 0.5, "4x1").permute is True
+    assert (found.method, found.soft_threshold, found.theta, found.permute) == ("rmt", 0.5, "legacy", False)
+    assert accuracy.config("edge+admm+obs/permute", 0.5, "4x1").permute == "blocks"
     with pytest.raises(SystemExit, match="unknown option 'theta2' of method"):
         accuracy.config("rmt/theta2=1", 0.4, "unstructured")
 

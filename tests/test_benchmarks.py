@@ -2,16 +2,20 @@
 
 import csv
 import importlib.util
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, contenders, growth, kernel, memory, record, run, tables, timing
+from benchmarks import accuracy, cases, contenders, growth, kernel, memory, record, run, spectral, tables, timing
 from benchmarks.cases import KernelCase
-from rmtkern import comparison, load, peers, save
+from rmtkern import comparison, load, peers, prune_, save
 from rmtkern.layouts import LAYOUTS
 from rmtkern.nn import PackedLinear
+from rmtkern.pruning.times import LayerTimes, PatternTimes
 from rmtkern.testing import random_sparse
 
 
@@ -187,6 +191,107 @@ def test_options_that_do_not_fit_are_refused(capsys, options, message):
     with pytest.raises(SystemExit):
         parsed(*options)
     assert message in capsys.readouterr().err
+
+
+def test_accuracy_rows_of_several_patterns_and_of_measured_times(tmp_path, monkeypatch, capsys):
+    (tmp_path / "toyblocks.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def load_model():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 32), nn.Linear(32, 4))\n"
+        "def load_images(split, limit):\n    x = torch.randn(limit, 3, 2, 2)\n"
+        "    return x, load_model()(x).argmax(1)\n"
+    )
+    layers = [
+        LayerTimes((f"{index}.weight",), shape, 1.0, {name: {0.3: 0.9, 0.9: 0.3} for name in ("unstructured", "4x2")})
+        for index, shape in ((1, (32, 12)), (3, (32, 32)), (4, (4, 32)))
+    ]
+    PatternTimes(tuple(layers), "float32").save(tmp_path / "times.json")
+    out = tmp_path / "rows.csv"
+    argv = ["accuracy", "--path", str(tmp_path), "--model", "toyblocks:load_model", "--images", "toyblocks:load_images",
+            "--limit", "40", "--calibration", "30", "--out", str(out), "--times", str(tmp_path / "times.json"),
+            "--dtype", "float32", "--batch", "2", "--pack", "--methods", "sensitivity", "sensitivity/residual",
+            "--cases", "unstructured=0.5", "unstructured+4x2=0.5", "unstructured+4x2=1.6x"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(accuracy, "packed_copy", lambda *args, **options: (None, [SimpleNamespace(speedup=1.25)]))
+    with pytest.raises(ValueError, match="permute: pattern 'unstructured' has no mini-blocks"):
+        accuracy.main()  # which has nothing to move
+    argv.remove("sensitivity/residual")
+    accuracy.main()
+    rows = {(row["pattern"], row["asked"]): row for row in record.read_rows(out)}
+    assert list(rows) == [("unstructured", "0.5"), ("unstructured+4x2", "0.5"), ("unstructured+4x2", "1.6x")]
+    assert float(rows["unstructured+4x2", "1.6x"]["linear_speedup"]) >= 1.6
+    for row in rows.values():
+        assert float(row["packed_speedup"]) == 1.25 and float(row["kl"]) >= 0 and row["dtype"] == "float32"
+
+
+def test_spectral_against_plain_patterns(tmp_path, monkeypatch, capsys):
+    """Weights that are a few spikes plus sparse entries: factors and a sparse rest lose less in the same time."""
+    (tmp_path / "toyspikes.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def load_model():\n"
+        "    torch.manual_seed(0)\n    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.Linear(64, 64))\n"
+        "    for one in model[1:]:\n"
+        "        spikes = torch.randn(64, 2) @ torch.randn(2, one.in_features)\n"
+        "        rest = torch.randn(one.weight.shape) * (torch.rand(one.weight.shape) < 0.15)\n"
+        "        one.weight.data = spikes / 8 + rest / 8 + 0.002 * torch.randn(one.weight.shape)\n"
+        "    return model\n"
+        "def load_images(split, limit):\n    return torch.randn(limit, 3, 4, 4), torch.zeros(limit).long()\n"
+    )
+    out = tmp_path / "rows.csv"
+    argv = ["spectral", "--path", str(tmp_path), "--model", "toyspikes:load_model", "--images", "toyspikes:load_images",
+            "--layers", "*.weight", "--calibration", "256", "--tokens", "5", "--dtype", "float32", "--out", str(out),
+            "--patterns", "unstructured", "2:4", "--sparsities", "0.5", "0.8", "--spikes", "1"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def timer(calls, budget_ms):
+        """10 ms times the share that is not zero; factors take 2 ms."""
+        for call in calls.values():
+            call()
+
+        def cost(name):
+            form, *_, last = ("dense 0" if "dense" in name else name.split("|")[0]).split(" ")
+            return 10 * (1 - float(last)) + (2.0 if form == "spectral" else 0.0)
+
+        return {name: cost(name) for name in calls}
+
+    spectral.main(timer)
+    rows = record.read_rows(out)
+    assert {row["form"] for row in rows} == {"unstructured", "2:4", "spectral"} and len(rows) == 2 * 5
+    for row in rows:
+        assert (row["plain_loss"] == "") == (row["form"] != "spectral") and 0 < float(row["loss"]) < 1
+        if row["form"] == "spectral":
+            assert float(row["loss"]) < 0.5 * float(row["plain_loss"])
+    assert "geometric mean" in capsys.readouterr().out
+    points = [(2.0, 0.4), (4.0, 0.1), (3.0, 0.5)]  # the last is slower and loses more than the first
+    assert spectral.equal_time(points, 10.0, 3.0) == pytest.approx(0.2)
+    assert spectral.equal_time(points, 10.0, 8.0) == pytest.approx(0.1)
+    assert spectral.equal_time(points, 10.0, 1.0) is None and spectral.equal_time(points, 10.0, 10.0) == 0
+
+
+def test_methods_patterns_and_goals_are_read():
+    plain = accuracy.config("sensitivity/permute", 0.5, "4x2")
+    assert (plain.method, plain.sparsity, plain.pattern, plain.permute) == ("sensitivity", 0.5, "4x2", "blocks")
+    mixed = accuracy.config("sensitivity+obs+obs/residual", "1.4x", "unstructured+4x2")
+    assert (mixed.score, mixed.linear_speedup, mixed.permute) == ("obs", 1.4, True)
+    assert mixed.pattern == ("unstructured", "4x2") and accuracy.config("row", 0.3, "unstructured").permute is False
+
+
+def test_divergence_and_predicted_times():
+    dense = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    p, q = dense.double().softmax(1).numpy(), np.full((2, 2), 0.5)
+    each = (p * np.log(p / q)).sum(1)
+    found = accuracy.divergence(dense, torch.zeros(2, 2))
+    assert found["kl"] == pytest.approx(each.mean(), abs=1e-6)
+    assert found["kl_error"] == pytest.approx(each.std(ddof=1) / 2**0.5, abs=1e-6)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 10), torch.nn.Linear(10, 8))
+    plan = prune_(model, 0.5, "uniform", targets="all")
+    times = [LayerTimes((f"{i}.weight",), s, 1.0, {"unstructured": {0.4: 0.8, 0.6: 0.6}})
+             for i, s in enumerate(((10, 8), (8, 10)))]  # fmt: skip
+    assert accuracy.linear_speedup(plan, PatternTimes(tuple(times))) == pytest.approx(1 / 0.7)
+    with pytest.raises(SystemExit, match=r"no times of 1\.weight"):
+        accuracy.linear_speedup(plan, PatternTimes(tuple(times[:1])))
 
 
 def test_a_packed_model_is_measured_from_its_file(tmp_path):

@@ -18,10 +18,13 @@ from rmtkern import cli
 from rmtkern.cli import main
 from rmtkern.cli.inputs import model_of
 from rmtkern.evaluation import folder_batches, preprocessing_of
+from rmtkern.loading import load_model, load_plan
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.pruning.presets import AUTO_CALIBRATED
+from rmtkern.pruning.times import PatternTimes
 from rmtkern.storage import read_metadata
 from rmtkern.token_merging import merging_of
+from tests.pruning.test_mixing import times_of
 
 TOYS = """
 import torch
@@ -342,6 +345,27 @@ def test_certify_refuses_no_images(pruned, work, capsys):
         with pytest.raises(SystemExit):
             main([*CERTIFY, "images", *words])
         assert "--pruned" in capsys.readouterr().err
+
+
+def test_prune_chooses_among_patterns_by_times(work, images, capsys):
+    end = ["--calibration", str(images), "--calibration-images", "4", *FC, "-o", "p.safetensors"]
+    argv = ["prune", "clitoys:toy", "--times", "times.json", "--pattern", "unstructured", "1x2", "4x2", *end]
+    times_of(load_model("clitoys:toy"), ("*fc1*", "*fc2*")).save("times.json")
+    assert main([*argv, "--sparsity", "0.5"]) == 0
+    assert "chosen: " in capsys.readouterr().out
+    assert load_plan("p.safetensors").sparsity == pytest.approx(0.5, abs=0.01)
+    assert main([*argv, "--linear-speedup", "1.4"]) == 0
+    assert load_plan("p.safetensors").linear_speedup >= 1.4
+    Path("times.json").unlink()
+    assert main([*argv, "--linear-speedup", "1", "--batch", "1"]) == 0  # what is fast here is not known
+    assert set(PatternTimes.load("times.json").of("fc1.weight").ms) == {"unstructured", "1x2", "4x2"}
+    capsys.readouterr()
+    alone = ["prune", "clitoys:toy", "--times", "times.json", *end]
+    fails(capsys, alone, 2, "--times are for choosing among several patterns: give --pattern two or more")
+    fails(capsys, ["bench", "clitoys:toy", "--pattern", "4x1", "4x2"], 2, "bench: one --pattern; prune with several")
+    fails(capsys, [*argv, "--speedup", "1.5"], 2, "--speedup takes one --pattern; with several, use --linear-speedup")
+    both = ["--linear-speedup", "1.5", "--sparsity", "0.5"]
+    fails(capsys, [*argv, *both], 2, "--linear-speedup finds the sparsity: give it no --sparsity, --max-drop or")
 
 
 def test_prune_n_of_m(work, capsys):

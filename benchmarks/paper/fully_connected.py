@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import against, hits
+from benchmarks.accuracy import against, hits_of
 from benchmarks.paper.compression import compress, numbers
 from benchmarks.record import has_row, read_rows, stamped, write_rows
 from rmtkern.demo.train import accuracy, read_idx
@@ -114,7 +114,7 @@ def train(
     seconds = time.perf_counter() - start
     weights = sum(weight.parameter.numel() for weight in prunable_weights(model, "all"))
     small = compress(model, data["held out"], max_drop=max_drop)
-    lost = against(hits(model, *data["t10k"]), hits(small, *data["t10k"]))
+    lost = against(hits_of(model, *data["t10k"]), hits_of(small, *data["t10k"]))
     published = PUBLISHED.get(name, (None, None))
     model.eval()
     return {

@@ -3,12 +3,13 @@
 import argparse
 import json
 
-from rmtkern.advice import PATTERNS, advise
+from rmtkern.advice import advise
 from rmtkern.cli.inputs import check_batch, images_for, model_of
 from rmtkern.cli.options import model_options
 from rmtkern.cli.outputs import print_json
 from rmtkern.cli.verb import Verb
 from rmtkern.environment import environment, environment_line
+from rmtkern.pattern_timing import PATTERNS
 
 __all__ = ["VERB"]
 

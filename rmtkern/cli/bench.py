@@ -42,6 +42,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    if len(args.pattern) > 1:
+        raise ValueError("bench: one --pattern; prune with several first, then bench --keep-zeros")
     engines = None if args.compare is None else [name for name in args.compare.split(",") if name]
     check_engines(engines or ())
     check_folder(args.output)
@@ -49,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
     plan = None
     if not args.keep_zeros:
         targets = tuple(args.targets) if args.targets else None
-        plan = prune_(model, args.sparsity, args.method, args.pattern, targets, tuple(args.ignore))
+        plan = prune_(model, args.sparsity, args.method, args.pattern[0], targets, tuple(args.ignore))
     packed = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]

@@ -1,8 +1,12 @@
 """`rmtkern prune`: prune a model and write it as dense safetensors."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from rmtkern.api import prune_
 from rmtkern.cli.inputs import calibration_of, check_batch, check_folder, images_for, metadata_of, model_of
@@ -11,11 +15,13 @@ from rmtkern.cli.outputs import print_made
 from rmtkern.cli.verb import Verb
 from rmtkern.evaluation import evaluate
 from rmtkern.loading import SHRUNK, save_dense
+from rmtkern.pattern_timing import time_patterns
 from rmtkern.pruning.budget import BUDGETS
 from rmtkern.pruning.plan import PRIORS, THETAS, PruneConfig
 from rmtkern.pruning.presets import BEST, RESTORES
 from rmtkern.pruning.repair import REPAIRS
 from rmtkern.pruning.score import SCORES
+from rmtkern.pruning.times import PatternTimes
 from rmtkern.speed import prune_to_speed_
 
 __all__ = ["VERB"]
@@ -48,7 +54,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--permute",
         action=argparse.BooleanOptionalAction,
-        help="let channels change places first (patterns, calibration); default: for mini-blocks with method auto",
+        help="let channels change places first, also those of the residual stream (patterns, calibration); default: "
+        "inside blocks only, for mini-blocks with method auto",
     )
     parser.add_argument(
         "--max-drop", type=float, help="find the highest sparsity that loses at most so much top-1; 0.01 is one point"
@@ -56,10 +63,33 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speedup", type=float, help="find the lowest sparsity whose packed model is so much faster than dense here"
     )
-    parser.add_argument("--batch", type=int, default=8, help="batch size for --speedup")
+    parser.add_argument(
+        "--linear-speedup",
+        type=float,
+        help="with several patterns: prune until the linears are so many times as fast as dense by their times",
+    )
+    parser.add_argument(
+        "--times",
+        type=Path,
+        help="with several patterns: JSON of their times; measured, and written there if not there",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="that the times are measured in"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="batch size for --speedup and for the times of patterns")
     parser.add_argument("--images", type=Path, help="folder of held-out images (a sub-folder per class) for --max-drop")
     parser.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
+
+
+def _timings(args: argparse.Namespace, model: nn.Module, patterns: Sequence[str]) -> PatternTimes:
+    """The times of patterns: those of a file if it is there, else measured, and written there if it is named."""
+    if args.times is not None and args.times.exists():
+        return PatternTimes.load(args.times)
+    found = time_patterns(model, images_for(model, args.batch), patterns, dtype=getattr(torch, args.dtype))
+    if args.times is not None:
+        found.save(args.times)
+    return found
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -71,14 +101,23 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--max-drop finds the sparsity: give it --images FOLDER, and no --sparsity")
     if args.images is not None and args.max_drop is None:
         raise ValueError("--images are for --max-drop; to score a model before and after, use --evaluate FOLDER")
+    pattern = args.pattern[0] if len(args.pattern) == 1 else tuple(args.pattern)
+    if args.times is not None and isinstance(pattern, str):
+        raise ValueError("--times are for choosing among several patterns: give --pattern two or more")
+    if args.speedup is not None and not isinstance(pattern, str):
+        raise ValueError("--speedup takes one --pattern; with several, use --linear-speedup")
+    if args.linear_speedup is not None and (args.sparsity, args.max_drop, args.speedup) != (None, None, None):
+        raise ValueError("--linear-speedup finds the sparsity: give it no --sparsity, --max-drop or --speedup")
+    check_folder(args.times)
     model = model_of(args)
     calibration = calibration_of(args, model)
+    timings = None if isinstance(pattern, str) else _timings(args, model, pattern)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
     how: dict[str, Any] = {name: getattr(args, name) for name in (*HOW, *FIELDS)}
     if args.speedup is not None:
         example = images_for(model, args.batch)
-        asked = PruneConfig(method=args.method, pattern=args.pattern, targets=targets, ignore=ignore, **how)
+        asked = PruneConfig(method=args.method, pattern=pattern, targets=targets, ignore=ignore, **how)
         found = prune_to_speed_(model, args.speedup, example, asked, calibration)
         plan = found.plan
         if not args.json:
@@ -88,10 +127,12 @@ def _run(args: argparse.Namespace) -> int:
             model,
             args.sparsity,
             args.method,
-            args.pattern,
+            pattern,
             targets,
             ignore,
             calibration,
+            timings=timings,
+            linear_speedup=args.linear_speedup,
             max_drop=args.max_drop,
             evaluate=args.images,
             **how,

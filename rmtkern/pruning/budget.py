@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "BUDGETS",
     "HILL",
+    "LEAST_KEPT",
     "MEASURED",
     "SPECTRAL",
     "Layer",
@@ -127,7 +128,7 @@ def sensitivity(
     that stay in the model, every layer keeps a half at least, whatever its losses say: where nearly all goes, little is
     left to make up for it, and the measured losses are too low. Layers without losses get the score itself.
     """
-    most = 1 - _LEAST_KEPT * (1 - sparsity)
+    most = 1 - LEAST_KEPT * (1 - sparsity)
     return [layer.score if layer.loss is None else _marginal(layer, layer.loss, most) for layer in layers]
 
 
@@ -176,7 +177,8 @@ BUDGETS: dict[str, Budget] = {
 MEASURED: tuple[str, ...] = ("sensitivity", "edge-sensitivity")
 """The budgets that need what each entry costs, measured on calibration images."""
 
-_LEAST_KEPT = 0.5
+LEAST_KEPT = 0.5
+"""Of the share of entries that stay in the model, every layer keeps so much at least where measured losses decide."""
 
 SPECTRAL: tuple[str, ...] = ("edge", "cycle", "alphapruning", "edge-sensitivity")
 """The budgets that need the layers' spectral fits."""

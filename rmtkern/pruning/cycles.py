@@ -14,14 +14,23 @@ from torch.nn import functional as F
 from rmtkern.models import PrunableWeight, layer_type
 from rmtkern.progress import progress
 from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, edge_weights, take_smallest
-from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_of, unit_scores, whole_units
+from rmtkern.pruning.mixing import Choice
+from rmtkern.pruning.pattern import (
+    PATTERNS,
+    parse_pattern,
+    smallest_units,
+    unit_entries,
+    unit_of,
+    unit_scores,
+    whole_units,
+)
 from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.score import LAYERWISE, SCORES
 from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.spectrum.denoise import legacy_shrinkage, legacy_theta, sparsify_haar, sparsify_singular_vectors
 from rmtkern.spectrum.fit import SpectralFit
 
-__all__ = ["Pruned", "layer_weights", "make_masks", "matrices"]
+__all__ = ["Pruned", "layer_weights", "make_masks", "masks_of_choices", "matrices"]
 
 Fits = Mapping[str, SpectralFit]
 Pruned = tuple[Tensor, Tensor | None]
@@ -79,7 +88,7 @@ def make_masks(
     Raises:
         ValueError: more weights are zero already than the sparsity asks for.
     """
-    kind, params = parse_pattern(config.pattern)
+    kind, params = parse_pattern(config.patterns[0])
     values = [weight.as_matrix() for weight in weights]
     masks = [value == 0 for value in values]
     unit = unit_of(params)
@@ -134,17 +143,10 @@ def _layers(
 ) -> list[Layer]:
     layers, unit = [], unit_of(params)
     for index, (weight, value, mask) in enumerate(zip(weights, values, masks, strict=True)):
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        cost, loss = sensitivities.get(weight.name), None
-        if cost is not None:
-            loss = unit_scores(cost.of(value), unit)
-        if loss is not None and config.score in LAYERWISE:
-            score = loss  # only how many go is used, and a score would need as much memory
-        else:
-            score = SCORES[config.score or ""](value, moments.get(weight.name), generator).masked_fill_(mask, 0.0)
-            score = unit_scores(score, unit)
-        gone = whole_units(mask, unit)
-        score.masked_fill_(gone, -1.0)
+        cost = sensitivities.get(weight.name)
+        loss = None if cost is None else unit_scores(cost.of(value), unit)
+        score = _unit_score(index, value, mask, moments.get(weight.name), loss, config, unit)
+        gone = score < 0
         allowed = PATTERNS[kind](score, params)
         found = [fits[label] for label in weight.blocks() if label in fits]
         layers.append(
@@ -158,6 +160,58 @@ def _layers(
             )
         )
     return layers
+
+
+def _unit_score(
+    index: int,
+    value: Tensor,
+    mask: Tensor,
+    moment: Tensor | None,
+    loss: Tensor | None,
+    config: PruneConfig,
+    unit: tuple[int, int],
+) -> Tensor:
+    """Scores of the units of the weight of that number, -1 where a unit is zero already."""
+    if loss is not None and config.score in LAYERWISE:
+        score = loss  # only how many go is used, and a score would need as much memory
+    else:
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+        score = unit_scores(SCORES[config.score or ""](value, moment, generator).masked_fill_(mask, 0.0), unit)
+    return score.masked_fill_(whole_units(mask, unit), -1.0)
+
+
+def masks_of_choices(
+    weights: Sequence[PrunableWeight],
+    config: PruneConfig,
+    choices: Mapping[str, Choice],
+    moments: Mapping[str, Tensor],
+    sensitivities: Mapping[str, Sensitivity],
+) -> list[Pruned]:
+    """Which units go where pattern and number are chosen for each weight: those of lowest score; zeros stay.
+
+    Args:
+        weights: the selected weights.
+        config: resolved, with several patterns.
+        choices: of each weight, by name.
+        moments: as for `make_masks`.
+        sensitivities: weight name -> what its entries cost.
+
+    Returns:
+        One pair for each weight.
+    """
+    pruned: list[Pruned] = []
+    for index, weight in enumerate(weights):
+        choice, value = choices[weight.name], weight.as_matrix()
+        kind, params = parse_pattern(choice.pattern)
+        unit, mask = unit_of(params), value == 0
+        loss = unit_scores(sensitivities[weight.name].of(value), unit)
+        score = _unit_score(index, value, mask, moments.get(weight.name), loss, config, unit)
+        if kind == "n:m":
+            goes = PATTERNS[kind](score, params)
+        else:
+            goes = smallest_units(score.reshape(1, -1), torch.tensor([choice.units])).reshape(score.shape)
+        pruned.append((mask | unit_entries(goes, unit), None))
+    return pruned
 
 
 def layer_weights(

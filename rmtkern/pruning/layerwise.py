@@ -40,6 +40,7 @@ def prune_layerwise(
     chosen: list[Tensor],
     images: Tensor | Iterable[Any],
     *,
+    patterns: Mapping[str, str] | None = None,
     sensitivities: Mapping[str, Sensitivity] | None = None,
     priors: Sequence[Tensor] | None = None,
     show_progress: bool | None = None,
@@ -56,6 +57,7 @@ def prune_layerwise(
         chosen: bool [N, K] for each weight: the mask, or with a score of MASKS how many units go from each weight (with
             budget "row", from each row). Emptied, so that what was used takes no room.
         images: as for calibrate.calibrate.
+        patterns: weight name -> its pattern, where the config has several.
         sensitivities: weight name -> what its outputs are worth against each other; None: all the same.
         priors: bool [N, K] for each weight, true where a mask to stay close to lets it go, for a score of
             score.GROUPED; None: no prior.
@@ -90,7 +92,7 @@ def prune_layerwise(
             cost = (sensitivities or {}).get(weight.name)
             masks[weight.name], matrix = _prune(
                 weight, left.pop(weight.name), second_moment(stage, weight, uses, calls), config, cost,
-                near.get(weight.name),
+                near.get(weight.name), pattern=config.patterns[0] if patterns is None else patterns[weight.name],
             )  # fmt: skip
             if alone:
                 matrices[weight.name] = matrix
@@ -138,9 +140,11 @@ def _prune(
     config: PruneConfig,
     cost: Sensitivity | None,
     prior: Tensor | None,
+    *,
+    pattern: str,
 ) -> tuple[Tensor, Tensor]:
     """One weight's mask and repaired matrix, block by block of the rows that see inputs of their own."""
-    matrix, kind_params = weight.as_matrix(), parse_pattern(config.pattern)
+    matrix, kind_params = weight.as_matrix(), parse_pattern(pattern)
     mask, undamped, moments = chosen, moments if config.score in _UNDAMPED else None, damped(moments)
     if config.score in MASKS:
         seen = moments if undamped is None else undamped

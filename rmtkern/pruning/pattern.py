@@ -1,12 +1,16 @@
 """In what shape entries go: which of them a pattern lets go, alone or in mini-blocks. Knows no budget."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["PATTERNS", "parse_pattern", "smallest_units", "unit_entries", "unit_of", "unit_scores", "whole_units"]
+__all__ = [
+    "PATTERNS", "coarsest", "divides", "parse_pattern", "pattern_name", "smallest_units", "unit_entries", "unit_of",
+    "unit_scores", "whole_units",
+]  # fmt: skip
 
 
 def unstructured(score: Tensor, params: dict[str, int]) -> Tensor:
@@ -45,6 +49,19 @@ _SIDES = (16, 32, 64, 128)
 def unit_of(params: dict[str, int]) -> tuple[int, int]:
     """(outputs, inputs) that go or stay together: (r, c) of mini-blocks, (r, 1) of n:mxr, else (1, 1)."""
     return params.get("r", 1), params.get("c", 1)
+
+
+def divides(pattern: str, shape: tuple[int, int]) -> bool:
+    """Whether a weight [N, K] consists of whole mini-blocks, or groups, of a pattern."""
+    _, params = parse_pattern(pattern)
+    r, c = unit_of(params)
+    return shape[0] % r == 0 and shape[1] % params.get("m", c) == 0
+
+
+def coarsest(patterns: Sequence[str]) -> str:
+    """The pattern with the most entries in a mini-block, n:m before none; of equal ones, the first."""
+    params = {pattern: parse_pattern(pattern)[1] for pattern in patterns}
+    return max(patterns, key=lambda pattern: (math.prod(unit_of(params[pattern])), bool(params[pattern])))
 
 
 def unit_scores(score: Tensor, unit: tuple[int, int]) -> Tensor:
@@ -112,3 +129,10 @@ def parse_pattern(pattern: str) -> tuple[str, dict[str, int]]:
     if not 2 <= r <= 64:
         raise ValueError(f"pattern {pattern!r}: expected 2 to 64 outputs that share a pattern, such as '2:4x4'")
     return "n:m", {"n": n, "m": m, "r": r}
+
+
+def pattern_name(params: Mapping[str, int]) -> str:
+    """The inverse of `parse_pattern`: the name of the pattern with these parameters."""
+    if "n" in params:
+        return f"{params['n']}:{params['m']}" + (f"x{params['r']}" if "r" in params else "")
+    return f"{params['r']}x{params['c']}" if params else "unstructured"

@@ -19,7 +19,10 @@ from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.pruning.spread import spread_columns
 from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
 
-__all__ = ["Site", "find_sites", "group_rows", "permute_"]
+__all__ = [
+    "Site", "bias_of", "few", "find_sites", "group_channels", "group_rows", "log_costs", "permute_", "random_copy",
+    "same_outputs",
+]  # fmt: skip
 
 _TRY = 2
 _TOLERANCE = 1e-9
@@ -50,7 +53,7 @@ class Site:
             matrix = weight.as_matrix().clone()
             matrix[rows] = matrix[rows][order]
             weight.parameter.copy_(weight.to_parameter(matrix))
-            bias = _bias(weight, parameters)
+            bias = bias_of(weight, parameters)
             if bias is not None:
                 bias[rows] = bias[rows][order]
         if self.consumer is not None:
@@ -58,7 +61,8 @@ class Site:
             self.consumer.parameter.copy_(self.consumer.to_parameter(matrix))
 
 
-def _bias(weight: PrunableWeight, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
+def bias_of(weight: PrunableWeight, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
+    """The bias that goes with a weight, told by its name and shape, or None."""
     head, found, tail = weight.name.rpartition("weight")
     bias = parameters.get(f"{head}bias{tail}") if found else None
     return bias if bias is not None and bias.shape == weight.shape[:1] else None
@@ -72,7 +76,7 @@ def permute_(
     images: Tensor | Iterable[Any],
     show_progress: bool | None = None,
 ) -> dict[str, Sensitivity]:
-    """Let channels of a model change places so that a pattern loses less; it computes the same.
+    """Let channels inside blocks of a model change places so that a pattern loses less; it computes the same.
 
     Mini-blocks, and outputs that share an n:m pattern, get weights that cost alike; groups of n:m get dear and cheap
     inputs each. What moves are hidden units of an MLP, value channels within a head, and for mini-blocks query with key
@@ -137,23 +141,17 @@ def find_sites(
             order = [weight for weight, uses in weights_in_order(stage, calls[0]) if uses == 1 and not weight.tied]
             found.extend(_sites_of(stage, calls[0], order, unit))
 
-    run, _ = next(forward_passes(model, _few(images)))
+    run, _ = next(forward_passes(model, few(images)))
     with torch.no_grad(), evaluating(model):
         visit_stages(find_stages(model, weights), [run], visit)
     return found
 
 
 def _sites_of(stage: Stage, call: Call, order: Sequence[PrunableWeight], unit: tuple[int, int]) -> list[Site]:
-    """The sites of one block, tried on a copy with random parameters: none is 0 or 1 and hides a broken shuffle."""
+    """The sites of one block, tried on a copy with random parameters."""
     generator = torch.Generator().manual_seed(0)
-    trial = copy.deepcopy(stage.module).double()
-    for module in trial.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+    trial = random_copy(stage.module, generator)
     parameters = dict(trial.named_parameters())
-    for parameter in parameters.values():
-        bound = (3 / max(parameter.shape[-1] if parameter.ndim > 1 else 1, 1)) ** 0.5
-        parameter.copy_((torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1) * bound)
     prefix = f"{stage.name}." if stage.name else ""
     names = {weight.name: weight.name.removeprefix(prefix) for weight in order}
     copied = {weight.name: replace(weight, name=names[weight.name], parameter=parameters[names[weight.name]])
@@ -169,7 +167,7 @@ def _sites_of(stage: Stage, call: Call, order: Sequence[PrunableWeight], unit: t
         twin.move_(shuffle, parameters)
         outputs = tensors_of(trial(*args, **kwargs))
         twin.move_(shuffle.argsort(), parameters)
-        return all(map(_close, outputs, expected))
+        return same_outputs(outputs, expected)
 
     found: list[Site] = []
     taken: set[tuple[str, int]] = set()
@@ -179,6 +177,25 @@ def _sites_of(stage: Stage, call: Call, order: Sequence[PrunableWeight], unit: t
             found.append(next((site for site in sites[:-1] if allows(site)), sites[-1]))
             taken |= ends
     return found
+
+
+def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A float64 copy without hooks whose parameters are random: none is 0 or 1 and hides a broken shuffle.
+
+    Args:
+        module: any; not changed. Buffers are copied.
+        generator: on the CPU.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        bound = (3 / max(parameter.shape[-1] if parameter.ndim > 1 else 1, 1)) ** 0.5
+        values = (torch.rand(parameter.shape, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+        memo[id(parameter)] = nn.Parameter(values.to(parameter.device))
+    found = copy.deepcopy(module, memo).double()
+    for part in found.modules():
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
+    return found.requires_grad_(False)
 
 
 def _double(value: Any) -> Any:
@@ -191,9 +208,11 @@ def _double(value: Any) -> Any:
     return type(value)(map(_double, value)) if type(value) in (tuple, list) else value
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())
+def same_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether float64 outputs are the same but for the order of sums: each to 1e-9 of its largest value."""
+    return len(found) == len(expected) and all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=_TOLERANCE * float(other.abs().max()))
+        for one, other in zip(found, expected, strict=True)
     )
 
 
@@ -233,36 +252,53 @@ def _blocks(channels: int, unit: tuple[int, int]) -> list[int]:
     return [size for size in sizes if size % max(unit) == 0 and channels % size == 0]
 
 
-def _few(images: Tensor | Iterable[Any]) -> Any:
-    """The first batch, or its first images if that is a tensor."""
+def few(images: Tensor | Iterable[Any]) -> Any:
+    """The first two images, or the first batch if that is a mapping, as calibrate.calibrate takes them."""
     if isinstance(images, tuple) and images and isinstance(images[0], Tensor):
         images = images[0]
     if isinstance(images, Tensor):
         return images[:_TRY]
-    return [next(iter(images))]
+    batch = next(iter(images))
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    return first[:_TRY] if isinstance(first, Tensor) else [batch]
 
 
 def _order(site: Site, costs: Mapping[str, Sensitivity], unit: tuple[int, int]) -> Tensor:
-    """Where the channels go: pairs (of c) by consumer and producers, then groups of r by the producers alone."""
-    r, c = unit
+    """Where the channels go, block by block."""
     made = [costs[weight.name].of(weight.as_matrix())[first : first + site.channels]
             for weight, first in site.producers]  # fmt: skip
-    rows = torch.cat([_features(one) for one in made], 1)
+    rows = torch.cat([log_costs(one) for one in made], 1)
     columns = rows[:, :0]
     if site.consumer is not None:
-        columns = _features(costs[site.consumer.name].of(site.consumer.as_matrix())).t()
+        columns = log_costs(costs[site.consumer.name].of(site.consumer.as_matrix())).t()
     orders = []
     for first in range(0, site.channels, site.block):
-        mine, taken = rows[first : first + site.block], columns[first : first + site.block]
-        order = torch.arange(site.block, device=rows.device)
-        if site.consumer is not None and c > 1:
-            order = group_rows(taken if r == 1 else torch.cat([mine, taken], 1), c)
-        step = c if site.consumer is not None and r % c == 0 else 1
-        if r > step:
-            summed = mine[order].reshape(site.block // step, step, -1).sum(1)
-            order = order.reshape(-1, step)[group_rows(summed, r // step)].flatten()
-        orders.append(order + first)
+        part = slice(first, first + site.block)
+        taken = None if site.consumer is None else columns[part]
+        orders.append(group_channels(rows[part], taken, unit) + first)
     return torch.cat(orders)
+
+
+def group_channels(made: Tensor, taken: Tensor | None, unit: tuple[int, int]) -> Tensor:
+    """An order of channels in which the mini-blocks along them hold what is alike: pairs (of c), then groups of r.
+
+    Args:
+        made: [C, F] features of the channels as rows of the weights that put them out.
+        taken: [C, F] the same as columns of the weights that take them in; None where none does.
+        unit: (r, c), outputs and inputs of a mini-block.
+
+    Returns:
+        int64 [C]: channel order[i] goes to place i.
+    """
+    r, c = unit
+    order = torch.arange(len(made), device=made.device)
+    if taken is not None and c > 1:
+        order = group_rows(taken if r == 1 else torch.cat([made, taken], 1), c)
+    step = c if taken is not None and r % c == 0 else 1
+    if r > step:
+        summed = made[order].reshape(len(made) // step, step, -1).sum(1)
+        order = order.reshape(-1, step)[group_rows(summed, r // step)].flatten()
+    return order
 
 
 def _spread(consumer: PrunableWeight, block: int, cost: Sensitivity, params: Mapping[str, int]) -> Tensor:
@@ -272,8 +308,15 @@ def _spread(consumer: PrunableWeight, block: int, cost: Sensitivity, params: Map
     return torch.cat(orders)
 
 
-def _features(cost: Tensor) -> Tensor:
-    """What is alike in two channels: by how much, as a logarithm, their entries cost more than the median."""
+def log_costs(cost: Tensor) -> Tensor:
+    """What is alike in two channels: by how much, as a logarithm, their entries cost more than the median.
+
+    Args:
+        cost: [C, F], >= 0.
+
+    Returns:
+        [C, F] in [-3, 3].
+    """
     median = cost.flatten().median().clamp(min=torch.finfo(cost.dtype).tiny)
     return (cost / median).clamp(1e-3, 20).log().clamp(-3, 3)
 

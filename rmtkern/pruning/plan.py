@@ -6,6 +6,7 @@ It knows the names of budgets, scores and patterns, and computes none of them.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol, Self
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from rmtkern.models import ROLES, PrunableWeight, block_name, prunable_weights
 from rmtkern.pruning.budget import BUDGETS, MEASURED, SPECTRAL
-from rmtkern.pruning.pattern import parse_pattern, unit_of
+from rmtkern.pruning.pattern import parse_pattern, pattern_name, unit_of
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, BEST, HYBRID_UNTIL, PRESETS, RESTORES, Preset
 from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
 from rmtkern.pruning.score import CALIBRATED, GROUPED, LAYERWISE, SCORES
@@ -39,6 +40,10 @@ PRIORS = tuple(
 
 GIVEN = "given"
 """The prior of a config whose mask was passed to prune_ as tensors."""
+
+
+BLOCKS = "blocks"
+"""What `permute` is where channels change places inside blocks only."""
 
 
 def _one_of(name: str, value: Any, valid: Iterable[str]) -> None:
@@ -66,11 +71,16 @@ class PruneConfig:
         score: key of SCORES, which entries matter; None: the method's.
         repair: key of REPAIRS, what becomes of the entries that stay; None: the method's.
         permute: first let channels change places where the model allows it, so that mini-blocks hold what costs alike
-            and n:m groups do not (see permute.permute_); for all patterns but "unstructured", with calibration images.
-            None: for mini-blocks where method "auto" has images.
+            and n:m groups do not (see permute.permute_, and residual.permute_stream_ for those that all blocks share,
+            which "blocks" leaves where they are); for all patterns but "unstructured", with calibration images.
+            None: "blocks" for mini-blocks where method "auto" has images.
         pattern: "unstructured"; n:m such as "2:4", which takes only sparsity 1 - n / m; n:mxr such as "2:4x4": the
             same for r outputs that share their inputs; or rxc such as "4x1": mini-blocks of 4 outputs x 1 input that go
-            or stay whole (the sparsity is then met to one mini-block), or larger blocks such as "32x32".
+            or stay whole (the sparsity is then met to one mini-block), or larger blocks such as "32x32". Several of
+            them: each weight gets the one, and the share of zeros, at which all lose least for the time that they take
+            (see mixing.choose_patterns), by times that `prune_` is given; with calibration images.
+        linear_speedup: with several patterns, how many times as fast as dense the selected weights shall be by those
+            times, >= 1; `sparsity` is then what came of it. None: the sparsity says how far it goes.
         targets: roles, groups or globs (see models.prunable_weights); None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         haar: z of the singular-vector step before pruning (docs/math.md (17)), in Haar deviations; 0: no such step.
@@ -96,7 +106,7 @@ class PruneConfig:
     method: str = "auto"
     budget: str | None = None
     score: str | None = None
-    pattern: str = "unstructured"
+    pattern: str | tuple[str, ...] = "unstructured"
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
     haar: float = 0.0
@@ -105,10 +115,11 @@ class PruneConfig:
     seed: int = 0
     repair: str | None = None
     restore: str | None = None
-    permute: bool | None = None
+    permute: bool | str | None = None
     prior: str | None = None
     alpha: float = 0.5
     soft_threshold: float = 0.0
+    linear_speedup: float | None = None
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -123,11 +134,7 @@ class PruneConfig:
             _one_of("repair", self.repair, REPAIRS)
         if self.restore is not None:
             _one_of("restore", self.restore, RESTORES)
-        _, params = parse_pattern(self.pattern)
-        if "n" in params and not math.isclose(self.sparsity, 1 - params["n"] / params["m"], abs_tol=1e-12):
-            raise ValueError(
-                f"pattern {self.pattern!r} takes only sparsity {1 - params['n'] / params['m']:g}, got {self.sparsity:g}"
-            )
+        params = self._check_patterns()
         for name in ("targets", "ignore"):
             words = getattr(self, name)
             if words is None and name == "targets":
@@ -145,8 +152,10 @@ class PruneConfig:
             raise ValueError(f"haar: expected a finite number >= 0, got {self.haar}")
         if not isinstance(self.alpha_regime, bool):
             raise TypeError(f"alpha_regime: expected a bool, got {type(self.alpha_regime).__name__}")
-        if not isinstance(self.permute, bool | None):
-            raise TypeError(f"permute: expected a bool or None, got {type(self.permute).__name__}")
+        if not isinstance(self.permute, bool | str | None):
+            raise TypeError(f"permute: expected a bool, {BLOCKS!r} or None, got {type(self.permute).__name__}")
+        if isinstance(self.permute, str) and self.permute != BLOCKS:
+            raise ValueError(f"permute: expected True, False, {BLOCKS!r} or None, got {self.permute!r}")
         if self.permute and not params:
             raise ValueError(
                 f"permute: pattern {self.pattern!r} has no mini-blocks and no groups to fill; take '4x1', '2:4' or the "
@@ -169,6 +178,43 @@ class PruneConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
 
+    def _check_patterns(self) -> list[dict[str, int]]:
+        """The parameters of each pattern that has some."""
+        if not isinstance(self.pattern, str) and isinstance(self.pattern, Iterable):
+            object.__setattr__(self, "pattern", tuple(self.pattern))
+        params = [parse_pattern(pattern)[1] for pattern in self.patterns]
+        if not params or len(set(self.patterns)) < len(params):
+            raise ValueError(f"pattern: expected a pattern, or several that differ, got {self.pattern!r}")
+        if self.one_sparsity:
+            only = 1 - params[0]["n"] / params[0]["m"]
+            if not math.isclose(self.sparsity, only, abs_tol=1e-12):
+                raise ValueError(f"pattern {self.pattern!r} takes only sparsity {only:g}, got {self.sparsity:g}")
+        if self.linear_speedup is not None:
+            _number("linear_speedup", self.linear_speedup)
+            if not 1 <= self.linear_speedup < math.inf:
+                raise ValueError(f"linear_speedup: expected a finite number >= 1, got {self.linear_speedup}")
+            if not self.mixed:
+                raise ValueError(
+                    f"linear_speedup: goes with several patterns to choose among, got {self.pattern!r}; pass "
+                    "pattern= a list such as ['unstructured', '4x2']"
+                )
+        return [one for one in params if one]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each weight gets one of several patterns."""
+        return not isinstance(self.pattern, str)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The pattern, or those to choose among."""
+        return (self.pattern,) if not isinstance(self.pattern, tuple) else self.pattern
+
+    @property
+    def one_sparsity(self) -> bool:
+        """Whether the pattern is n:m, which takes one sparsity only and leaves a budget no choice."""
+        return isinstance(self.pattern, str) and ":" in self.pattern
+
     def resolve(self, calibrated: bool) -> Self:
         """The same request with method, budget, score, repair, restore and permute named.
 
@@ -180,11 +226,12 @@ class PruneConfig:
                 entries shall come back where a score is known only layer by layer, or an n:m pattern says itself how
                 many go; or the score needs an n:m pattern, or the prior another score.
         """
-        method, permute = self.method, bool(self.permute)
+        method, permute = self.method, self.permute or False
         if method == "auto":
-            if self.permute is None and calibrated and ":" not in self.pattern:
-                permute = unit_of(parse_pattern(self.pattern)[1]) != (1, 1)
-            method = AUTO_CALIBRATED if calibrated else AUTO_NM if ":" in self.pattern else AUTO
+            if self.permute is None and calibrated and not self.one_sparsity:
+                mini_blocks = any(unit_of(parse_pattern(one)[1]) != (1, 1) for one in self.patterns)
+                permute = BLOCKS if mini_blocks else False
+            method = AUTO_CALIBRATED if calibrated or self.mixed else AUTO_NM if self.one_sparsity else AUTO
         elif method == "hybrid":
             method = "magnitude" if self.sparsity <= HYBRID_UNTIL else "ser"
         preset = PRESETS[method]
@@ -197,16 +244,21 @@ class PruneConfig:
             restore=self.restore or preset.restore,
             permute=permute,
         )
-        if resolved.restore != "none" and (":" in self.pattern or resolved.score in LAYERWISE):
+        if self.mixed and (resolved.budget != "sensitivity" or resolved.score in GROUPED or resolved.haar > 0):
+            raise ValueError(
+                f"pattern: several are chosen among by measured losses, got budget {resolved.budget!r}, score "
+                f"{resolved.score!r} and haar {resolved.haar:g}; take method='sensitivity', or one pattern"
+            )
+        if resolved.restore != "none" and (self.one_sparsity or self.mixed or resolved.score in LAYERWISE):
             raise ValueError(
                 f"restore {resolved.restore!r}: expected a pattern without n:m and a score that is known before any "
                 f"layer is pruned, got pattern {self.pattern!r} and score {resolved.score!r}; take restore='none'"
             )
-        if resolved.budget == BEST and ":" in self.pattern:
+        if resolved.budget == BEST and self.one_sparsity:
             raise ValueError(
                 f"budget {BEST!r}: pattern {self.pattern!r} says itself how much goes from each layer; take budget=None"
             )
-        if resolved.score in GROUPED and ":" not in self.pattern:
+        if resolved.score in GROUPED and not self.one_sparsity:
             raise ValueError(
                 f"score {resolved.score!r} compares whole n:m groups, got pattern {self.pattern!r}; take pattern='2:4' "
                 "or another n:m, or another method"
@@ -243,7 +295,7 @@ class PruneConfig:
     @property
     def measured(self) -> bool:
         """Whether the budget of a resolved config goes by what the weights cost the model; n:m leaves it no choice."""
-        return self.budget in (*MEASURED, BEST) and ":" not in self.pattern
+        return self.budget in (*MEASURED, BEST) and not self.one_sparsity
 
     @property
     def layerwise(self) -> bool:
@@ -288,6 +340,8 @@ class LayerPlan:
         zeros: pruned entries.
         mask_hash: SHA-256 of the zero pattern; see `mask_hash`.
         params: of the pattern, such as {"n": 2, "m": 4}.
+        ms: predicted time where the pattern was chosen by times [ms], else None.
+        dense_ms: in its fastest dense form, by the same times [ms], or None.
     """
 
     name: str
@@ -296,6 +350,13 @@ class LayerPlan:
     zeros: int
     mask_hash: str
     params: Mapping[str, int] = field(default_factory=dict)
+    ms: float | None = None
+    dense_ms: float | None = None
+
+    @property
+    def pattern(self) -> str:
+        """The name of its pattern."""
+        return pattern_name(self.params)
 
     @property
     def total(self) -> int:
@@ -396,6 +457,21 @@ class PrunePlan(Tabulated):
         """Fraction of zeros in the selected weights."""
         return self.selected.sparsity
 
+    @property
+    def linear_speedup(self) -> float | None:
+        """Of the selected weights together, dense over pruned, by the times that patterns were chosen by; else None."""
+        if not all(layer.ms and layer.dense_ms for layer in self.layers):
+            return None
+        return sum(layer.dense_ms or 0.0 for layer in self.layers) / sum(layer.ms or 0.0 for layer in self.layers)
+
+    def _mix(self) -> list[str]:
+        """What several patterns came to, in words."""
+        if self.linear_speedup is None:
+            return []
+        counts = Counter("dense" if layer.ms == layer.dense_ms else layer.pattern for layer in self.layers)
+        named = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        return [f"chosen: {named}; {self.linear_speedup:.2f}x as fast as dense by the times given"]
+
     def verify(self, model: nn.Module) -> None:
         """Check that a model has exactly the zeros of this plan.
 
@@ -412,16 +488,20 @@ class PrunePlan(Tabulated):
 
     def table(self) -> Table:
         """One row per layer, and the totals in all accountings as notes."""
-        rows = [(layer.name, layer.role, f"{layer.shape[0]}x{layer.shape[1]}", layer.zeros, layer.total,
-                 round(100 * layer.sparsity, 2)) for layer in self.layers]  # fmt: skip
         config = self.config
+        mixed = ("pattern", "ms", "dense ms") if config.mixed else ()
+        rows = [(layer.name, layer.role, f"{layer.shape[0]}x{layer.shape[1]}", layer.zeros, layer.total,
+                 round(100 * layer.sparsity, 2), *((layer.pattern, layer.ms, layer.dense_ms) if mixed else ()))
+                for layer in self.layers]  # fmt: skip
         lines = [("selected weights", self.selected), ("prunable weights with patch embedding and head", self.prunable),
                  ("all parameters", self.parameters)]  # fmt: skip
         notes = [
             f"method {config.method} (budget {config.budget}, score {config.score}, repair {config.repair}"
             f"{f', restore {config.restore}' if config.needs_labels else ''}"
             f"{f', prior {config.prior} x {config.alpha:g}' if config.prior else ''}), "
-            f"pattern {config.pattern}, asked sparsity {config.sparsity:g}",
+            f"pattern {' or '.join(config.patterns)}, asked "
+            + (f"sparsity {config.sparsity:g}" if config.linear_speedup is None else f"{config.linear_speedup:g}x"),
+            *self._mix(),
             *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
         ]
         if self.budgets:
@@ -436,7 +516,7 @@ class PrunePlan(Tabulated):
             for trial in target.trials:
                 verdict = "" if target.allows(trial.accuracy) else ", too low"
                 notes.append(f"  {trial.sparsity:.4f}: {trial.accuracy:.2%}{verdict}")
-        return Table(("weight", "role", "shape", "zeros", "total", "sparsity %"), rows, notes)
+        return Table(("weight", "role", "shape", "zeros", "total", "sparsity %", *mixed), rows, notes)
 
     def to_json(self) -> str:
         """Everything, as a JSON object."""
@@ -466,7 +546,8 @@ class PrunePlan(Tabulated):
         """
         try:
             data = json.loads(text)
-            layers = [{key: layer[key] for key in (f.name for f in fields(LayerPlan))} for layer in data["layers"]]
+            names = {one.name for one in fields(LayerPlan)}
+            layers = [{key: value for key, value in layer.items() if key in names} for layer in data["layers"]]
             return cls(
                 config=PruneConfig(**data["config"]),
                 layers=tuple(LayerPlan(**{**layer, "shape": tuple(layer["shape"])}) for layer in layers),
@@ -477,7 +558,7 @@ class PrunePlan(Tabulated):
                 target=None if data.get("target") is None else _target(data["target"]),
                 budgets=data.get("budgets", {}),
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not the JSON of a PrunePlan ({error!r}); expected what to_json wrote") from error
 
 
