@@ -87,8 +87,9 @@ def save(
     Args:
         model: what `pack_` changed; it may be on any device.
         path: of the file, if it ends in ".safetensors", such as "vit.safetensors"; else of a folder, which is made and
-            gets "model.safetensors" and, of a transformers model, "config.json", as save_pretrained lays them out.
-            Files are written beside it first, then renamed.
+            gets "model.safetensors" and, of a transformers model, "config.json", as save_pretrained lays them out;
+            from_pretrained refuses it with advice, as it knows no packed weights. Files are written beside it first,
+            then renamed.
         plan: of `prune_`, to travel along; read it with `rmtkern.load_plan`.
         shrunk: of `shrink_`, so that `load` makes the model as small; without it the file loads only into a model that
             is.
@@ -145,15 +146,22 @@ def save(
 
 @contextmanager
 def _config_beside(model: nn.Module, target: Path) -> Iterator[None]:
-    """Put a transformers model's config.json beside its weights when these are there."""
+    """Put a transformers model's config.json beside its weights when these are there.
+
+    `transformers_weights` is where from_pretrained looks for the name of the weights: it refuses the advice that stands
+    there and shows it, where it would otherwise call packed weights unexpected and leave random ones in the model.
+    """
     config = getattr(model, "config", None)
     if config is None or not callable(getattr(config, "to_json_string", None)):
         yield
         return
     config = copy.deepcopy(config)
-    config.architectures = [type(model).__name__]
+    kind = type(model).__name__
+    config.architectures = [kind]
+    advice = f"packed by rmtkern, load with rmtkern.load(folder, {kind}(AutoConfig.from_pretrained(folder)))"
+    record = {**json.loads(config.to_json_string()), "transformers_weights": advice}
     with replacing(target.with_name("config.json")) as temporary:
-        temporary.write_text(config.to_json_string(), encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield
 
 
@@ -509,7 +517,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = True) -
     """Turn a model into the packed one that `save` wrote.
 
     What was fastest was measured on the machine that packed it: where that is another one, `unpack_` and `pack_`
-    measure again.
+    measure again. In memory the packed model takes what its file does, and a few tensors twice (docs/benchmarks.md,
+    Memory).
 
     Args:
         path: of the file, of the index of its shards, or of the folder that `save` wrote.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from rmtkern.errors import KernelUnavailable
+from rmtkern.errors import KernelUnavailable, refuse_onnx
 from rmtkern.layouts.base import CPU_DTYPES, PackedWeight
 
 MISSING: str | None = None
@@ -154,6 +154,7 @@ def _(
     scale: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
+    refuse_onnx()
     return x.new_empty(x.shape[0], features)
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmtkern.errors import refuse_onnx
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.gpu_configs import candidates, choose, shape_class
 from rmtkern.triton_target import INTERPRETED, reason_against_device, target
@@ -200,6 +201,7 @@ def _(
     scale: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
+    refuse_onnx()
     return x.new_empty(x.shape[0], features)
 
 

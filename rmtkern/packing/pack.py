@@ -65,7 +65,9 @@ def pack_(
     output is absorbed into its kernel. Modules that compute act(gate(x)) * up(x) with two linears, or with one whose
     output they split, run both in one kernel where that is faster than the linears in their chosen forms, by `margin`
     at every token count. At the end the whole model is timed against the original and against every
-    linear in its strongest dense form; choices that made it slower are put back.
+    linear in its strongest dense form; choices that made it slower are put back. Until then each linear is held as it
+    was, in its strongest dense form and in its chosen one: beside the model at most twice its dense weights, with one
+    example (docs/benchmarks.md, Memory).
 
     On a CUDA device the dense forms are nn.Linear (cuBLAS) and our own, and layers without a kernel there stay as they
     are with the reason; attention and LayerNorm stay PyTorch's. Times are the device's. What is bound by launches, as
