@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy, cases, contenders, growth, kernel, memory, record, run, spectral, tables, timing
+from benchmarks import (
+    accuracy,
+    cases,
+    contenders,
+    footprint,
+    growth,
+    kernel,
+    memory,
+    record,
+    run,
+    spectral,
+    tables,
+    timing,
+)
 from benchmarks.cases import KernelCase
 from rmtkern import comparison, load, peers, prune_, save
 from rmtkern.layouts import LAYOUTS
@@ -341,3 +355,31 @@ def test_a_packed_model_is_measured_from_its_file(tmp_path):
     again = load(tmp_path / "model.safetensors", torch.load(tmp_path / "model.pt", weights_only=False))
     x = torch.randn(3, 64)
     assert torch.equal(again(x), model(x))
+
+
+def test_the_peak_of_a_call_is_beyond_what_was_held():
+    held = torch.ones(2**22)
+    result, extra = memory.peak_beyond(lambda: float(torch.ones(2**24).sum() + held.sum()))
+    assert result == 2**24 + 2**22 and 60 < extra < 80  # 64 MiB; the 16 of before are not in it
+    assert memory.peak_beyond(lambda: None)[1] < 8
+    assert memory.weights_mib(torch.nn.Linear(512, 512, bias=False)) == 1
+
+
+def test_the_memory_of_every_call_is_measured(tmp_path):
+    options = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    rows = {}
+    for call in footprint.CALLS:
+        if call != "pack_":
+            rows[call] = footprint.measure(call, "vit_tiny_patch16_224", tmp_path, options)
+    assert set(footprint.BOUNDS) == set(footprint.CALLS) and (tmp_path / footprint.FILE).exists()
+    assert len({row["unit_mib"] for call, row in rows.items() if call != "load"}) == 1  # of the dense weights
+    assert rows["load"]["unit"] == "file" and 0 < rows["load"]["unit_mib"] < rows["save"]["unit_mib"]
+    with pytest.raises(RuntimeError, match="no_such_model"):
+        footprint.run("load", "no_such_model", tmp_path)  # in a process of its own
+
+
+def test_the_committed_memory_is_within_what_is_promised():
+    rows = record.read_rows(record.RESULTS / f"footprint-{tables.CPU}.csv")
+    assert {(row["call"], row["model"]) for row in rows} == set(itertools.product(footprint.CALLS, footprint.MODELS))
+    for row in rows:
+        assert float(row["extra"]) <= footprint.BOUNDS[row["call"]], row
