@@ -65,13 +65,15 @@ def load_kernels(layout: str) -> None:
 
 
 def _imported(path: str) -> ModuleType | str:
-    """A kernel's module, or which package it imports that is not there, such as the cupy of some cuda.py."""
+    """A kernel's module, or which package it imports that is not there or cannot load its libraries (nofm's cupy)."""
     try:
         return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == __name__.partition(".")[0]:
+    except ImportError as error:
+        if error.name is not None and error.name.partition(".")[0] == __name__.partition(".")[0]:
             raise
-        return _missing(error.name)
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            return _missing(error.name)
+        return str(error).strip().partition("\n")[0]
 
 
 def _missing(package: str) -> str:

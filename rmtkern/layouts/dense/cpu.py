@@ -5,8 +5,9 @@ from torch import Tensor
 
 from rmtkern.layouts.base import CPU_DTYPES
 from rmtkern.layouts.cpu import MISSING
-from rmtkern.layouts.dense.library import finish, gate, library_linear, reason_against
+from rmtkern.layouts.dense.library import finish, gate, library_linear
 from rmtkern.layouts.dense.weight import FORMS, NO_ONEDNN, DenseWeight
+from rmtkern.layouts.refusals import reason_against
 
 __all__ = ["linear", "supports"]
 
