@@ -31,9 +31,7 @@ test-all: $(VENV)/.installed-test-all  ## all checks, hours: slow ones, inductor
 	$(MAKE) fuzz
 
 gpu-static: $(VENV)/.installed-gpu-static  ## the GPU kernels without a GPU: interpreted, compiled for each architecture, executed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu -m interpreted
-	$(BIN)/python -m pytest tests/gpu -m compiled
-	$(BIN)/python -m tests.gpu.matrix
+	$(BIN)/python -m tests.gpu.static
 
 gpu: $(VENV)/.installed-test,triton  ## on a machine with a GPU: the kernels' tests there, then their benchmark
 	$(BIN)/python -m pytest tests/gpu -m gpu
