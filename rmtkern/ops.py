@@ -26,6 +26,7 @@ __all__ = ["ACTIVATIONS", "Availability", "available", "gated_linear", "linear",
 
 ACTIVATIONS = (None, *FUNCTIONS)
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> fastest first
+LAST = {"nofm": "cuda"}  # layout -> backend that runs only where no other does, or when named: no device has timed it
 NAMES = ("cpu", "cuda", "triton", "reference")  # "reference" runs only when named
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # what csrc/isa is written for
 NEEDS = {"triton": "triton"}  # the package without which no kernel of a backend can be imported
@@ -80,13 +81,15 @@ def _missing(package: str) -> str:
     return f"the package {package} is not installed"
 
 
-def _candidates(device: str, backend: str | None) -> tuple[str, ...]:
-    """Backends to try, in order; `backend` or RMTKERN_BACKEND forces one."""
+def _candidates(device: str, layout: str, backend: str | None) -> tuple[str, ...]:
+    """Backends to try for a layout, in order; `backend` or RMTKERN_BACKEND forces one."""
     source = "backend"
     if backend is None:
         backend, source = os.environ.get("RMTKERN_BACKEND"), "RMTKERN_BACKEND"
     if not backend:
-        return BACKENDS.get(device, ())
+        names = BACKENDS.get(device, ())
+        last = LAST.get(layout)
+        return (*(name for name in names if name != last), last) if last in names else names
     if backend not in NAMES:
         raise ValueError(f"{source} is {backend!r}; valid: {', '.join(NAMES)}")
     return (backend,)
@@ -96,7 +99,7 @@ def _select(x: Tensor, w: PackedWeight, backend: str | None) -> ModuleType:
     if w.layout not in KERNELS:
         load_kernels(w.layout)
     reasons = []
-    for name in _candidates(x.device.type, backend):
+    for name in _candidates(x.device.type, w.layout, backend):
         kernel = KERNELS[w.layout][name]
         if isinstance(kernel, str):
             reasons.append(f"{name}: {kernel}")
