@@ -70,8 +70,8 @@ def test_the_files_of_packing_import_only_what_is_below_them():
         ("timing", "dtype", "decisions", "watch", "gated", "lent", "outputs"),
         ("events", "report", "multihead"),
         ("device", "sites"),
-        ("attention", "norm", "layers"),
-        ("swaps",),
+        ("attention", "norm", "mlp", "layers"),
+        ("normed", "swaps"),
         ("trials", "pairs", "guard", "summary", "unpack"),
         ("pack",),
     )

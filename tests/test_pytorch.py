@@ -44,7 +44,7 @@ def packed(dtype=None):
     model = vit()
     dense = copy.deepcopy(model)
     pack_(model, IMAGES, dtype=dtype, timer=ours_wins, show_progress=False)
-    assert len(KernelForward.of(model)) == 4 and sum(isinstance(m, PackedLinear) for m in model.modules()) == 4
+    assert len(KernelForward.of(model)) == 5 and sum(isinstance(m, PackedLinear) for m in model.modules()) == 4
     return model, dense
 
 
