@@ -103,6 +103,26 @@ def other_kernels() -> Table:
     return Table(["layer", "tokens", "dtype", "form", "x oneDNN", "x strongest dense"], cells, [note])
 
 
+def mlps() -> Table:
+    """fc1, GELU and fc2 in one kernel against the same two kernels one after the other."""
+    found = rows(f"mlp-{CPU}.csv")
+    cells = [
+        [
+            row["layer"],
+            f"{row['K']} -> {row['hidden']} -> {row['N']}",
+            row["T"],
+            row["dtype"],
+            row["form"],
+            _ratio(row["vs_separate"]),
+            _ratio(row["vs_torch"]),
+        ]
+        for row in found
+    ]
+    note = f"Ratios to the two kernels apart and to PyTorch's dense MLP of the same dtype. {_where(found[0])}"
+    columns = ["layer", "shape", "tokens", "dtype", "form", "x apart", "x dense torch"]
+    return Table(columns, cells, [note])
+
+
 FIXED = ("nofm 2:4", "nofm 2:4x4")
 """Forms whose pattern says the sparsity, 50 %."""
 
@@ -303,6 +323,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "kernels-all": kernels,
     "kernels-2-threads": lambda: kernels(threads="2"),
     "kernels-other": other_kernels,
+    "mlps": mlps,
     "models": lambda: models("vit_base_patch16_224", "8", "1"),
     "models-all": models,
     "growth": growth,

@@ -19,6 +19,7 @@ from benchmarks import (
     growth,
     kernel,
     memory,
+    mlp,
     record,
     run,
     spectral,
@@ -119,6 +120,20 @@ def test_kernel_and_growth_rows_have_every_column():
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["gflops"] == pytest.approx(row["gflops_dense_equivalent"] * (1 - row["sparsity"]))
     assert rows[0]["vs_torch"] == 1 and max(row["vs_strongest"] for row in rows[:3]) == 1
+
+
+def test_mlp_rows_and_their_table(tmp_path, monkeypatch):
+    said = []
+    case = KernelCase("demo.mlp", 16, ("bitmask 0.5", "nofm 2:4", "block 4x2 0.5"), activation="gelu")
+    rows = mlp.measure(case, rounds=2, say=said.append)
+    assert [row["form"] for row in rows] == ["bitmask 0.5", "nofm 2:4"] and "block 4x2 0.5" in said[0]
+    assert {*mlp.KEYS, *mlp.SHOWN, "p20_ms", "p80_ms", "cpu", "revision", "date"} <= set(rows[0])
+    for row in rows:
+        assert row["vs_separate"] == pytest.approx(row["separate_ms"] / row["p50_ms"])
+        assert (row["K"], row["hidden"], row["N"]) == (256, 1024, 256) and row["max_rel_err"] < 1e-5
+    record.write_rows(tmp_path / f"mlp-{tables.CPU}.csv", rows, mlp.KEYS)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.mlps().rows[0][1:5] == ["256 -> 1024 -> 256", "16", "float32", "bitmask 0.5"]
 
 
 def test_flat_is_judged_within_a_series():
