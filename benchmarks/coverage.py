@@ -178,8 +178,12 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def cover(name: str) -> Covered:
+def cover(name: str, backend: str = "aot_eager") -> Covered:
     """Prune, pack, save, load and compile one model of MODELS.
+
+    Args:
+        name: a key of MODELS.
+        backend: of torch.compile; "inductor" makes code, which takes minutes.
 
     Raises:
         Exception: whatever the library raises; nothing is caught.
@@ -196,7 +200,7 @@ def cover(name: str) -> Covered:
         rmtkern.save(model, Path(folder) / "model.safetensors")
         again = rmtkern.load(Path(folder) / "model.safetensors", MODELS[name]()[0])
     torch._dynamo.reset()
-    compiled = _run(torch.compile(model, backend="aot_eager"), example)
+    compiled = _run(torch.compile(model, backend=backend), example)
     return Covered(
         name,
         found,

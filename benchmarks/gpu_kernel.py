@@ -15,12 +15,12 @@ from torch.sparse import to_sparse_semi_structured
 
 from benchmarks import contenders
 from benchmarks.cases import LAYERS, KernelCase
-from benchmarks.contenders import Unavailable
+from benchmarks.contenders import Contender, Unavailable
 from benchmarks.kernel import ACTIVATIONS, CHECKED, relative_error
 from benchmarks.timing import quantiles
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts.base import PackedWeight
-from rmtkern.ops import linear
+from rmtkern.ops import KERNELS, linear, load_kernels
 from rmtkern.packing.events import EventTimer
 from rmtkern.testing import accuracy_excess
 
@@ -103,19 +103,28 @@ class _Layer:
             self.say(f"skip {TWO_OF_FOUR}: {str(reason).partition(chr(10))[0]}")
 
     def add(self, name: str) -> None:
-        """A contender; a line if it is not there."""
+        """A contender, by each of its kernels if it has several; a line for what is not there."""
         contender = contenders.parse(name)
+        backends: tuple[str | None, ...] = (None,)
+        if contender.layout == "nofm":
+            load_kernels("nofm")
+            backends = (None,) if isinstance(KERNELS["nofm"]["cuda"], str) else ("cuda", "triton")
+        for backend in backends:
+            self._add_packed(name, contender, backend)
+
+    def _add_packed(self, name: str, contender: Contender, backend: str | None) -> None:
+        title = name if backend is None else f"{name} {backend}"
         try:
             weight, packed = _packed(name, self.n_rows, self.n_cols, self.dtype, self.device)
             x, bias, activation = self.x, self.bias, self.case.activation
-            linear(x[:1], packed, bias, activation=activation)
+            linear(x[:1], packed, bias, activation=activation, backend=backend)
         except (Unavailable, KernelUnavailable) as reason:
-            self.say(f"skip {name}: {reason}")
+            self.say(f"skip {title}: {reason}")
             return
         effective = packed.unpack() if "rank" in contender.numbers else weight
         self._add(
-            name,
-            lambda: linear(x, packed, bias, activation=activation),
+            title,
+            lambda: linear(x, packed, bias, activation=activation, backend=backend),
             effective,
             contender.executed(weight),
             ours=True,

@@ -1,14 +1,18 @@
-"""Peak memory of a model that runs, in a process of its own that holds nothing else.
+"""Peak memory of a model that runs, in a process of its own that holds nothing else, and of a call in this one.
 
 The peak is VmHWM and not ru_maxrss, because that one starts at the peak of the process that started this one.
 """
 
 import copy
+import ctypes
+import gc
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,9 @@ from benchmarks.record import ROOT
 from rmtkern import load, save, unpack_
 from rmtkern.packing import is_packed
 
-__all__ = ["peak_mib", "status_mib"]
+__all__ = ["peak_beyond", "peak_mib", "status_mib", "weights_mib"]
+
+Result = TypeVar("Result")
 
 
 def peak_mib(model: nn.Module, images: Tensor, threads: int) -> float:
@@ -42,6 +48,24 @@ def peak_mib(model: nn.Module, images: Tensor, threads: int) -> float:
     if done.returncode:
         raise RuntimeError(f"measuring the peak memory failed:\n{done.stderr[-2000:]}")
     return float(done.stdout.splitlines()[-1])
+
+
+def peak_beyond(call: Callable[[], Result]) -> tuple[Result, float]:
+    """What a call returns, and the peak of the resident set while it ran beyond what was held before it [MiB].
+
+    Memory that was freed before is given back to the system first, so that the call cannot use it unseen.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
+    before = status_mib("VmRSS")
+    result = call()
+    return result, status_mib("VmHWM") - before
+
+
+def weights_mib(model: nn.Module) -> float:
+    """Of all parameters, each once [MiB]."""
+    return sum(parameter.nbytes for parameter in model.parameters()) / 2**20
 
 
 def status_mib(field: str) -> float:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run --level kernel                        # every layer, layout and dtype
     python -m benchmarks.run --level model --batches 8 --threads 1 # whole models against the peers that are installed
+    python -m benchmarks.run --level mlp                           # two linears in one kernel against two kernels
     python -m benchmarks.run --level growth
     python -m benchmarks.run --level kernel --base HEAD~1          # this tree against an older revision
     python -m benchmarks.run --level kernel --quick --only "bitmask 0.5"
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, gpu, growth, kernel, model, revisions
+from benchmarks import cases, gpu, growth, kernel, mlp, model, revisions
 from benchmarks.cases import KernelCase, ModelCase
 from benchmarks.peak import fma_peak
 from benchmarks.record import read_rows, results_file, revision, write_rows
@@ -27,8 +28,13 @@ from rmtkern.layouts.cpu import isas
 from rmtkern.peers import PEERS
 from rmtkern.tables import Table
 
-CASES = {"kernel": cases.kernel_cases, "model": cases.model_cases, "growth": cases.growth_cases}
-ROUNDS = {"kernel": 15, "model": 7, "growth": 7}
+CASES = {
+    "kernel": cases.kernel_cases,
+    "mlp": cases.mlp_cases,
+    "model": cases.model_cases,
+    "growth": cases.growth_cases,
+}
+ROUNDS = {"kernel": 15, "mlp": 15, "model": 7, "growth": 7}
 QUICK_ROUNDS = 3
 
 Rows = Sequence[Mapping[str, Any]]
@@ -54,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.device == "cuda":
         return _check_cuda(parser, args)
     if args.level is None:
-        parser.error("--level: say which on the CPU: kernel, model or growth")
+        parser.error("--level: say which on the CPU: kernel, mlp, model or growth")
     if args.budget is not None:
         parser.error("--budget is for --device cuda")
     if args.base and args.level != "kernel":
@@ -132,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif tree is not None:
                 level, rows = revisions, revisions.measure(case, tree, args.base, rounds, say)
             else:
-                level = growth if args.level == "growth" else kernel
+                level = {"growth": growth, "mlp": mlp}.get(args.level, kernel)
                 rows = level.measure(case, rounds, say)
             if not rows:
                 continue

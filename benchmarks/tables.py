@@ -101,6 +101,26 @@ def other_kernels() -> Table:
     return Table(["layer", "tokens", "dtype", "form", "x oneDNN", "x strongest dense"], cells, [note])
 
 
+def mlps() -> Table:
+    """fc1, GELU and fc2 in one kernel against the same two kernels one after the other."""
+    found = rows(f"mlp-{CPU}.csv")
+    cells = [
+        [
+            row["layer"],
+            f"{row['K']} -> {row['hidden']} -> {row['N']}",
+            row["T"],
+            row["dtype"],
+            row["form"],
+            _ratio(row["vs_separate"]),
+            _ratio(row["vs_torch"]),
+        ]
+        for row in found
+    ]
+    note = f"Ratios to the two kernels apart and to PyTorch's dense MLP of the same dtype. {_where(found[0])}"
+    columns = ["layer", "shape", "tokens", "dtype", "form", "x apart", "x dense torch"]
+    return Table(columns, cells, [note])
+
+
 FIXED = ("nofm 2:4", "nofm 2:4x4")
 """Forms whose pattern says the sparsity, 50 %."""
 
@@ -190,17 +210,61 @@ def growth(threads: str = "1") -> Table:
     return Table(columns, cells, [note])
 
 
+def footprints() -> Table:
+    """Peak memory of the calls on whole models, beside the model."""
+    from benchmarks.footprint import BOUNDS  # not above: it imports models, and no other table needs them
+
+    found = rows(f"footprint-{CPU}.csv")
+    cells = [
+        [
+            row["model"].removesuffix("_patch16_224"),
+            row["call"],
+            row["unit"],
+            f"{float(row['unit_mib']):.0f}",
+            f"{float(row['extra_mib']):.0f}",
+            _ratio(row["extra"]),
+            f"{BOUNDS[row['call']]:g}",
+        ]
+        for row in found
+    ]
+    first = found[0]
+    note = (
+        "Peak of the resident set beyond what was held before the call. float32, random weights,"
+        f" {float(found[-1]['sparsity']):.0%} pruned, 1 thread; pack_ on one image, load into a model on the meta"
+        f" device. {first['cpu']}, torch {first['torch']}, {first['date']}."
+    )
+    return Table(["model", "call", "unit", "unit MiB", "extra MiB", "extra / unit", "promised"], cells, [note])
+
+
+def long_checks() -> Table:
+    """The last full run of the tests, part by part."""
+    found = rows("test-all.csv")
+    columns = ["part", "timm", "transformers", "passed", "failed", "skipped", "seconds", "revision", "date"]
+    mutated = rows("fuzz.csv")
+    total = sum(int(row["mutations"]) for row in mutated)
+    bad = sum(int(row[key]) for row in mutated for key in ("wrong", "crashed"))
+    noted = [f"{row['notes']}." for row in found if row["notes"]]
+    note = (
+        f"Fuzz: {total} mutations under AddressSanitizer, {bad} of them wrong or crashed, {mutated[0]['date']}."
+        " Seconds are on a machine that did other things as well."
+    )
+    return Table(columns, [[row[column] for column in columns] for row in found], [" ".join([note, *noted])])
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "spectra": spectra,
     "kernels": lambda: kernels(["vit_b.fc1"], ["197", "1576"]),
     "kernels-all": kernels,
     "kernels-2-threads": lambda: kernels(threads="2"),
     "kernels-other": other_kernels,
+    "mlps": mlps,
     "models": lambda: models("vit_base_patch16_224", "8", "1"),
     "models-all": models,
     "growth": growth,
     "growth-2-threads": lambda: growth("2"),
     **accuracy_tables.TABLES,
+    "footprint": footprints,
+    "test-all": long_checks,
 }
 
 

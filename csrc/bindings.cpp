@@ -137,30 +137,14 @@ void layernorm(const py::array& x, const std::optional<py::array>& weight, const
     if (a.T) table.layernorm(a);
 }
 
-void linear(const std::string& layout, const py::array& x, const std::vector<py::array>& parts,
-            const std::vector<int64_t>& params, const std::optional<py::array>& bias,
-            const std::optional<py::array>& scale, const std::optional<py::array>& residual, py::array& y,
-            const std::optional<std::string>& activation, int threads, const std::optional<std::string>& isa, bool gated) {
-    const rk::Kernel kernel = rk::find(layout, isa_or_environment(isa));
-    rk::LinearArgs a;
-    const rk::Array xa = as_array(x, "x"), ya = as_array(y, "y");
-    if (xa.ndim != 2) throw std::invalid_argument("x must have shape (T, K), got " + shape_text(x));
-    if (ya.ndim != 2) throw std::invalid_argument("y must have shape (T, N), got " + shape_text(y));
-    a.T = xa.shape[0];
-    a.K = xa.shape[1];
-    a.N = ya.shape[1];
-    if (gated) {
-        a.F = a.N;
-        a.N = (a.F + rk::gate_chunk - 1) / rk::gate_chunk * 2 * rk::gate_chunk;
-    }
+// The weight, bias and activation of a linear from rows of x, whose K and dtype are set, to N features.
+rk::LinearArgs as_linear(const rk::LinearArgs& input, int64_t N, const std::vector<py::array>& parts,
+                         const std::vector<int64_t>& params, const std::optional<py::array>& bias,
+                         const std::optional<std::string>& activation) {
+    rk::LinearArgs a = input;
+    a.N = N;
     if (a.N < 1 || a.K < 1) throw std::invalid_argument("a weight needs N, K >= 1");
-    a.dtype = activations_dtype(x.dtype(), "x");
-    a.x = xa.data;
-    as_values(y, "y", a.dtype, a.T, a.outputs());
-    a.y = y.mutable_data();  // refuses a read-only array
     if (bias) a.bias = as_values(*bias, "bias", a.dtype, a.N, -1).data;
-    if (scale) a.scale = as_values(*scale, "scale", a.dtype, a.outputs(), -1).data;
-    if (residual) a.residual = as_values(*residual, "residual", a.dtype, a.T, a.outputs()).data;
     if (parts.size() > size_t(rk::max_parts) || params.size() > size_t(rk::max_params))
         throw std::invalid_argument("too many parts or params: got " + std::to_string(parts.size()) + " and " +
                                     std::to_string(params.size()));
@@ -169,12 +153,96 @@ void linear(const std::string& layout, const py::array& x, const std::vector<py:
     a.n_params = int(params.size());
     for (int i = 0; i < a.n_params; ++i) a.params[i] = params[i];
     a.activation = as_activation(activation);
+    return a;
+}
+
+// What a call of linears from x to y has in common; K is that of x.
+rk::LinearArgs as_call(const py::array& x, const py::array& y, int threads) {
+    rk::LinearArgs a;
+    const rk::Array xa = as_array(x, "x"), ya = as_array(y, "y");
+    if (xa.ndim != 2) throw std::invalid_argument("x must have shape (T, K), got " + shape_text(x));
+    if (ya.ndim != 2) throw std::invalid_argument("y must have shape (T, N), got " + shape_text(y));
+    a.T = xa.shape[0];
+    a.K = xa.shape[1];
+    a.dtype = activations_dtype(x.dtype(), "x");
+    a.x = xa.data;
     if (threads < 1) throw std::invalid_argument("threads must be >= 1, got " + std::to_string(threads));
     a.threads = threads;
+    return a;
+}
+
+using Row = std::optional<py::array>;
+using NormOf = std::optional<std::tuple<Row, Row, double>>;  // weight, bias, eps
+
+// Of the rows of x of a call.
+rk::Norm as_norm(const NormOf& norm, const rk::LinearArgs& call) {
+    rk::Norm out;
+    if (!norm) return out;
+    const auto& [weight, bias, eps] = *norm;
+    if (weight) out.weight = as_values(*weight, "the norm's weight", call.dtype, call.K, -1).data;
+    if (bias) out.bias = as_values(*bias, "the norm's bias", call.dtype, call.K, -1).data;
+    out.eps = float(eps);
+    return out;
+}
+
+// y, scale and residual of a linear whose features are known.
+void take_output(rk::LinearArgs& a, py::array& y, const std::optional<py::array>& scale,
+                 const std::optional<py::array>& residual) {
+    as_values(y, "y", a.dtype, a.T, a.outputs());
+    a.y = y.mutable_data();  // refuses a read-only array
+    if (scale) a.scale = as_values(*scale, "scale", a.dtype, a.outputs(), -1).data;
+    if (residual) a.residual = as_values(*residual, "residual", a.dtype, a.T, a.outputs()).data;
+}
+
+void linear(const std::string& layout, const py::array& x, const std::vector<py::array>& parts,
+            const std::vector<int64_t>& params, const std::optional<py::array>& bias,
+            const std::optional<py::array>& scale, const std::optional<py::array>& residual, py::array& y,
+            const std::optional<std::string>& activation, int threads, const std::optional<std::string>& isa, bool gated,
+            const NormOf& norm) {
+    const std::string name = isa_or_environment(isa);
+    const rk::Table& table = rk::table_of(name);
+    const rk::Kernel kernel = rk::find(layout, name);
+    const rk::LinearArgs call = as_call(x, y, threads);
+    const rk::Norm rows = as_norm(norm, call);
+    const int64_t F = gated ? y.shape(1) : 0;
+    const int64_t N = gated ? (F + rk::gate_chunk - 1) / rk::gate_chunk * 2 * rk::gate_chunk : y.shape(1);
+    rk::LinearArgs a = as_linear(call, N, parts, params, bias, activation);
+    a.F = F;
+    if (norm) a.norm = &rows;
+    take_output(a, y, scale, residual);
     py::gil_scoped_release release;
     kernel.check(a);
     if (a.T == 0) return;
-    if (const char* damage = kernel.run(a)) throw std::invalid_argument(layout + ": " + damage + "; pack the weight again");
+    if (const char* damage = table.normed(kernel.body, a))
+        throw std::invalid_argument(layout + ": " + damage + "; pack the weight again");
+}
+
+using Parts = std::vector<py::array>;
+using Params = std::vector<int64_t>;
+using Both = std::pair<std::optional<py::array>, std::optional<py::array>>;
+
+void mlp(const std::pair<std::string, std::string>& layouts, const py::array& x, int64_t hidden,
+         const std::pair<Parts, Parts>& parts, const std::pair<Params, Params>& params, const Both& biases,
+         const std::optional<py::array>& scale, const std::optional<py::array>& residual, py::array& y,
+         const std::optional<std::string>& activation, int threads, const std::optional<std::string>& isa,
+         const NormOf& norm) {
+    const std::string name = isa_or_environment(isa);
+    const rk::Table& table = rk::table_of(name);
+    const rk::Kernel first = rk::find(layouts.first, name), second = rk::find(layouts.second, name);
+    rk::LinearArgs call = as_call(x, y, threads);
+    const rk::Norm rows = as_norm(norm, call);
+    rk::LinearArgs a = as_linear(call, hidden, parts.first, params.first, biases.first, activation);
+    if (norm) a.norm = &rows;
+    call.K = hidden;
+    rk::LinearArgs b = as_linear(call, y.shape(1), parts.second, params.second, biases.second, std::nullopt);
+    take_output(b, y, scale, residual);
+    py::gil_scoped_release release;
+    first.check(a);
+    second.check(b);
+    if (a.T == 0) return;
+    if (const char* damage = table.mlp({first.body, a}, {second.body, b}))
+        throw std::invalid_argument("mlp of " + layouts.first + " and " + layouts.second + ": " + damage +
+                                    "; pack the weights again");
 }
 
 std::vector<std::string> isas() {
@@ -203,5 +271,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("linear", &linear, py::arg("layout"), py::arg("x").noconvert(), py::arg("parts").noconvert(), py::arg("params"),
           py::arg("bias").noconvert().none(true), py::arg("scale").noconvert().none(true), py::arg("residual").noconvert().none(true),
           py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"), py::arg("isa") = py::none(),
-          py::arg("gated") = false);
+          py::arg("gated") = false, py::arg("norm").noconvert().none(true) = py::none());
+    m.def("mlp", &mlp, py::arg("layouts"), py::arg("x").noconvert(), py::arg("hidden"), py::arg("parts").noconvert(),
+          py::arg("params"), py::arg("biases").noconvert(), py::arg("scale").noconvert().none(true),
+          py::arg("residual").noconvert().none(true), py::arg("y").noconvert(), py::arg("activation"), py::arg("threads"),
+          py::arg("isa") = py::none(), py::arg("norm").noconvert().none(true) = py::none());
 }

@@ -65,7 +65,7 @@ struct Buffer {
 struct Layout {
     const char* name;
     CheckFn check;
-    LinearFn Table::* run;
+    Body Table::* body;
 };
 
 #define RK_LAYOUT(name) {#name, name##_check, &Table::name},
@@ -92,7 +92,7 @@ Kernel find(const std::string& layout, const std::string& isa) {
     const Table& table = table_of(isa);
     std::string names;
     for (const Layout& l : layouts) {
-        if (layout == l.name) return {l.check, table.*l.run};
+        if (layout == l.name) return {l.check, table.*l.body};
         names += (names.empty() ? "" : ", ") + std::string(l.name);
     }
     throw std::invalid_argument("no CPU kernel for layout '" + layout + "'; layouts with one: " + names);
@@ -116,8 +116,9 @@ void require_part(const LinearArgs& a, int i, const char* name, DType dtype, int
             (p.ndim == 2 ? ", " + std::to_string(p.shape[1]) : "") + ")");
 }
 
-float* scratch(size_t floats) {
-    thread_local Buffer buffer;
+float* scratch(size_t floats, Scratch use) {
+    thread_local Buffer buffers[scratch_uses];
+    Buffer& buffer = buffers[int(use)];
     if (buffer.size < floats) {
         auto* data = static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)));
         ::operator delete(buffer.data, std::align_val_t(64));

@@ -49,6 +49,21 @@ enum class Activation { none, gelu, gelu_tanh, silu, relu };
 constexpr int max_parts = 6, max_params = 4;
 constexpr int64_t gate_chunk = 8;  // half of the fewest outputs that any kernel finishes at a time
 
+// LayerNorm of the rows of x on their way into a linear.
+struct Norm {
+    const void* weight = nullptr;  // [K]; may be null: ones
+    const void* bias = nullptr;    // [K]; may be null: zeros
+    float eps = 0;
+};
+
+// The values between the two linears of an MLP, as the panels that panel.inl walks: nobody writes them row by row.
+struct Passed {
+    float* data = nullptr;
+    int64_t floats = 0;           // from one panel to the next
+    int vectors = 0;              // of tokens in the widest panel
+    uint32_t* special = nullptr;  // of each panel: not zero if a bfloat16 in it is Inf or NaN
+};
+
 // y [T, N] = activation(x [T, K] W^T + bias [N]) * scale [N] + residual [T, N], where W [N, K] is parts and params.
 // Gated (F > 0): y [T, F] = activation(x Wg^T + bg) * (x Wu^T + bu) * scale [F] + residual [T, F], where the rows of W and
 // of bias are pairs in chunks: gate_chunk rows of Wg, then the same ones of Wu; the last chunks are filled up.
@@ -66,6 +81,10 @@ struct LinearArgs {
     int n_params = 0;
     Activation activation = Activation::none;
     int threads = 1;
+    const Norm* norm = nullptr;        // of x: y = activation(norm(x) W^T + bias) ...
+    const Passed* x_passed = nullptr;  // in place of x
+    const Passed* y_passed = nullptr;  // in place of y: neither scale nor residual
+    bool checked = false;              // the contents of the parts were looked at by an earlier call
 
     int64_t outputs() const { return F ? F : N; }  // of a token
 };
@@ -73,6 +92,26 @@ struct LinearArgs {
 // A kernel; null when done, or what is wrong with the contents of the parts (then nothing was read past their end).
 using LinearFn = const char* (*)(const LinearArgs&);
 using CheckFn = void (*)(const LinearArgs&);
+// How many vectors of tokens its widest panel has; 0: it takes and writes rows, and passes nothing on.
+using WidthFn = int (*)(const LinearArgs&);
+
+// What an instruction set has for a layout.
+struct Body {
+    LinearFn run;
+    WidthFn width;
+};
+
+// As the body's kernel, of which only those that walk panels know `norm`.
+using NormedFn = const char* (*)(const Body&, const LinearArgs&);
+
+// One linear of an MLP.
+struct Layer {
+    Body body;
+    LinearArgs args;
+};
+
+// y = epilogue of `second` (activation(x W1^T + b1) W2^T + b2); x is of `first`, y of `second`. As LinearFn.
+using MlpFn = const char* (*)(Layer first, Layer second);
 
 // y [B, Tq, H, d] = softmax(q k^T * scale + mask) v; q [B, H, Tq, d], k and v [B, H, Tk, d] with strides in items over all
 // dimensions but the last, which is contiguous; mask (may be null) [B, H, Tq, Tk] likewise, where strides may be 0.
@@ -100,11 +139,13 @@ struct LayerNormArgs {
 };
 using LayerNormFn = void (*)(const LayerNormArgs&);
 
-#define RK_FIELD(name) LinearFn name;
+#define RK_FIELD(name) Body name;
 struct Table {
     const char* isa;
     AttentionFn attention;
     LayerNormFn layernorm;
+    NormedFn normed;
+    MlpFn mlp;
     RK_LAYOUTS(RK_FIELD)
 };
 #undef RK_FIELD
@@ -128,7 +169,7 @@ const Table* const* tables();
 // The check and the kernel of a layout; `isa` empty means the best. ValueError with the valid names otherwise.
 struct Kernel {
     CheckFn check;
-    LinearFn run;
+    Body body;
 };
 Kernel find(const std::string& layout, const std::string& isa);
 

@@ -5,6 +5,7 @@
 #include "linear/number.inl"
 #include "linear/tile.inl"
 #include "linear/epilogue.inl"
+#include "layernorm.inl"
 #include "linear/panel.inl"
 #include "linear/strips.inl"
 #include "linear/bitmask.inl"
@@ -14,8 +15,9 @@
 #include "linear/dense.inl"
 #include "linear/lowrank.inl"
 #include "linear/spectral.inl"
+#include "linear/normed.inl"
+#include "linear/mlp.inl"
 #include "attention.inl"
-#include "layernorm.inl"
-#define RK_FIELD(name) name##_linear,
-#define RK_TABLE(isa) {isa, attention, layernorm, RK_LAYOUTS(RK_FIELD)}
+#define RK_FIELD(name) {name##_linear, name##_width},
+#define RK_TABLE(isa) {isa, attention, layernorm, normed, mlp, RK_LAYOUTS(RK_FIELD)}
 #endif

@@ -59,6 +59,49 @@ def layernorm(
         TypeError: a wrong dtype, or an array that is not C-contiguous.
     """
 
+Rows = NDArray[np.float32 | np.uint16]
+Norm = tuple[Rows | None, Rows | None, float]
+
+def mlp(
+    layouts: tuple[str, str],
+    x: Rows,
+    hidden: int,
+    parts: tuple[list[NDArray[np.generic]], list[NDArray[np.generic]]],
+    params: tuple[list[int], list[int]],
+    biases: tuple[Rows | None, Rows | None],
+    scale: Rows | None,
+    residual: Rows | None,
+    y: Rows,
+    activation: str | None,
+    threads: int,
+    isa: str | None = None,
+    norm: Norm | None = None,
+) -> None:
+    """Write y = (activation(norm(x) W1ᵀ + b1) W2ᵀ + b2) * scale + residual, without the GIL.
+
+    Strips of tokens, so that the hidden features stay in the cache; in panels, if both layouts are walked weight by
+    weight.
+
+    Args:
+        layouts: of W1 and W2, such as ("bitmask", "block").
+        x: [T, K], as in `linear`.
+        hidden: F, the rows of W1 and columns of W2.
+        parts: of W1 [F, K] and of W2 [N, F], as in `linear`.
+        params: likewise.
+        biases: [F] and [N], or None.
+        scale: [N] or None, multiplied after the second bias.
+        residual: [T, N] or None, added last; may be `y` itself.
+        y: [T, N], written; must not overlap `x`.
+        activation: of the hidden features: None, "gelu", "gelu_tanh", "relu" or "silu".
+        threads: OpenMP threads, >= 1.
+        isa: one of isas(); None takes the environment's RMTKERN_ISA, or else the best.
+        norm: as in `linear`.
+
+    Raises:
+        ValueError: a wrong shape or name, or parts that contradict each other.
+        TypeError: a wrong dtype, or an array that is not C-contiguous.
+    """
+
 def linear(
     layout: str,
     x: NDArray[np.float32 | np.uint16],
@@ -72,6 +115,7 @@ def linear(
     threads: int,
     isa: str | None = None,
     gated: bool = False,
+    norm: Norm | None = None,
 ) -> None:
     """Write y = activation(x Wᵀ + bias) * scale + residual, without the GIL.
 
@@ -92,6 +136,8 @@ def linear(
         threads: OpenMP threads, >= 1.
         isa: one of isas(); None takes the environment's RMTKERN_ISA, or else the best.
         gated: whether W is a gate-up pair.
+        norm: (weight [K] or None for ones, bias [K] or None for zeros, eps): the rows of x are first normalised, as by
+            `layernorm`, on their way into the kernel.
 
     Raises:
         ValueError: a wrong shape or name, or parts that contradict each other.

@@ -14,6 +14,7 @@ from rmtkern.files import load, save
 from rmtkern.gradual import Gradual, prune_gradually_
 from rmtkern.loading import load_plan, read_checkpoint
 from rmtkern.macs import MacReport, count_macs
+from rmtkern.onnx_export import export_onnx
 from rmtkern.ops import available
 from rmtkern.packing import Decisions, PackReport, pack_, unpack_
 from rmtkern.pattern_timing import time_patterns
@@ -58,6 +59,7 @@ __all__ = [
     "compare",
     "count_macs",
     "evaluate",
+    "export_onnx",
     "finetune_",
     "fit_spectra",
     "fit_spectrum",

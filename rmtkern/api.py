@@ -53,7 +53,8 @@ def analyze(
 ) -> SpectralFits:
     """Fit the Marchenko-Pastur law to every weight matrix of a model.
 
-    Weights on a GPU are decomposed there, by CuPy where it is installed, else by torch (docs/gpu.md).
+    Weights on a GPU are decomposed there, by CuPy where it is installed, else by torch (docs/gpu.md). Beside the model
+    it holds copies and Gram matrices of one batch of weights, within `max_bytes` (docs/benchmarks.md, Memory).
 
     Args:
         model: any module; not changed.
@@ -127,7 +128,8 @@ def prune_(
 
     A pruned weight is exactly 0.0, so the zero pattern is the mask; weights that are zero already stay zero and count
     towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those
-    methods say. If anything fails, the model is bit for bit as it was.
+    methods say. If anything fails, the model is bit for bit as it was. Without calibration images the default method
+    holds at most four times the dense weights beside the model, "magnitude" twice (docs/benchmarks.md, Memory).
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from rmtkern.errors import KernelUnavailable
+from rmtkern.errors import KernelUnavailable, refuse_onnx
 from rmtkern.layouts import cpu
 
 __all__ = ["DTYPES", "attention", "reason_against"]
@@ -41,6 +41,7 @@ _cpu_attention = torch.library.custom_op("rmtkern::cpu_attention", _run, mutates
 
 @_cpu_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    refuse_onnx()
     batch, heads, tokens, d = q.shape
     return q.new_empty(batch, tokens, heads, d)
 

@@ -28,8 +28,10 @@ from rmtkern.packing.attention import AttentionForward
 from rmtkern.packing.dtype import DTYPES, CastRecord, cast_record, resume_cast_
 from rmtkern.packing.gated import GatedPair, fuse, fused, part
 from rmtkern.packing.lent import LendingLinear
+from rmtkern.packing.mlp import Chain, MlpForward
 from rmtkern.packing.multihead import PackedMultihead, linears_of, reason_to_keep
 from rmtkern.packing.norm import NormForward
+from rmtkern.packing.normed import LeavingForward
 from rmtkern.packing.sites import KernelForward, enable
 from rmtkern.shards import as_bytes, locate, read_metadata, read_tensors, shard_of, target_of, write
 from rmtkern.shrink_plan import ShrinkPlan
@@ -71,6 +73,10 @@ def _pair_record(model: nn.Module, pair: GatedPair) -> Record:
     return {**_linear_record(module), **names, "stacked": pair.stacked, "outputs": module.out_features}
 
 
+def _chain_record(chain: Chain) -> Record:
+    return {"order": list(chain.order), "linears": list(chain.linears), "activation": chain.activation}
+
+
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -87,8 +93,9 @@ def save(
     Args:
         model: what `pack_` changed; it may be on any device.
         path: of the file, if it ends in ".safetensors", such as "vit.safetensors"; else of a folder, which is made and
-            gets "model.safetensors" and, of a transformers model, "config.json", as save_pretrained lays them out.
-            Files are written beside it first, then renamed.
+            gets "model.safetensors" and, of a transformers model, "config.json", as save_pretrained lays them out;
+            from_pretrained refuses it with advice, as it knows no packed weights. Files are written beside it first,
+            then renamed.
         plan: of `prune_`, to travel along; read it with `rmtkern.load_plan`.
         shrunk: of `shrink_`, so that `load` makes the model as small; without it the file loads only into a model that
             is.
@@ -109,6 +116,11 @@ def save(
     linears = {name: _linear_record(module) for module, name in names.items() if isinstance(module, PackedLinear)}
     pairs = {name: _pair_record(model, pair) for name, pair in fused(model).items()}
     sites = {key: [names[site.module] for site in kind.of(model)] for key, kind in _SITES.items()}
+    mlps = {
+        names[site.module]: _chain_record(site.chain)
+        for site in KernelForward.of(model)
+        if isinstance(site, MlpForward)
+    }
     if not linears and not pairs and not any(sites.values()):
         raise ValueError(
             "the model is not packed, so there is nothing that state_dict does not hold; call rmtkern.pack_(model,"
@@ -126,6 +138,12 @@ def save(
         "multiheads": [name for module, name in names.items() if isinstance(module, PackedMultihead)],
         "absorbed": [name for module, name in names.items() if isinstance(module, AbsorbedActivation)],
         **sites,
+        "mlps": mlps,
+        "normed": {
+            names[site.module]: part(names[site.parent], site.child)
+            for site in KernelForward.of(model)
+            if isinstance(site, LeavingForward)
+        },
         "cast": None
         if cast is None
         else {"inside": _name(cast.inside), "outside": _name(cast.outside), "names": list(cast.names)},
@@ -145,15 +163,22 @@ def save(
 
 @contextmanager
 def _config_beside(model: nn.Module, target: Path) -> Iterator[None]:
-    """Put a transformers model's config.json beside its weights when these are there."""
+    """Put a transformers model's config.json beside its weights when these are there.
+
+    `transformers_weights` is where from_pretrained looks for the name of the weights: it refuses the advice that stands
+    there and shows it, where it would otherwise call packed weights unexpected and leave random ones in the model.
+    """
     config = getattr(model, "config", None)
     if config is None or not callable(getattr(config, "to_json_string", None)):
         yield
         return
     config = copy.deepcopy(config)
-    config.architectures = [type(model).__name__]
+    kind = type(model).__name__
+    config.architectures = [kind]
+    advice = f"packed by rmtkern, load with rmtkern.load(folder, {kind}(AutoConfig.from_pretrained(folder)))"
+    record = {**json.loads(config.to_json_string()), "transformers_weights": advice}
     with replacing(target.with_name("config.json")) as temporary:
-        temporary.write_text(config.to_json_string(), encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield
 
 
@@ -213,10 +238,12 @@ def _record(path: Path) -> Record:
         raise _Damaged(f"it has format version {short(version)}, this rmtkern reads {FORMAT_VERSION}; update rmtkern")
     if metadata.get("rmtkern.crc32") != str(zlib.crc32(text.encode())):
         raise _Damaged("its metadata differs from its checksum; copy the file again")
-    for key in ("linears", "pairs", "checksums"):
+    for key in ("mlps", "normed"):
+        record.setdefault(key, {})  # the first files have none
+    for key in ("linears", "pairs", "mlps", "normed", "checksums"):
         _expect(isinstance(record.get(key), dict), key, "an object", record.get(key))
     for key in ("norms", "multiheads", "lent"):
-        record.setdefault(key, [])  # the first files have none
+        record.setdefault(key, [])  # nor these
     for key in ("absorbed", "multiheads", "lent", *_SITES):
         _expect(_is_names(record.get(key)), key, "names", record.get(key))
     return record
@@ -269,6 +296,28 @@ def _checked_pair(name: str, record: Any) -> Record:
     _expect(len(record["linears"]) == count, f"{name}.linears", f"{count} names", record["linears"])
     _expect(len(record["requires_grad"]) == 2 * count, f"{name}.requires_grad", "two for each linear", record)
     return record
+
+
+def _checked_chain(model: nn.Module, name: str, entry: Any, record: Record) -> Chain:
+    known = isinstance(entry, dict) and set(entry) == {"order", "linears", "activation"}
+    _expect(known, name, "an object of activation, linears, order", entry)
+    order, linears, activation = entry["order"], entry["linears"], entry["activation"]
+    _expect(_is_names(order) and len(set(order)) == len(order), f"{name}.order", "different names", order)
+    _expect(_is_names(linears) and len(linears) == 2, f"{name}.linears", "2 names", linears)
+    _expect(activation is None or isinstance(activation, str), f"{name}.activation", "a name or null", activation)
+    if not {child for child, _ in _module(model, name).named_children()} >= set(order):
+        raise _Damaged(f"{name} has other parts in the model; give the model that was packed")
+    between = order[order.index(linears[0]) + 1 :] if linears[0] in order else []
+    between = between[: between.index(linears[1])] if linears[1] in between else None
+    if between is None or (activation is not None and activation not in between):
+        raise _Damaged(f"{name}.order: expected {short([linears[0], activation, linears[1]])} one after the other")
+    chain = Chain(name, tuple(order), (linears[0], linears[1]), activation)
+    packed = [record["linears"].get(path) for path in chain.paths]
+    if any(linear is None for linear in packed) or packed[0]["features"][0] != packed[1]["features"][1]:
+        raise _Damaged(f"{name} runs {' and '.join(chain.paths)}, which are not two packed linears that fit")
+    if activation is not None and part(name, activation) not in record["absorbed"]:
+        raise _Damaged(f"{part(name, activation)} is not absorbed, but {name} takes it for that")
+    return chain
 
 
 @dataclass
@@ -396,11 +445,28 @@ class _Loaded:
         for name in record["norms"]:
             if not isinstance(_module(model, name), nn.LayerNorm):
                 raise _Damaged(f"{name} is no nn.LayerNorm in the model; give the model that was packed")
-        self.forwards = [
+        self.forwards: list[KernelForward] = [
             kind(self.apart.get(name) or _module(model, name)) for key, kind in _SITES.items() for name in record[key]
         ]
+        self.forwards += [
+            MlpForward(_module(model, name), _checked_chain(model, name, entry, record))
+            for name, entry in record["mlps"].items()
+        ]
+        self.forwards += [self._leaving(model, name, path, record) for name, path in record["normed"].items()]
         self.state = {key: tensor for key, tensor in tensors.items() if key not in used}
         self._check_rest(model, replaced)
+
+    def _leaving(self, model: nn.Module, name: str, path: Any, record: Record) -> LeavingForward:
+        """The LayerNorm of a file that leaves its rows to a linear."""
+        known = isinstance(path, str) and path in record["linears"] and path not in record["lent"]
+        _expect(known and name in record["norms"], f"normed.{name}", "a LayerNorm of norms and a linear", path)
+        norm, columns = _module(model, name), record["linears"][path]["features"][1]
+        if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (columns,):
+            raise _Damaged(f"{name} does not normalise the {columns} columns of {path}; give the model that was packed")
+        parent, _, child = path.rpartition(".")
+        if parent in self.apart:
+            raise _Damaged(f"{name} leaves its rows to {path}, which is in an nn.MultiheadAttention")
+        return LeavingForward(norm, _module(model, parent) if parent else model, child)
 
     def _linear(self, model: nn.Module, name: str) -> nn.Module:
         """What a linear of the file is in the model, whose nn.MultiheadAttentions may be taken apart."""
@@ -509,7 +575,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = True) -
     """Turn a model into the packed one that `save` wrote.
 
     What was fastest was measured on the machine that packed it: where that is another one, `unpack_` and `pack_`
-    measure again.
+    measure again. In memory the packed model takes what its file does, and a few tensors twice (docs/benchmarks.md,
+    Memory).
 
     Args:
         path: of the file, of the index of its shards, or of the folder that `save` wrote.

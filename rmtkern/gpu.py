@@ -1,4 +1,4 @@
-"""Which GPUs the kernels are written for, whether this process has one, and how each sums float32.
+"""Which GPUs and sizes the kernels are written for, whether this process has one, and how each sums float32.
 
 It imports no GPU package and knows no kernel.
 """
@@ -7,10 +7,14 @@ import os
 
 import torch
 
-__all__ = ["ARCHITECTURES", "architecture", "has_device", "precision"]
+__all__ = ["ARCHITECTURES", "FEATURES", "ROWS", "architecture", "has_device", "precision"]
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 """What the kernels are compiled and checked for; others are refused."""
+ROWS = 2**31
+"""Tokens and stored values stay below: kernels count them in 32 bits."""
+FEATURES = 2**23
+"""N and K stay below: the offsets within a tile of 128 rows are counted in 32 bits too."""
 
 
 def has_device() -> bool:

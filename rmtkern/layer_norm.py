@@ -6,7 +6,7 @@ It checks a call once and knows no model; packing/norm.py decides who uses it.
 import torch
 from torch import Tensor
 
-from rmtkern.errors import KernelUnavailable
+from rmtkern.errors import KernelUnavailable, refuse_onnx
 from rmtkern.layouts import cpu
 
 __all__ = ["layer_norm", "reason_against"]
@@ -37,6 +37,7 @@ _cpu_layer_norm = torch.library.custom_op("rmtkern::cpu_layer_norm", _run, mutat
 
 @_cpu_layer_norm.register_fake
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    refuse_onnx()
     return torch.empty_like(x)
 
 

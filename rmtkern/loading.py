@@ -21,7 +21,16 @@ from rmtkern.shards import INDEX, SUFFIX, read_metadata, read_tensors
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.storage import write_tensors
 
-__all__ = ["SHRUNK", "input_size_of", "load_model", "load_plan", "load_state_", "read_checkpoint", "save_dense"]
+__all__ = [
+    "SHRUNK",
+    "input_size_of",
+    "is_safetensors",
+    "load_model",
+    "load_plan",
+    "load_state_",
+    "read_checkpoint",
+    "save_dense",
+]
 
 SHRUNK = "rmtkern.shrunk"
 """Name in a checkpoint's metadata of the ShrinkPlan that made the model smaller."""
@@ -64,7 +73,8 @@ def _from_timm(name: str, pretrained: bool) -> nn.Module:
         ) from error
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
+    """Whether a checkpoint's name is that of safetensors: a file, an index of shards, or a folder."""
     return path.is_dir() or path.name.endswith((SUFFIX, INDEX))
 
 
@@ -91,7 +101,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:
-    if _is_safetensors(path):
+    if is_safetensors(path):
         return read_tensors(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
@@ -167,7 +177,7 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
     """
     path = Path(checkpoint)
     state = read_checkpoint(path)
-    shrunk = read_metadata(path).get(SHRUNK) if _is_safetensors(path) else None
+    shrunk = read_metadata(path).get(SHRUNK) if is_safetensors(path) else None
     take_back = None if shrunk is None else ShrinkPlan.from_json(shrunk).apply_(model)
     try:
         _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())

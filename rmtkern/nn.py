@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.errors import PackedModelError
-from rmtkern.layouts.base import PackedWeight
+from rmtkern.layouts.base import CPU_DTYPES, PackedWeight
+from rmtkern.layouts.cpu import Norm
 from rmtkern.layouts.pairs import rows_of, separate
+from rmtkern.mlp import mlp, normed_linear
 from rmtkern.ops import ACTIVATIONS, gated_linear, linear, load_kernels
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "check_inference",
     "in_autocast",
     "is_autocast",
+    "packed_mlp",
     "refuse_gradient",
 ]
 
@@ -206,9 +209,13 @@ class PackedModule(NotPickled, nn.Module):
         """
         check_inference(self)
         if is_autocast(x):
-            return in_autocast(x, self.forms[0].dtype, self.forward)
-        weight = self.forms[0] if len(self.tokens) == 1 else self.form(x.numel() // self.in_features)
-        y = self._compute(x, weight)
+            return in_autocast(x, self.forms[0].dtype, lambda x: PackedModule.forward(self, x))
+        return self._finish(x, self._compute(x, self._form(x)))
+
+    def _form(self, x: Tensor) -> PackedWeight:
+        return self.forms[0] if len(self.tokens) == 1 else self.form(x.numel() // self.in_features)
+
+    def _finish(self, x: Tensor, y: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or any(self.requires_grad)):
             return refuse_gradient(y)
         return y
@@ -239,13 +246,71 @@ def _plain(weight: Tensor, bias: Tensor | None, requires_grad: tuple[bool, ...],
 class PackedLinear(PackedModule):
     """y = activation(x Wᵀ + b) with a packed W, for inference; arguments and state_dict as PackedModule has them."""
 
+    norms: tuple[nn.LayerNorm, ...] = ()
+    """The LayerNorm before it, if that leaves its rows as they are where `takes` says so; none otherwise."""
+
     def _compute(self, x: Tensor, weight: PackedWeight) -> Tensor:
         return linear(x, weight, self.bias, activation=self.activation)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it normalises x [..., K] on its way into the kernel. The LayerNorm asks the same for the same x."""
+        if not self.norms or not x.is_cpu or x.dtype not in CPU_DTYPES or is_autocast(x):
+            return False
+        rows = [row for row in (self.norms[0].weight, self.norms[0].bias) if row is not None]
+        wanted = torch.is_grad_enabled() and (x.requires_grad or any(row.requires_grad for row in rows))
+        return not wanted and all(row.dtype == x.dtype and row.is_cpu for row in rows)
+
+    @property
+    def norm(self) -> Norm:
+        """What the kernel takes of `norms`."""
+        return self.norms[0].weight, self.norms[0].bias, self.norms[0].eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As PackedModule says; x is not normalised yet where `takes` says so."""
+        if not self.takes(x):
+            return super().forward(x)
+        check_inference(self)
+        y = normed_linear(x, self._form(x), self.bias, norm=self.norm, activation=self.activation)
+        return self._finish(x, y)
 
     def unpack(self) -> nn.Linear:
         """The plain nn.Linear: weight bit-exact at the packed dtype (-0.0 becomes 0.0), requires_grad as it was."""
         bias = None if self.bias is None else self.bias.clone()
         return _plain(self._dense(), bias, self.requires_grad, self.training)
+
+
+def packed_mlp(first: PackedLinear, second: PackedLinear, x: Tensor) -> Tensor:
+    """second(first(x)) in one kernel, where there is one for both forms at this token count.
+
+    Args:
+        first: with the activation between them.
+        second: without one.
+        x: [..., K], as `first` takes it.
+
+    Returns:
+        What the two modules would, up to rounding.
+
+    Raises:
+        PackedModelError, KernelUnavailable: as the modules do.
+    """
+    check_inference(first)
+    check_inference(second)
+    if second.activation is not None or is_autocast(x):
+        y: Tensor = second(first(x))
+        return y
+    tokens = x.numel() // first.in_features
+    y = mlp(
+        x,
+        first.form(tokens),
+        second.form(tokens),
+        first_bias=first.bias,
+        second_bias=second.bias,
+        activation=first.activation,
+        norm=first.norm if first.takes(x) else None,
+    )
+    if torch.is_grad_enabled() and (x.requires_grad or any((*first.requires_grad, *second.requires_grad))):
+        return refuse_gradient(y)
+    return y
 
 
 class PackedGatedLinear(PackedModule):

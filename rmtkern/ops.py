@@ -26,6 +26,7 @@ __all__ = ["ACTIVATIONS", "Availability", "available", "gated_linear", "linear",
 
 ACTIVATIONS = (None, *FUNCTIONS)
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> fastest first
+LAST = {"nofm": "cuda"}  # layout -> backend that runs only where no other does, or when named: no device has timed it
 NAMES = ("cpu", "cuda", "triton", "reference")  # "reference" runs only when named
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # what csrc/isa is written for
 NEEDS = {"triton": "triton"}  # the package without which no kernel of a backend can be imported
@@ -65,26 +66,30 @@ def load_kernels(layout: str) -> None:
 
 
 def _imported(path: str) -> ModuleType | str:
-    """A kernel's module, or which package it imports that is not there, such as the cupy of some cuda.py."""
+    """A kernel's module, or which package it imports that is not there or cannot load its libraries (nofm's cupy)."""
     try:
         return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == __name__.partition(".")[0]:
+    except ImportError as error:
+        if error.name is not None and error.name.partition(".")[0] == __name__.partition(".")[0]:
             raise
-        return _missing(error.name)
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            return _missing(error.name)
+        return str(error).strip().partition("\n")[0]
 
 
 def _missing(package: str) -> str:
     return f"the package {package} is not installed"
 
 
-def _candidates(device: str, backend: str | None) -> tuple[str, ...]:
-    """Backends to try, in order; `backend` or RMTKERN_BACKEND forces one."""
+def _candidates(device: str, layout: str, backend: str | None) -> tuple[str, ...]:
+    """Backends to try for a layout, in order; `backend` or RMTKERN_BACKEND forces one."""
     source = "backend"
     if backend is None:
         backend, source = os.environ.get("RMTKERN_BACKEND"), "RMTKERN_BACKEND"
     if not backend:
-        return BACKENDS.get(device, ())
+        names = BACKENDS.get(device, ())
+        last = LAST.get(layout)
+        return (*(name for name in names if name != last), last) if last in names else names
     if backend not in NAMES:
         raise ValueError(f"{source} is {backend!r}; valid: {', '.join(NAMES)}")
     return (backend,)
@@ -94,7 +99,7 @@ def _select(x: Tensor, w: PackedWeight, backend: str | None) -> ModuleType:
     if w.layout not in KERNELS:
         load_kernels(w.layout)
     reasons = []
-    for name in _candidates(x.device.type, backend):
+    for name in _candidates(x.device.type, w.layout, backend):
         kernel = KERNELS[w.layout][name]
         if isinstance(kernel, str):
             reasons.append(f"{name}: {kernel}")

@@ -22,6 +22,7 @@ __all__ = [
     "WEIGHTS",
     "as_bytes",
     "locate",
+    "nbytes_of",
     "read_metadata",
     "read_tensors",
     "shard_of",
@@ -200,6 +201,17 @@ def read_tensors(path: str | os.PathLike[str], *, mmap: bool = True) -> dict[str
     for shard in sorted(set(places.values())):
         tensors |= storage.read_tensors(source.with_name(shard), mmap=mmap)
     return tensors
+
+
+def nbytes_of(path: str | os.PathLike[str]) -> int:
+    """Size of the files that hold a checkpoint: of the one file, or of an index and its shards [bytes].
+
+    Args:
+        path: as `locate` takes it, of files that can be read.
+    """
+    source = locate(path)
+    shards = set(_read_index(source)[1].values()) if _is_index(source) else ()
+    return sum(file.stat().st_size for file in (source, *map(source.with_name, shards)))
 
 
 def shard_of(path: str | os.PathLike[str], key: str) -> str | None:

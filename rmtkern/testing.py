@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from rmtkern.activations import apply_activation
 
-__all__ = ["accuracy_excess", "assert_as_accurate_as_dense", "random_copy", "random_sparse"]
+__all__ = ["accuracy_excess", "assert_as_accurate_as_dense", "excess_over", "random_copy", "random_sparse"]
 
 
 Up = tuple[Tensor, Tensor | None]
@@ -71,10 +71,22 @@ def accuracy_excess(
         wide = [None if t is None else t.double() for t in (x, w, bias, residual, scale)]
         wide_up = None if up is None else (up[0].double(), None if up[1] is None else up[1].double())
         exact = _dense(wide[0], wide[1], wide[2], activation, wide[3], wide[4], wide_up)  # type: ignore[arg-type]
-        dense = float((_dense(x, w, bias, activation, residual, scale, up).double() - exact).abs().max())
-        largest = float(exact.abs().max())
-        error = float((y.double() - exact).abs().max())
-    allowed = 2 * dense + 4 * torch.finfo(x.dtype).eps * largest
+        return excess_over(y, _dense(x, w, bias, activation, residual, scale, up), exact)
+
+
+def excess_over(y: Tensor, dense: Tensor, exact: Tensor) -> float:
+    """The error of `y` over what the accuracy rule allows, as `accuracy_excess` does it for a linear.
+
+    Args:
+        y: the result to judge, in the dtype that the rule is about.
+        dense: PyTorch's result in that dtype, in any.
+        exact: in float64.
+
+    Returns:
+        Ratio >= 0; NaN or Inf in `y` gives inf.
+    """
+    error = float((y.double() - exact).abs().max())
+    allowed = 2 * float((dense.double() - exact).abs().max()) + 4 * torch.finfo(y.dtype).eps * float(exact.abs().max())
     if error != error or error == float("inf"):
         return float("inf")
     return error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))

@@ -5,6 +5,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--soak-seconds", type=float, default=300, help="length of each slow soak test; default: 300")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import accuracy, cases, contenders, growth, kernel, memory, record, run, spectral, tables, timing
+from benchmarks import (
+    accuracy,
+    cases,
+    contenders,
+    footprint,
+    growth,
+    kernel,
+    memory,
+    mlp,
+    record,
+    run,
+    spectral,
+    tables,
+    timing,
+)
 from benchmarks.cases import KernelCase
 from rmtkern import comparison, load, peers, prune_, save
 from rmtkern.layouts import LAYOUTS
@@ -105,6 +120,20 @@ def test_kernel_and_growth_rows_have_every_column():
         assert row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert row["gflops"] == pytest.approx(row["gflops_dense_equivalent"] * (1 - row["sparsity"]))
     assert rows[0]["vs_torch"] == 1 and max(row["vs_strongest"] for row in rows[:3]) == 1
+
+
+def test_mlp_rows_and_their_table(tmp_path, monkeypatch):
+    said = []
+    case = KernelCase("demo.mlp", 16, ("bitmask 0.5", "nofm 2:4", "block 4x2 0.5"), activation="gelu")
+    rows = mlp.measure(case, rounds=2, say=said.append)
+    assert [row["form"] for row in rows] == ["bitmask 0.5", "nofm 2:4"] and "block 4x2 0.5" in said[0]
+    assert {*mlp.KEYS, *mlp.SHOWN, "p20_ms", "p80_ms", "cpu", "revision", "date"} <= set(rows[0])
+    for row in rows:
+        assert row["vs_separate"] == pytest.approx(row["separate_ms"] / row["p50_ms"])
+        assert (row["K"], row["hidden"], row["N"]) == (256, 1024, 256) and row["max_rel_err"] < 1e-5
+    record.write_rows(tmp_path / f"mlp-{tables.CPU}.csv", rows, mlp.KEYS)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert tables.mlps().rows[0][1:5] == ["256 -> 1024 -> 256", "16", "float32", "bitmask 0.5"]
 
 
 def test_flat_is_judged_within_a_series():
@@ -304,3 +333,31 @@ def test_a_packed_model_is_measured_from_its_file(tmp_path):
     again = load(tmp_path / "model.safetensors", torch.load(tmp_path / "model.pt", weights_only=False))
     x = torch.randn(3, 64)
     assert torch.equal(again(x), model(x))
+
+
+def test_the_peak_of_a_call_is_beyond_what_was_held():
+    held = torch.ones(2**22)
+    result, extra = memory.peak_beyond(lambda: float(torch.ones(2**24).sum() + held.sum()))
+    assert result == 2**24 + 2**22 and 60 < extra < 80  # 64 MiB; the 16 of before are not in it
+    assert memory.peak_beyond(lambda: None)[1] < 8
+    assert memory.weights_mib(torch.nn.Linear(512, 512, bias=False)) == 1
+
+
+def test_the_memory_of_every_call_is_measured(tmp_path):
+    options = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    rows = {}
+    for call in footprint.CALLS:
+        if call != "pack_":
+            rows[call] = footprint.measure(call, "vit_tiny_patch16_224", tmp_path, options)
+    assert set(footprint.BOUNDS) == set(footprint.CALLS) and (tmp_path / footprint.FILE).exists()
+    assert len({row["unit_mib"] for call, row in rows.items() if call != "load"}) == 1  # of the dense weights
+    assert rows["load"]["unit"] == "file" and 0 < rows["load"]["unit_mib"] < rows["save"]["unit_mib"]
+    with pytest.raises(RuntimeError, match="no_such_model"):
+        footprint.run("load", "no_such_model", tmp_path)  # in a process of its own
+
+
+def test_the_committed_memory_is_within_what_is_promised():
+    rows = record.read_rows(record.RESULTS / f"footprint-{tables.CPU}.csv")
+    assert {(row["call"], row["model"]) for row in rows} == set(itertools.product(footprint.CALLS, footprint.MODELS))
+    for row in rows:
+        assert float(row["extra"]) <= footprint.BOUNDS[row["call"]], row

@@ -17,6 +17,14 @@ def test_a_model_class_is_covered_as_documented(name):
     assert table([row]).to_markdown().splitlines()[-1] in LINES
 
 
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_class_under_inductor(name):
+    row = cover(name, "inductor")
+    assert row.error <= TOLERANCE and row.loaded and row.compiled
+
+
 def test_the_document_has_no_other_models():
     rows = [line.split(" | ")[0].removeprefix("| ") for line in LINES if line.startswith("| t")]
     assert rows == list(MODELS)

@@ -37,6 +37,49 @@ def call(**changes):
     return arguments["y"]
 
 
+def call_mlp(**changes):
+    packed = BitmaskWeight.pack(torch.eye(5, 70)), BitmaskWeight.pack(torch.eye(3, 5))
+    arguments = {
+        "layouts": ("bitmask", "bitmask"),
+        "x": np.ones((4, 70), np.float32),
+        "hidden": 5,
+        "parts": tuple([part.numpy() for part in weight.tensors()] for weight in packed),
+        "params": ([], []),
+        "biases": (None, None),
+        "scale": None,
+        "residual": None,
+        "y": np.empty((4, 3), np.float32),
+        "activation": None,
+        "threads": 1,
+        **changes,
+    }
+    _C.mlp(**arguments)
+    return arguments["y"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layouts": ("bitmask", "csr")}, ValueError, "no CPU kernel for layout 'csr'"),
+        ({"hidden": 6}, ValueError, r"part 'masks' must have shape \(12\) for a weight of \(6, 70\)"),
+        ({"hidden": 0}, ValueError, "a weight needs N, K >= 1"),
+        ({"biases": (np.ones(4, np.float32), None)}, ValueError, r"bias must have shape \(5,\), got \(4,\)"),
+        ({"biases": (None, np.ones(4, np.float32))}, ValueError, r"bias must have shape \(3,\), got \(4,\)"),
+        ({"y": np.empty((5, 3), np.float32)}, ValueError, r"y must have shape \(4, 3\), got \(5, 3\)"),
+        ({"residual": np.empty((4, 5), np.float32)}, ValueError, r"residual must have shape \(4, 3\)"),
+        ({"threads": 0}, ValueError, "threads must be >= 1, got 0"),
+        ({"isa": "sse9"}, ValueError, "unknown instruction set 'sse9'"),
+        ({"norm": (np.ones(9, np.float32), None, 0.0)}, ValueError, r"the norm's weight must have shape \(70,\)"),
+        ({"norm": (None, np.ones(70), 0.0)}, TypeError, "the norm's bias .*float64"),
+    ],
+)
+def test_an_mlp_that_does_not_fit_is_refused(changes, error, message):
+    assert (call_mlp() == 1).all()
+    assert call_mlp(x=np.ones((0, 70), np.float32), y=np.empty((0, 3), np.float32)).shape == (0, 3)
+    with pytest.raises(error, match=message):
+        call_mlp(**changes)
+
+
 def parts(**changes):
     packed = BitmaskWeight.pack(torch.eye(5, 70))
     return [changes.get(name, getattr(packed, name).numpy()) for name in BitmaskWeight.parts]

@@ -202,3 +202,11 @@ def test_a_call_reads_the_parts_where_they_lie_now(packed):
     other = LAYOUTS["bitmask"].pack(2 * packed.unpack())
     packed.load_state_dict(other.state_dict(), assign=True)  # other tensors
     assert torch.equal(ops.linear(x, packed), ops.linear(x, other))
+
+
+def test_a_kernel_that_no_device_has_timed_comes_last():
+    assert ops._candidates("cuda", "dense", None) == ("cuda", "triton")
+    assert ops._candidates("cuda", "nofm", None) == ("triton", "cuda")
+    assert ops._candidates("cuda", "nofm", "cuda") == ("cuda",)
+    assert ops._candidates("cpu", "nofm", None) == ("cpu",)
+    assert ops._candidates("meta", "nofm", None) == ()

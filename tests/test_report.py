@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rmtkern
+from rmtkern import shards
 from rmtkern.cli import main
 from rmtkern.evaluation import Evaluation
 from rmtkern.packing import pack_
@@ -25,6 +26,7 @@ from rmtkern.pruning.plan import Count, sparsity_grid
 from rmtkern.report import write_report
 from rmtkern.report.contents import Contents, Layer, layers_of, timings
 from rmtkern.report.page import HEAT_STEPS, heat_colour, to_html
+from rmtkern.report.source import load_checkpoint
 from rmtkern.report.svg import Plot, ticks
 from rmtkern.spectrum import law
 from rmtkern.spectrum.fit import fit_singular_values
@@ -399,6 +401,45 @@ def test_a_packed_model_shows_its_dense_weights_and_stays_packed(pruned, tmp_pat
     assert dense == packed
     size = sum(value.nbytes for value in before.values())
     assert f"{size / 2**10:.1f} KiB" in (tmp_path / "packed.html").read_text()
+
+
+def test_shards_and_folders(out, tmp_path, pruned):
+    model, plan = pruned
+    folder = tmp_path / "vit-0.75"
+    folder.mkdir()
+    state, metadata = model.state_dict(), {"rmtkern": plan.to_json()}
+    shards.write(state, folder / "model.safetensors", metadata, 20_000)
+    index = folder / "model.safetensors.index.json"
+    held = [index, *folder.glob("*.safetensors")]
+    assert len(held) > 2
+    written = write_report(folder, out)
+    size = sum(file.stat().st_size for file in held)
+    assert shards.nbytes_of(folder) == size
+    text = out.read_text()
+    assert "The zeros of all 4 pruned weights are exactly those of the plan." in text
+    assert "<title>vit-0.75" in text and f"the file has {size / 2**10:.1f} KiB" in text
+    whole = tmp_path / "whole.safetensors"
+    shards.write(state, whole, metadata)
+    assert shards.nbytes_of(whole) == whole.stat().st_size
+    for path in (index, whole):
+        assert write_report(path, tmp_path / "other.html").facts[0] == written.facts[0]
+        assert read(tmp_path / "other.html").table("layer-table") == read(out).table("layer-table")
+    assert main(["report", str(folder), "-o", str(out)]) == 0
+    held[1].unlink()
+    with pytest.raises(ValueError, match=r"index\.json: shard .* is missing"):
+        write_report(folder, out)
+
+
+def test_a_packed_folder_needs_its_model(out, tmp_path):
+    model = net()
+    plan = rmtkern.prune_(model, 0.75, "uniform", show_progress=False)
+    pack_(model, torch.randn(8, 48), timer=fast, show_progress=False)
+    rmtkern.save(model, tmp_path / "packed", plan, max_shard_size=20_000)
+    with pytest.raises(ValueError, match=r"packed: it holds a packed model, whose weights need their model"):
+        write_report(tmp_path / "packed", out)
+    loaded = load_checkpoint(f"{__name__}:net", tmp_path / "packed")
+    write_report(loaded, out, checkpoint=tmp_path / "packed")
+    assert "The zeros of all 4 pruned weights are exactly those of the plan." in out.read_text()
 
 
 def test_errors(out, tmp_path, pruned):

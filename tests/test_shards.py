@@ -335,8 +335,14 @@ def test_a_folder_as_transformers_lays_it_out(size, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(images)[0], model(images)[0])
     assert load_plan(folder) == plan
+    for loaded in (ViTModel, AutoModel):  # it would find no weight of the packed layers and draw random ones
+        with pytest.raises(ValueError, match=r"packed by rmtkern, load with rmtkern\.load\(folder, ViTModel\("):
+            loaded.from_pretrained(folder)
+    unpack_(again)
+    again.save_pretrained(tmp_path / "plain")
+    plain = AutoModel.from_pretrained(tmp_path / "plain").eval()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
     if size is not None:
-        unpack_(again)
         again.save_pretrained(tmp_path / "theirs", max_shard_size=size)
         ours, theirs = (
             json.loads((path / "model.safetensors.index.json").read_text()) for path in (folder, tmp_path / "theirs")

@@ -509,5 +509,9 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["shrink", spec, "--checkpoint", str(file), "--mlp", "0.5", "-o", str(pruned)]) == 2
     assert "it was made smaller already" in capsys.readouterr().err
+    (tmp_path / "folder").mkdir()
+    file.rename(tmp_path / "folder" / "model.safetensors")  # what travels is found in a folder too
+    assert main(["shrink", spec, "--checkpoint", str(tmp_path / "folder"), "-o", str(pruned)]) == 2
+    assert "it was made smaller already" in capsys.readouterr().err
     assert main(["shrink", spec, "-o", str(pruned)]) == 2
     assert "mlp and heads are both 0" in capsys.readouterr().err

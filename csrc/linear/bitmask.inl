@@ -55,11 +55,72 @@ struct BitmaskPairs {
     }
 };
 
+// The pairs of a whole weight, stored as `block` stores 1x2: made once for all panels of a call.
+struct Expansion {
+    const BitmaskPairs& source;
+    float* pairs;
+    uint64_t* masks;
+    int64_t* starts;
+
+    // Where a row block's pairs begin: there are at most as many as entries, and pair_up writes a vector too many.
+    int64_t first(int64_t rb) const { return source.starts[rb * source.col_blocks] + 16 * rb; }
+
+    void expand(int64_t rb) const {
+        const int64_t count = source.height(rb);
+        int64_t segment = rb * block_rows * source.col_blocks;
+        const uint16_t* w = source.values + source.starts[rb * source.col_blocks];
+        int64_t at = first(rb);
+        for (int64_t kb = 0; kb < source.col_blocks; ++kb) {
+            starts[rb * source.col_blocks + kb] = at;
+            for (int64_t i = 0; i < count; ++i, ++segment) {
+                const uint64_t* mask = source.masks + 2 * segment;
+                masks[segment] = pair_up(mask, w, reinterpret_cast<uint32_t*>(pairs + at));
+                w += __builtin_popcountll(mask[0]) + __builtin_popcountll(mask[1]);
+                at += __builtin_popcountll(masks[segment]);
+            }
+        }
+    }
+};
+
+void expansion_thread(const void* arg, int i, int n) {
+    const auto& job = *static_cast<const Expansion*>(arg);
+    const int64_t row_blocks = (job.source.N + block_rows - 1) / block_rows;
+    for (int64_t rb = row_blocks * i / n; rb < row_blocks * (i + 1) / n; ++rb) job.expand(rb);
+}
+
+BitmaskPairs bitmask_pairs(const LinearArgs& a) {
+    return {a.parts[0].as<uint16_t>(), a.parts[1].as<uint64_t>(), a.parts[2].as<uint8_t>(),
+            a.parts[3].as<int64_t>(),  a.N, (a.K + 127) / 128};
+}
+
+// Whether a call of a bfloat16 weight has panels enough to make the pairs first.
+inline bool expands_pairs(const LinearArgs& a) { return a.dtype == DType::bfloat16 && a.T > max_V * W; }
+
+// The same call with the parts of `block` 1x2 in place of its own, in memory for `use`. They were checked.
+LinearArgs expand_pairs(const LinearArgs& a, Scratch use) {
+    const BitmaskPairs source = bitmask_pairs(a);
+    const int64_t row_blocks = (a.N + block_rows - 1) / block_rows, segments = a.N * source.col_blocks;
+    const int64_t integers = segments + row_blocks * source.col_blocks;
+    float* memory = scratch(size_t(2 * integers + a.parts[0].shape[0] + 16 * row_blocks), use);
+    auto* masks = reinterpret_cast<uint64_t*>(memory);
+    auto* starts = reinterpret_cast<int64_t*>(masks + segments);
+    const Expansion job{source, memory + 2 * integers, masks, starts};
+    parallel(a.threads < row_blocks ? a.threads : int(row_blocks), expansion_thread, &job);
+    LinearArgs out = a;
+    out.parts[0].data = job.pairs;
+    out.parts[1].data = masks;
+    out.parts[3].data = starts;
+    out.checked = true;
+    return out;
+}
+
 const char* bitmask_linear(const LinearArgs& a) {
     if (a.dtype == DType::float32) return run_strips<1, Float32>(a);
-    const BitmaskPairs source{a.parts[0].as<uint16_t>(), a.parts[1].as<uint64_t>(), a.parts[2].as<uint8_t>(),
-                              a.parts[3].as<int64_t>(),  a.N, (a.K + 127) / 128};
-    if (!source.consistent(a.parts[0].shape[0], a.K)) return "masks, rows, starts and values disagree";
+    const BitmaskPairs source = bitmask_pairs(a);
+    if (!a.checked && !source.consistent(a.parts[0].shape[0], a.K)) return strips_damage;
+    if (expands_pairs(a)) return run_strips<1, BFloat16>(expand_pairs(a, Scratch::pairs));
     run_panels(a, source);
     return nullptr;
 }
+
+int bitmask_width(const LinearArgs&) { return max_V; }

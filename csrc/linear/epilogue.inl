@@ -207,7 +207,45 @@ struct FinishOutputs {
     }
 };
 
-// Runs one of the two above for the activation that is asked for.
+// Two vectors of floats as one of bfloat16 pairs.
+inline F pair_lanes(F low, F high) {
+    return reinterpret_cast<F>(__builtin_convertvector(to_bfloat16(low), U) |
+                               __builtin_convertvector(to_bfloat16(high), U) << 16);
+}
+
+// C as FinishTokens has it, but of a whole panel (lanes [0, stride)), which becomes a panel P [lanes of outputs][stride] of
+// the next linear: lanes stay tokens. An odd number of outputs leaves a zero in the last pair of bfloat16.
+template <class Number, Activation A, bool Gated>
+struct FinishPanel {
+    static F output(const float* C, int64_t stride, int64_t f) {
+        const float* row = C + row_of<Gated>(f) * stride;
+        const F y = activate<Number, A>(load(row));
+        if constexpr (Gated) return y * load(row + gate_chunk * stride);
+        return y;
+    }
+
+    static void run(const LinearArgs& a, const float* C, int64_t stride, int64_t f0, int64_t rows, float* P, uint32_t* special) {
+        constexpr int per = Number::per_lane;
+        const int64_t features = count_outputs<Gated>(a, f0, rows);
+        U bad = {};
+        P += first_output<Gated>(f0) / per * stride;
+        for (int64_t f = 0; f < features; f += per, P += stride) {
+            for (int64_t v = 0; v < stride; v += W) {
+                F y = output(C + v, stride, f);
+                if constexpr (per == 2) {
+                    y = pair_lanes(y, f + 1 < features ? output(C + v, stride, f + 1) : F{});
+                    bad |= special_pairs(y);
+                }
+                store(P + v, y);
+            }
+        }
+        uint32_t any = 0;
+        for (int i = 0; i < W; ++i) any |= bad[i];
+        if (any) __atomic_store_n(special, 1u, __ATOMIC_RELAXED);
+    }
+};
+
+// Runs one of the three above for the activation that is asked for.
 template <template <class, Activation, bool> class Finish, class Number, bool Gated, class... Place>
 void finish_as(const LinearArgs& a, const float* C, Place... place) {
     switch (a.activation) {

@@ -29,3 +29,5 @@ const char* lowrank_linear(const LinearArgs& a) {
     else run_lowrank<BFloat16>(a);
     return nullptr;
 }
+
+int lowrank_width(const LinearArgs&) { return 0; }

@@ -182,7 +182,12 @@ const char* nofm_linear(const LinearArgs& a) {
     if (a.dtype == DType::bfloat16) return two_of_four(a);
     const NofM source{a.parts[0].as<float>(), a.parts[1].as<uint64_t>(), a.N, a.K, (a.K + 63) / 64, a.params[0],
                       a.params[1]};
-    if (!nofm_consistent(source)) return "a group of the masks does not have exactly n bits";
+    if (!a.checked && !nofm_consistent(source)) return "a group of the masks does not have exactly n bits";
     run_panels(a, source);
     return nullptr;
+}
+
+int nofm_width(const LinearArgs& a) {
+    if (a.n_params == 3) return Picks::most_V;
+    return a.dtype == DType::bfloat16 ? 0 : NofM::most_V;
 }

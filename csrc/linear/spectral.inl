@@ -71,16 +71,33 @@ bool pack_source(const LinearArgs& a, const Spectral<Sparse>& source, int64_t t0
 }
 
 template <class Sparse>
-const char* run_spectral(const LinearArgs& a, const Sparse& sparse) {
-    if (!sparse.consistent(a.parts[0].shape[0], a.K)) return "masks, rows, starts and values disagree";
+void run_spectral(const LinearArgs& a, const Sparse& sparse) {
     const int64_t R = a.params[0], per = Sparse::Number::per_lane;
     const Spectral<Sparse> source{sparse, a.parts[4].as<float>(), a.parts[5].as<float>(), a.N, R, (R + per - 1) / per};
     run_panels(a, source);
-    return nullptr;
+}
+
+template <class Sparse>
+bool spectral_consistent(const LinearArgs& a, const Sparse& sparse) {
+    return a.checked || sparse.consistent(a.parts[0].shape[0], a.K);
 }
 
 const char* spectral_linear(const LinearArgs& a) {
-    if (a.dtype == DType::float32) return run_spectral(a, Strips<1, Float32>(a));
-    return run_spectral(a, BitmaskPairs{a.parts[0].as<uint16_t>(), a.parts[1].as<uint64_t>(), a.parts[2].as<uint8_t>(),
-                                        a.parts[3].as<int64_t>(), a.N, (a.K + 127) / 128});
+    if (a.dtype == DType::float32) {
+        const Strips<1, Float32> sparse(a);
+        if (!spectral_consistent(a, sparse)) return strips_damage;
+        run_spectral(a, sparse);
+        return nullptr;
+    }
+    const BitmaskPairs sparse = bitmask_pairs(a);
+    if (!spectral_consistent(a, sparse)) return strips_damage;
+    if (expands_pairs(a)) {
+        const LinearArgs expanded = expand_pairs(a, Scratch::pairs);
+        run_spectral(expanded, Strips<1, BFloat16>(expanded));
+    } else {
+        run_spectral(a, sparse);
+    }
+    return nullptr;
 }
+
+int spectral_width(const LinearArgs&) { return 0; }  // the middle is made from rows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.evaluation import folder_batches, preprocessing_of
-from rmtkern.loading import input_size_of, load_model
+from rmtkern.loading import input_size_of, is_safetensors, load_model
 from rmtkern.shards import read_metadata
 from rmtkern.token_merging import merge_tokens_
 
@@ -54,7 +54,7 @@ def check_folder(output: Path | None) -> None:
 
 def metadata_of(checkpoint: Path | None, key: str) -> str | None:
     """What travels with a checkpoint under a name, if anything."""
-    if checkpoint is None or checkpoint.suffix != ".safetensors":
+    if checkpoint is None or not is_safetensors(checkpoint):
         return None
     return read_metadata(checkpoint).get(key)
 

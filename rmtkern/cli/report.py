@@ -16,7 +16,9 @@ __all__ = ["VERB"]
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="safetensors file, dense or packed")
+    parser.add_argument(
+        "checkpoint", type=Path, help="safetensors file, index of shards or their folder; dense or packed"
+    )
     parser.add_argument("--model", help="what the checkpoint loads into; needed if packed, else names tell the layers")
     parser.add_argument("--packing", type=Path, help="what bench --json printed: what runs each layer, and its times")
     parser.add_argument("--decisions", type=Path, help="JSON file of measured times, as bench --decisions keeps it")

@@ -157,6 +157,10 @@ class PackedWeight(nn.Module):
         buffers: dict[str, Any] = self._buffers  # not by getattr, which is slow on a module
         return tuple(buffers[name] for name in self.parts)
 
+    def cpu_tensors(self) -> tuple[Tensor, ...] | None:
+        """What the kernels of csrc take; None where another library computes this form."""
+        return self.tensors()
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the values, which is that of the weight."""

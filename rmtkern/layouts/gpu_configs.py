@@ -154,9 +154,19 @@ _NOFM_32: _Table = {
     "batch": Config(64, 64, 32, 8, 3),
     "ragged": Config(16, 64, 32, 4, 3),
 }
+# 2:4 on sparse tensor cores (CUDA C++, 16-bit): two warps along the features, each with 32 or 64; bk is 64 or 128. Here
+# "aligned" means copies of 16 bytes; narrower ones hold more addresses in registers.
+_SPARSE_16: _Table = {
+    "row": Config(16, 64, 128, 4, 3),
+    "image": Config(64, 64, 64, 4, 3),
+    "batch": Config(128, 128, 64, 8, 3),
+    "ragged": Config(64, 64, 64, 4, 3),
+}
 
 
 def _table(layout: str, itemsize: int, arch: str) -> _Table:
+    if layout == "sparse_product":
+        return _SPARSE_16
     if layout == "masked":
         return _MASKED_16 if itemsize == 2 else _MASKED_32
     if layout == "bitmask":
@@ -185,8 +195,8 @@ def choose(
     """The tile for a call.
 
     Args:
-        layout: "dense", "bitmask", "spectral", "block", "nofm", "descriptor" (dense, by tensor descriptors) or "masked"
-            (masked_linear.py).
+        layout: "dense", "bitmask", "spectral", "block", "nofm", "descriptor" (dense, by tensor descriptors), "masked"
+            (masked_linear.py) or "sparse_product" (nofm 2:4 in 16 bits on sparse tensor cores).
         itemsize: bytes of an element, 2 or 4.
         arch: a name in `ARCHITECTURES`.
         tokens: T >= 1.

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmtkern.errors import refuse_onnx
+from rmtkern.gpu import FEATURES, ROWS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.gpu_configs import candidates, choose, shape_class
 from rmtkern.triton_target import INTERPRETED, reason_against_device, target
@@ -20,8 +22,6 @@ from rmtkern.triton_target import INTERPRETED, reason_against_device, target
 __all__ = ["DTYPES", "FEATURES", "GROUP", "ROWS", "finish", "linear", "rows_at", "run", "supports", "target", "tile_of"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ROWS = 2**31  # tokens and stored values are counted in 32 bits
-FEATURES = 2**23  # N and K stay below: the offsets within a tile of 128 rows are counted in 32 bits too
 GROUP = 8  # tiles of tokens that are computed before the next columns of W are read
 
 
@@ -200,6 +200,7 @@ def _(
     scale: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
+    refuse_onnx()
     return x.new_empty(x.shape[0], features)
 
 

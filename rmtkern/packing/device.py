@@ -3,6 +3,7 @@
 It knows no model beyond where its tensors are, and chooses nothing.
 """
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,8 @@ def cuda_device(name: str, arch: str, clock: Clock, reason: str | None = None) -
     """
     triton = version("triton") or "none"
     settings = [arch, f"triton {triton}", f"float32 {torch.get_float32_matmul_precision()}"]
+    if importlib.util.find_spec("cupy") is not None:  # then nofm has another kernel
+        settings.append("cupy")
     if os.environ.get("RMTKERN_AUTOTUNE") == "1":
         settings.append("autotuned")
     if forced := os.environ.get("RMTKERN_BACKEND"):

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from rmtkern.layer_norm import layer_norm, reason_against
 from rmtkern.packing.sites import KernelForward
 from rmtkern.packing.watch import is_altered
+from rmtkern.testing import excess_over
 
 __all__ = ["NormCall", "NormForward", "watch_norms"]
 
@@ -61,12 +62,7 @@ class NormCall:
         module = self.module
         weight, bias = (None if p is None else p.double() for p in (module.weight, module.bias))
         exact = F.layer_norm(self.x.double(), module.normalized_shape, weight, bias, module.eps)
-        allowed = 2 * float((self.torch() - exact).abs().max())
-        allowed += 4 * torch.finfo(self.x.dtype).eps * float(exact.abs().max())
-        error = float((self.kernel() - exact).abs().max())
-        if error != error:
-            return float("inf")
-        return error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf"))
+        return excess_over(self.kernel(), self.torch(), exact)
 
 
 def _reason(module: nn.LayerNorm, x: Any) -> str | None:

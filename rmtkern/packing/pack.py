@@ -1,12 +1,12 @@
 """pack_: the verb, what it refuses, and the order of its steps. Each step is a file beside this one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rmtkern.errors import PackedModelError
 from rmtkern.examples import Example, as_examples
@@ -17,12 +17,14 @@ from rmtkern.packing.device import Device, device_of
 from rmtkern.packing.dtype import DTYPES, cast_
 from rmtkern.packing.gated import find_pairs, fuse
 from rmtkern.packing.guard import guard
-from rmtkern.packing.layers import choose_forms, find_layers, group_layers, measure_group, pack_layer
+from rmtkern.packing.layers import Layer, choose_forms, find_layers, group_layers, measure_group, pack_layer
+from rmtkern.packing.mlp import Chain, MlpForward, find_chains, mlp_calls
 from rmtkern.packing.multihead import Split, find_multiheads, watch_calls
-from rmtkern.packing.norm import NormForward, watch_norms
-from rmtkern.packing.outputs import outputs_on
+from rmtkern.packing.norm import NormCall, NormForward, watch_norms
+from rmtkern.packing.normed import LeavingForward, find_normed, normed_calls
+from rmtkern.packing.outputs import outputs_on, tolerance_of
 from rmtkern.packing.pairs import measure_pairs
-from rmtkern.packing.report import EndToEnd, GatedReport, PackReport
+from rmtkern.packing.report import EndToEnd, GatedReport, PackReport, SiteReport
 from rmtkern.packing.sites import disable, enable, measure_sites
 from rmtkern.packing.summary import layer_reports, site_reports
 from rmtkern.packing.swaps import Swaps, place_, verify
@@ -43,6 +45,7 @@ def pack_(
     layouts: Sequence[str] | None = None,
     attention: bool = True,
     norms: bool = True,
+    mlps: bool = True,
     margin: float = 0.03,
     budget_ms: float = 600.0,
     timer: Timer | None = None,
@@ -64,8 +67,11 @@ def pack_(
     nearest), so that no measured shape is slower. A GELU, ReLU or SiLU module that provably sees nothing but a linear's
     output is absorbed into its kernel. Modules that compute act(gate(x)) * up(x) with two linears, or with one whose
     output they split, run both in one kernel where that is faster than the linears in their chosen forms, by `margin`
-    at every token count. At the end the whole model is timed against the original and against every
-    linear in its strongest dense form; choices that made it slower are put back.
+    at every token count. Modules that run one linear, its absorbed activation and another linear do so in one kernel,
+    which keeps the hidden features in the cache, under the same condition. At the end the whole model is timed against
+    the original and against every linear in its strongest dense form; choices that made it slower are put back. Until
+    then each linear is held as it was, in its strongest dense form and in its chosen one: beside the model at most
+    twice its dense weights, with one example (docs/benchmarks.md, Memory).
 
     On a CUDA device the dense forms are nn.Linear (cuBLAS) and our own, and layers without a kernel there stay as they
     are with the reason; attention and LayerNorm stay PyTorch's. Times are the device's. What is bound by launches, as
@@ -84,15 +90,18 @@ def pack_(
         layouts: names in LAYOUTS that may be chosen; default, all. Dense forms are always tried.
         attention: whether modules that call PyTorch's scaled_dot_product_attention may use our kernel, where it is
             measured faster by the margin.
-        norms: whether LayerNorm modules may use our kernel, where it is measured faster by the margin.
+        norms: whether LayerNorm modules may use our kernel, or leave their rows to the packed linear that alone reads
+            them, where it is measured faster by the margin.
+        mlps: whether modules that run two linears one after the other may use one kernel for both, where it is measured
+            faster by the margin.
         margin: by what fraction sparse must be faster than the strongest dense form, [0, 1).
         budget_ms: time spent on each distinct measurement [ms]; the whole model gets five times as much per example.
         timer: (name -> call, budget_ms) -> (name -> ms); default `interleaved_ms`, or `EventTimer` on a CUDA device.
         decisions: times of earlier calls (`PackReport.decisions`), used again for linears of equal shape, dtype, bias,
             activation, token counts, candidates and similar sparsity, if measured with this CPU, instruction set,
             thread count and versions (or this kind of GPU, compute capability and versions); or a JSON file of them,
-            which is made or completed. Candidates are still checked for accuracy, and attention, gate-up pairs and the
-            whole model are still timed.
+            which is made or completed. Candidates are still checked for accuracy, and attention, gate-up pairs, MLPs
+            and the whole model are still timed.
         show_progress: show a bar; default, only on a terminal.
 
     Returns:
@@ -111,10 +120,10 @@ def pack_(
     log = DecisionLog(decisions, device.keys(time_calls))
     split = find_multiheads(model)
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
-    attention, norms = attention and device.kernels, norms and device.kernels
+    kernels = attention and device.kernels, norms and device.kernels, mlps and device.kernels
     try:
         return _pack(
-            model, device, split, examples, layouts, attention, norms, margin, budget_ms, time_calls, show_progress, log
+            model, device, split, examples, layouts, kernels, margin, budget_ms, time_calls, show_progress, log
         )
     except BaseException:
         place_(model, dict(split.whole))
@@ -154,15 +163,18 @@ def _pack(
     split: Split,
     examples: list[Example],
     layouts: Sequence[str],
-    attention: bool,
-    norms: bool,
+    kernels: tuple[bool, bool, bool],
     margin: float,
     budget_ms: float,
     time_calls: Timer,
     show_progress: bool | None,
     log: DecisionLog,
 ) -> PackReport:
-    """The steps in order: try what can move, choose per linear, per site and per pair, judge the whole, report."""
+    """The steps in order: try what can move, choose per linear, site, pair and MLP, judge the whole, report.
+
+    `kernels` says whether attention, LayerNorms and MLPs may use ours.
+    """
+    attention, norms, mlps = kernels
     whole_outputs, whole_calls = split_multiheads(model, split, examples)
     layers = find_layers(model, split, device)
     movable = [layer for layer in layers if layer.reason is None]
@@ -189,7 +201,10 @@ def _pack(
     movable = [layer for layer in movable if layer.reason is None]
 
     by_name = {layer.name: layer for layer in movable}
-    pairs = find_pairs(model, {layer.name: layer.module for layer in movable if not layer.seen.lent})
+    called = {layer.name: layer.module for layer in movable if not layer.seen.lent}
+    pairs, chains = find_pairs(model, called), find_chains(model, called) if mlps else []
+    normed = _find_normed(model, norm_calls, called, split, examples, outputs) if norms else {}
+    chains = [chain for chain in chains if len({tuple(by_name[path].seen.tokens) for path in chain.paths}) == 1]
     pairs = [pair for pair in pairs if len({tuple(by_name[path].seen.tokens) for path in pair.paths}) == 1]
     groups = group_layers(movable, layouts, device)
     for group in progress(groups, "timing", show=show_progress):
@@ -214,6 +229,7 @@ def _pack(
     end_to_end: list[EndToEnd] = []
     notes: list[str] = []
     gated: list[GatedReport] = []
+    fused: dict[str, list[SiteReport]] = {}
     try:
         for layer in progress(movable, "packing", show=show_progress):
             swaps.put(swaps.dense, layer, pack_layer(layer, layer.dense))
@@ -231,6 +247,16 @@ def _pack(
                 except PackedModelError as error:  # a forward that does not always compute what was tried
                     swaps.drop_pairs()
                     gated = [replace(pair, form=None, reason=str(error)) for pair in gated]
+            fused["normed linear"] = _put_normed(normed, by_name, swaps, *timing)
+            fused["MLP"] = _put_mlps(chains, by_name, swaps, *timing)
+            if fused.keys() & swaps.sites.keys():
+                try:
+                    verify(swaps, examples, expected, swaps.packed)
+                except PackedModelError as error:  # as above
+                    for kernel, found in fused.items():
+                        if kernel in swaps.sites:
+                            swaps.drop_site(kernel)
+                            fused[kernel] = [replace(site, used=False, reason=str(error)) for site in found]
             end_to_end, notes = guard(swaps, movable, examples, 5 * budget_ms, time_calls, show_progress)
             gated = [
                 replace(pair, form=None, reason=f"{pair.reason}; put back: the model was slower end to end")
@@ -249,6 +275,7 @@ def _pack(
             log.reused if log.given else None,
             tuple(gated),
             site_reports(norm_sites, swaps, "LayerNorm"),
+            *(site_reports(fused.get(kernel, []), swaps, kernel) for kernel in ("MLP", "normed linear")),
         )
         log.save()
     except BaseException:
@@ -262,3 +289,72 @@ def _pack(
     enable(forward for forward in swaps.forwards if forward.module in standing)
     fuse(model, [pair for pair, _ in swaps.pairs.values()])
     return report
+
+
+def _put_mlps(
+    chains: Sequence[Chain],
+    layers: Mapping[str, Layer],
+    swaps: Swaps,
+    margin: float,
+    budget_ms: float,
+    timer: Timer,
+    show_progress: bool | None,
+) -> list[SiteReport]:
+    """Time each chain of linears in one kernel against its linears, and let those that are faster use it."""
+    calls = mlp_calls(chains, swaps.packed, *_of(layers))
+    sites = measure_sites("mlp", calls, margin, budget_ms, timer, show_progress, rival="the two linears'")
+    used = {site.name for site in sites if site.used}
+    if used:
+        modules = dict(swaps.model.named_modules())
+        swaps.sites["MLP"] = [MlpForward(modules[chain.name], chain) for chain in chains if chain.name in used]
+        swaps.now = None
+    return sites
+
+
+def _find_normed(
+    model: nn.Module,
+    calls: Mapping[str, Sequence[NormCall]],
+    linears: Mapping[str, nn.Linear],
+    split: Split,
+    examples: Sequence[Example],
+    outputs: Sequence[Sequence[Tensor]],
+) -> dict[str, str]:
+    """As find_normed, but for linears in nn.MultiheadAttentions, which are whole in some states of the model."""
+    fixed = {name: linear for name, linear in linears.items() if name.rpartition(".")[0] not in split.apart}
+    good = [name for name, found in calls.items() if all(call.reason is None for call in found)]
+    norms = {name: norm for name in good if isinstance(norm := model.get_submodule(name), nn.LayerNorm)}
+    return find_normed(model, norms, fixed, examples, outputs, tolerance_of(model))
+
+
+def _put_normed(
+    found: Mapping[str, str],
+    layers: Mapping[str, Layer],
+    swaps: Swaps,
+    margin: float,
+    budget_ms: float,
+    timer: Timer,
+    show_progress: bool | None,
+) -> list[SiteReport]:
+    """Time each LayerNorm and the linear after it in one kernel against both, and let those that are faster use it."""
+    modules = dict(swaps.model.named_modules())
+    ours = {
+        name for name, module in modules.items() if any(f.module is module for f in swaps.sites.get("LayerNorm", []))
+    }
+    calls = normed_calls(found, modules, swaps.packed, *_of(layers), ours)
+    rival = "LayerNorm and linear apart"
+    sites = measure_sites("normed", calls, margin, budget_ms, timer, show_progress, rival=rival)
+    used = [site.name for site in sites if site.used]
+    if used:
+        places = {name: found[name].rpartition(".") for name in used}
+        swaps.sites["normed linear"] = [
+            LeavingForward(modules[name], swaps.model.get_submodule(parent), child)
+            for name, (parent, _, child) in places.items()
+        ]
+        swaps.now = None
+    return sites
+
+
+def _of(layers: Mapping[str, Layer]) -> tuple[dict[str, tuple[int, ...]], dict[str, Hashable]]:
+    """Name of a linear -> its token counts, and -> what is equal where its time is."""
+    tokens = {name: layer.tokens for name, layer in layers.items()}
+    return tokens, {name: (id(layer.group), *layer.choice.items()) for name, layer in layers.items()}

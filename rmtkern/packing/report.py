@@ -52,13 +52,15 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class SiteReport:
-    """One module that calls a function of PyTorch for which we have a kernel: attention or LayerNorm.
+    """One module that may use a kernel of ours: for attention, LayerNorm, LayerNorm and a linear, or two linears (MLP).
 
     Args:
         name: module name.
-        shapes: of the inputs of its calls on the examples: q and k [B, H, T, d] for attention, [..., K] for LayerNorm.
-        torch_ms: PyTorch's time for one of its calls, the largest of all shapes, with its projections if it is an
-            nn.MultiheadAttention; None if not measured.
+        shapes: of the inputs of its calls on the examples: q and k [B, H, T, d] for attention, [..., K] for LayerNorm,
+            [T, K] for the last two.
+        torch_ms: the time without the kernel of one of its calls, the largest of all shapes: PyTorch's, with the
+            projections of an nn.MultiheadAttention, or of the modules by themselves in the forms chosen for them; None
+            if not measured.
         kernel_ms: the same of our kernel.
         used: whether the kernel runs now.
         reason: why, in words.
@@ -134,6 +136,8 @@ class PackReport(Tabulated):
         groups_reused: how many took their times from earlier decisions; None if none were given.
         gated: one entry per gate-up pair that was found.
         norms: one entry per LayerNorm module that ran.
+        mlps: one entry per module that runs two packed linears one after the other.
+        normed: one entry per LayerNorm whose result a packed linear alone reads.
     """
 
     layers: tuple[LayerReport, ...]
@@ -146,6 +150,8 @@ class PackReport(Tabulated):
     groups_reused: int | None = None
     gated: tuple[GatedReport, ...] = ()
     norms: tuple[SiteReport, ...] = ()
+    mlps: tuple[SiteReport, ...] = ()
+    normed: tuple[SiteReport, ...] = ()
 
     @property
     def packed_layers(self) -> int:
@@ -199,7 +205,12 @@ class PackReport(Tabulated):
                 f"times of {self.groups_reused} groups of alike layers reused from saved decisions,"
                 f" {self.groups_measured} measured"
             )
-        for kernel, sites in (("attention", self.attention), ("LayerNorm", self.norms)):
+        for kernel, sites in (
+            ("attention", self.attention),
+            ("LayerNorm", self.norms),
+            ("MLP", self.mlps),
+            ("normed linear", self.normed),
+        ):
             if sites:
                 used = sum(site.used for site in sites)
                 why = "; ".join(dict.fromkeys(site.reason for site in sites))
@@ -254,6 +265,8 @@ class PackReport(Tabulated):
                 groups_reused=_checked("groups_reused", record["groups_reused"], int, None),
                 gated=_all(record["gated"], GatedReport, linears=_names, ms=_times),
                 norms=_all(record["norms"], SiteReport, shapes=_shapes),
+                mlps=_all(record.get("mlps", []), SiteReport, shapes=_shapes),  # younger than some files, as the next
+                normed=_all(record.get("normed", []), SiteReport, shapes=_shapes),
             )
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not the JSON of a PackReport ({error}); expected what to_json wrote") from error

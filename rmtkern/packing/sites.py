@@ -1,6 +1,6 @@
 """Modules that run one of our kernels in place of PyTorch's function: measuring, putting in, taking out.
 
-It knows no kernel: attention.py and norm.py find the calls and say what to run.
+It knows no kernel: attention.py, norm.py and mlp.py find the calls and say what to run.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ __all__ = ["Call", "KernelForward", "disable", "enable", "measure_sites"]
 
 
 class Call(Protocol):
-    """One call of PyTorch's function that a forward pass made."""
+    """One call of PyTorch's function that a forward pass made, or of several modules that one kernel may compute."""
 
     @property
     def reason(self) -> str | None:
@@ -29,7 +29,7 @@ class Call(Protocol):
         """Of its inputs."""
 
     def torch(self) -> Tensor:
-        """PyTorch's own result."""
+        """Without the kernel."""
 
     def kernel(self) -> Tensor:
         """Our kernel's result."""
@@ -48,6 +48,14 @@ class KernelForward(NotPickled):
         """As the module's class says; the subclass says how."""
         raise NotImplementedError
 
+    def start(self) -> None:
+        """Stand in its module."""
+        vars(self.module)["forward"] = self
+
+    def stop(self) -> None:
+        """Give its module its own forward back."""
+        vars(self.module).pop("forward", None)
+
     @classmethod
     def of(cls, model: nn.Module) -> list["KernelForward"]:
         """Those that stand in a model."""
@@ -58,13 +66,13 @@ class KernelForward(NotPickled):
 def enable(forwards: Iterable[KernelForward]) -> None:
     """Make their modules use the kernel."""
     for forward in forwards:
-        vars(forward.module)["forward"] = forward
+        forward.start()
 
 
 def disable(forwards: Iterable[KernelForward]) -> None:
     """Give their modules their own forward back."""
     for forward in forwards:
-        vars(forward.module).pop("forward", None)
+        forward.stop()
 
 
 def measure_sites(
@@ -74,8 +82,10 @@ def measure_sites(
     budget_ms: float,
     timer: Timer,
     show_progress: bool | None = False,
+    *,
+    rival: str = "PyTorch's",
 ) -> list[SiteReport]:
-    """Check and time our kernel against PyTorch's on the calls that each module made.
+    """Check and time our kernel against what it stands for on the calls that each module made.
 
     Args:
         kernel: its name, as the timer gets it: "attention" is timed as "attention/torch" and "attention/kernel".
@@ -84,6 +94,7 @@ def measure_sites(
         budget_ms: time spent on each distinct call [ms].
         timer: as `pack_` takes it.
         show_progress: show a bar; None: only on a terminal.
+        rival: whose time it is compared with, in the words of a report.
 
     Returns:
         One entry for each module; `used` says whether the kernel won all of its calls.
@@ -103,7 +114,7 @@ def measure_sites(
             ms[id(call)] = times = timer({theirs: call.torch, ours: call.kernel}, budget_ms)
         if times[ours] > (1 - margin) * times[theirs]:
             gain = times[theirs] / times[ours]
-            why[id(call)] = f"{gain:.2f}x PyTorch's, short of the margin ({100 * margin:g} % less time)"
+            why[id(call)] = f"{gain:.2f}x {rival}, short of the margin ({100 * margin:g} % less time)"
     reports = []
     for name, found in calls.items():
         measured = [ms[id(call)] for call in found if id(call) in ms]
@@ -117,7 +128,7 @@ def measure_sites(
                 None if slowest is None else slowest[theirs],
                 None if slowest is None else slowest[ours],
                 not against,
-                "; ".join(dict.fromkeys(against)) or f"{' and '.join(gains)} PyTorch's",
+                "; ".join(dict.fromkeys(against)) or f"{' and '.join(gains)} {rival}",
             )
         )
     return reports

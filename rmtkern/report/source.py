@@ -12,7 +12,7 @@ from rmtkern.loading import load_model, load_plan
 from rmtkern.models import PrunableWeight, prunable_weights, weights_of_state
 from rmtkern.packing import is_packed, unpack_
 from rmtkern.pruning.plan import PrunePlan
-from rmtkern.storage import read_metadata, read_tensors
+from rmtkern.shards import read_metadata, read_tensors
 
 __all__ = ["Source", "from_checkpoint", "from_model", "load_checkpoint", "travelling_plan"]
 
@@ -55,7 +55,7 @@ def from_model(model: nn.Module, file: Path | None) -> Source:
         unpack_(model)
     parameters = list(model.parameters())
     return Source(
-        kind if file is None else file.name,
+        kind if file is None else _name(file),
         f"weights of a {kind}{'' if nbytes_packed is None else ', packed'}",
         tuple(prunable_weights(model, "all")),
         sum(parameter.numel() for parameter in parameters),
@@ -65,10 +65,13 @@ def from_model(model: nn.Module, file: Path | None) -> Source:
 
 
 def from_checkpoint(file: Path) -> Source:
-    """Of a dense safetensors file; what its layers do is told by the names of its tensors.
+    """Of a dense checkpoint alone; what its layers do is told by the names of its tensors.
+
+    Args:
+        file: safetensors, the index of shards, or the folder of either.
 
     Raises:
-        ValueError: no such file, a damaged one, or one that holds a packed model.
+        ValueError: no such file, a damaged one, shards that do not belong together, or a packed model.
     """
     if _is_packed(_metadata(file)):
         raise ValueError(
@@ -77,7 +80,7 @@ def from_checkpoint(file: Path) -> Source:
         )
     state = {name: tensor for name, tensor in read_tensors(file).items() if tensor.is_floating_point()}
     return Source(
-        file.name,
+        _name(file),
         "layer types told by the names of the tensors in the file",
         tuple(weights_of_state(state)),
         sum(tensor.numel() for tensor in state.values()),
@@ -90,7 +93,7 @@ def load_checkpoint(spec: str, file: Path) -> nn.Module:
 
     Args:
         spec: as loading.load_model takes it.
-        file: safetensors, dense or packed.
+        file: safetensors, the index of shards, or the folder of either, dense or packed.
 
     Raises:
         ValueError: as load_model and files.load raise it.
@@ -113,8 +116,13 @@ def travelling_plan(file: Path) -> PrunePlan | None:
     return None if record is None or without else load_plan(file)
 
 
+def _name(file: Path) -> str:
+    """Of a file or folder, also if it is given as "."."""
+    return file.resolve().name
+
+
 def _metadata(file: Path) -> object:
-    """What rmtkern wrote into a file's metadata; None if nothing."""
+    """What rmtkern wrote into a checkpoint's metadata; None if nothing."""
     text = read_metadata(file).get("rmtkern")
     try:
         return None if text is None else json.loads(text)

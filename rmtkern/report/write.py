@@ -15,6 +15,7 @@ from rmtkern.pruning.plan import PrunePlan
 from rmtkern.report.contents import Contents, layers_of, plan_note
 from rmtkern.report.page import summary, to_html
 from rmtkern.report.source import from_checkpoint, from_model, travelling_plan
+from rmtkern.shards import nbytes_of
 from rmtkern.storage import replacing
 from rmtkern.sweep import Sweep, load_sweeps
 from rmtkern.tables import Table, Tabulated
@@ -72,10 +73,11 @@ def write_report(
 
     Args:
         model: dense, pruned or packed, not changed (a packed one is copied and unpacked to see its weights); or a
-            checkpoint in safetensors, whose layers are then told by the names of its tensors.
+            checkpoint in safetensors (a file, the index of shards, or the folder of either), whose layers are then told
+            by the names of its tensors.
         path: of the page, such as "report.html"; written beside it first, then renamed.
         plan: of `prune_`; default, the one that travels with the checkpoint, if there is one.
-        checkpoint: file that the model's weights came from; its name and size, and its plan, go on the page.
+        checkpoint: file or folder that the model's weights came from; its name and size, and its plan, go on the page.
         packing: what `pack_` returned for this model.
         decisions: times of layers that `pack_` kept, or the file of them.
         sweeps: what `sweep` returned, or its CSV; several too.
@@ -116,7 +118,7 @@ def write_report(
         nbytes=source.nbytes,
         dtypes=", ".join(dict.fromkeys(str(w.parameter.dtype).removeprefix("torch.") for w in source.weights)),
         nbytes_packed=source.nbytes_packed,
-        nbytes_file=None if file is None else file.stat().st_size,
+        nbytes_file=None if file is None else nbytes_of(file),
         plan=plan,
         packing=packing,
         decisions=times,

@@ -6,10 +6,11 @@ Its process must not have TRITON_INTERPRET set. It knows no kernel of ours.
 import hashlib
 import math
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ LIMITS = {
     "sm_120": Limits(1536, 24, 102400, 101376),
 }
 LDS_GFX942 = 65536
+INSTRUCTION = 16  # bytes of one in machine code
 
 # name of a kind of instruction -> how its SASS mnemonic begins
 KINDS = {
     "tensor": r"HMMA|HGMMA|UTC\w*MMA|QMMA|OMMA",
+    "sparse": r"HMMA\.SP",
     "HGMMA": r"HGMMA",
     "UTCMMA": r"UTC\w*MMA",
     "LDGSTS": r"LDGSTS",
@@ -101,36 +104,76 @@ def blocks_per_multiprocessor(arch: str, registers: int, shared: int, warps: int
     return min(by_registers, by_shared, limits.threads // (32 * warps), limits.blocks)
 
 
-def mnemonics(sass: str) -> list[str]:
-    """The instructions of a disassembly, without operands."""
-    found = re.finditer(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.M)
-    return [match.group(1) for match in found]
+@dataclass(frozen=True)
+class Op:
+    """One instruction of machine code: where it is, its mnemonic, and where it branches to if it does."""
+
+    address: int
+    name: str
+    target: int | None = None
 
 
-def hot_loop(sass: str) -> list[str]:
-    """The instructions of the backward branch whose body has the largest share of tensor instructions, or []."""
-    lines = sass.splitlines()
-    labels: dict[str, int] = {}
+def read_code(sass: str) -> list[Op]:
+    """The instructions of a disassembly whose branches have addresses."""
+    found = re.finditer(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)", sass, re.M)
+    ops = []
+    for address, name, operands in (match.groups() for match in found):
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.split(".")[0] == "BRA" else None
+        ops.append(Op(int(address, 16), name, int(target.group(1), 16) if target else None))
+    return ops
+
+
+def hot_loop(code: Sequence[Op]) -> list[str]:
+    """Mnemonics of the backward branch whose body has the largest share of tensor instructions, or []."""
     best: list[str] = []
     best_share = -1.0
-    for i, line in enumerate(lines):
-        if label := re.match(r"(\.L_x_\d+):", line.strip()):
-            labels[label.group(1)] = i
-        branch = re.search(r"\bBRA\S*\s+.*`\((\.L_x_\d+)\)", line)
-        if branch and branch.group(1) in labels:
-            body = mnemonics("\n".join(lines[labels[branch.group(1)] : i + 1]))
-            share = sum(bool(re.match(KINDS["tensor"], op)) for op in body) / max(1, len(body))
+    for branch in code:
+        if branch.target is not None and branch.target < branch.address:
+            body = [op.name for op in code if branch.target <= op.address <= branch.address]
+            share = sum(bool(re.match(KINDS["tensor"], name)) for name in body) / len(body)
             if share > best_share:
                 best, best_share = body, share
     return best
 
 
-def _tool(name: str, flag: str, cubin: bytes) -> str:
+def _tool(name: str, *flags: str, image: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(image)
         file.flush()
-        done = subprocess.run([BINARIES / name, flag, file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run([BINARIES / name, *flags, file.name], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of a cubin, which is an ELF file of 64 bits: its sections .text.*, one after the other."""
+    (sections,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
+    strings = headers[names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", strings + name)
+    )
+
+
+def disassemble(arch: str, codes: Sequence[bytes]) -> list[list[Op]]:
+    """The instructions of some machine codes; all by one call, since the tool takes its time to start."""
+    if not codes:
+        return []
+    number = arch.removeprefix("sm_")
+    name = f"SM{number}{'a' if int(number) >= 90 else ''}"
+    ops = read_code(_tool("nvdisasm", "--binary", name, image=b"".join(codes)))
+    by_address = {op.address: op for op in ops}
+    found, begin = [], 0
+    for code in codes:
+        inside = (by_address.get(begin + at) for at in range(0, len(code), INSTRUCTION))
+        moved = (op for op in inside if op is not None)
+        found.append(
+            [Op(op.address - begin, op.name, None if op.target is None else op.target - begin) for op in moved]
+        )
+        begin += len(code)
+    return found
 
 
 def compile_kernel(
@@ -142,6 +185,7 @@ def compile_kernel(
     *,
     warps: int,
     stages: int,
+    most_registers: int | None = None,
 ) -> Any:
     """Compile a `triton.jit` function.
 
@@ -153,6 +197,7 @@ def compile_kernel(
         aligned: arguments that are multiples of 16 (pointers: bytes), as the JIT finds for ordinary tensors.
         warps: warps of a program.
         stages: buffers of the pipeline.
+        most_registers: that a thread may have, where they are to be fewer than it needs.
 
     Returns:
         Triton's CompiledKernel.
@@ -160,7 +205,10 @@ def compile_kernel(
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constexprs=dict(constants), attrs=attrs)
-    return triton.compile(source, target=TARGETS[arch], options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages}
+    if most_registers is not None:  # NVIDIA's alone know it
+        options["maxnreg"] = most_registers
+    return triton.compile(source, target=TARGETS[arch], options=options)
 
 
 def _hash(assembly: str) -> str:
@@ -186,20 +234,27 @@ def _amd_figures(compiled: Any) -> Figures:
     return Figures(vgprs, spilled, shared, waves, 0, len(ops), kinds, _hash(text))
 
 
-def figures(compiled: Any, arch: str) -> Figures:
-    """Read a compiled kernel; `arch` is the one it was compiled for."""
+def figures_of(compiled: Sequence[Any], arch: str) -> list[Figures]:
+    """Read compiled kernels; `arch` is the one that they were compiled for."""
     if arch.startswith("gfx"):
-        return _amd_figures(compiled)
-    cubin = compiled.asm["cubin"]
-    usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
+        return [_amd_figures(kernel) for kernel in compiled]
+    codes = disassemble(arch, [machine_code(kernel.asm["cubin"]) for kernel in compiled])
+    return [_nvidia_figures(kernel, arch, code) for kernel, code in zip(compiled, codes, strict=True)]
+
+
+def figures(compiled: Any, arch: str) -> Figures:
+    """Read one compiled kernel."""
+    return figures_of([compiled], arch)[0]
+
+
+def _nvidia_figures(compiled: Any, arch: str, code: Sequence[Op]) -> Figures:
+    usage = _tool("cuobjdump", "--dump-resource-usage", image=compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise ValueError(f"no REG and STACK in {usage!r}; cuobjdump's format changed, adapt this reader")
     registers, stack, local = map(int, found.groups())
-    sass = _tool("nvdisasm", "-c", cubin)
-    ops = mnemonics(sass)
-    counts = Counter(kind for op in ops for kind, pattern in KINDS.items() if re.match(pattern, op))
+    counts = Counter(kind for op in code for kind, pattern in KINDS.items() if re.match(pattern, op.name))
     shared = compiled.metadata.shared
     blocks = blocks_per_multiprocessor(arch, registers, shared, compiled.metadata.num_warps)
-    code = _hash(compiled.asm["ptx"])
-    return Figures(registers, stack + local, shared, blocks, len(hot_loop(sass)), len(ops), dict(counts), code)
+    digits = _hash(compiled.asm["ptx"])
+    return Figures(registers, stack + local, shared, blocks, len(hot_loop(code)), len(code), dict(counts), digits)

@@ -4,15 +4,16 @@
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import chain, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from rmtkern.layouts.triton import GROUP
 from rmtkern.layouts.triton_descriptor import descriptor_kernel
 from rmtkern.layouts.triton_product import product_kernel
 from rmtkern.layouts.triton_strips import strips_kernel
-from tests.gpu import compiler
+from tests.gpu import compiler, nvrtc
+from tests.gpu.cuda_cases import CudaCase, compile_cuda, cuda_cases
 from tests.gpu.more_cases import OtherCase, compile_other, other_cases
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -55,6 +57,9 @@ WIDE, WIDER = (64, 64), (128, 128)  # blocks of W as wide as the widest tile, an
 BLOCKS = {"block": ((16, 16), (32, 32), WIDE, WIDER)}
 
 
+TOGETHER = 24  # compilations whose machine code is read at once
+
+
 @dataclass(frozen=True)
 class Case:
     """One compilation: bias, GELU, scale and residual are all there, which needs the most registers."""
@@ -74,7 +79,7 @@ class Case:
         return f"{self.layout}{block}/{self.dtype}/{self.config.label}{kind}/{self.arch}"
 
 
-def cases() -> Iterator[Case | OtherCase]:
+def cases() -> Iterator[Case | OtherCase | CudaCase]:
     """Every shipped config of every kernel, whose tables know only the size of an element, and so fp16 once for each.
 
     Gate-up pairs for one dtype of each size, of most layouts with the largest tile alone; ragged N and K likewise, on
@@ -101,6 +106,7 @@ def cases() -> Iterator[Case | OtherCase]:
         if arch.startswith("sm_8"):  # where PyTorch has a product on sparse tensor cores, which this one follows
             yield from (Case("epilogue", dtype, arch, EPILOGUE, True, gated) for gated in (False, True))
     yield from other_cases()
+    yield from cuda_cases()
 
 
 def compile_case(case: Case) -> Any:
@@ -137,7 +143,7 @@ def compile_case(case: Case) -> Any:
     )
 
 
-def violations(case: Case | OtherCase, figures: compiler.Figures) -> list[str]:
+def violations(case: Case | OtherCase | CudaCase, figures: compiler.Figures) -> list[str]:
     """What a compilation breaks of the rules that hold without a baseline."""
     found = []
     if figures.spilled or figures.kinds.get("local"):
@@ -172,33 +178,56 @@ def regressions(now: dict[str, int], before: dict[str, int]) -> list[str]:
     return worse
 
 
-def _run(case: Case | OtherCase) -> tuple[Case | OtherCase, compiler.Figures | str]:
-    try:
-        compiled = compile_case(case) if isinstance(case, Case) else compile_other(case)
-        return case, compiler.figures(compiled, case.arch)
-    except Exception as error:
-        return case, f"does not compile: {error!r:.300}"
+def _compile(case: Case | OtherCase | CudaCase) -> Any:
+    if isinstance(case, Case):
+        return compile_case(case)
+    return compile_other(case) if isinstance(case, OtherCase) else compile_cuda(case)
+
+
+def _run(some: Sequence[Case | OtherCase | CudaCase]) -> list[compiler.Figures | str]:
+    """The figures of cases of one architecture, or why one does not compile."""
+    found: dict[int, Any] = {}
+    compiled = {}
+    for i, case in enumerate(some):
+        try:
+            compiled[i] = _compile(case)
+        except Exception as error:
+            found[i] = f"does not compile: {error!r:.300}"
+    found |= dict(zip(compiled, compiler.figures_of([*compiled.values()], some[0].arch), strict=True))
+    return [found[i] for i in range(len(some))]
+
+
+def _portions(selected: Sequence[Any]) -> list[list[Any]]:
+    """The cases of each architecture, a few at a time."""
+    by_arch: dict[str, list[Any]] = {}
+    for case in selected:
+        by_arch.setdefault(case.arch, []).append(case)
+    return [some[i : i + TOGETHER] for some in by_arch.values() for i in range(0, len(some), TOGETHER)]
 
 
 def _start(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
+    gc.freeze()  # what was imported stays
 
 
 def check(update: bool, jobs: int, only: str) -> int:
     """Compile all cases whose name contains `only`, print a line for each and what is wrong; 0 if nothing is."""
     began = time.perf_counter()
-    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"triton": None, "kernels": {}}
-    if baseline["triton"] not in (None, triton.__version__) and not update:
-        print(f"the baseline is of triton {baseline['triton']}, this is {triton.__version__}: install it or --update")
-        return 1
+    baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"kernels": {}}
+    compilers = {"triton": triton.__version__, "nvrtc": nvrtc.version()}
+    for name, version in compilers.items():
+        if baseline.get(name) not in (None, version) and not update:
+            print(f"the baseline is of {name} {baseline[name]}, this is {version}: install it or --update")
+            return 1
     before = baseline["kernels"]
     selected = [case for case in cases() if only in case.name]
+    portions = _portions(selected)
     bad, kernels = [], dict(before) if only else {}
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(jobs, get_context("spawn"), _start, (cache,)) as pool,
     ):
-        for case, result in pool.map(_run, selected):
+        for case, result in zip(chain(*portions), chain.from_iterable(pool.map(_run, portions)), strict=True):
             if isinstance(result, str):
                 bad.append(f"{case.name}: {result}")
                 continue
@@ -218,7 +247,8 @@ def check(update: bool, jobs: int, only: str) -> int:
         bad += [f"{name}: in the baseline but not compiled; run with --update" for name in set(before) - set(kernels)]
     if update and not bad:
         rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(kernels.items()))
-        BASELINE.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{rows}\n}}}}\n')
+        versions = json.dumps(compilers)[1:-1]
+        BASELINE.write_text(f'{{{versions}, "kernels": {{\n{rows}\n}}}}\n')
     print(f"{len(selected)} compilations, {len(bad)} problems, {time.perf_counter() - began:.0f} s")
     print("\n".join(bad))
     return bool(bad)
@@ -227,7 +257,7 @@ def check(update: bool, jobs: int, only: str) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="rewrite the baseline")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     options = parser.parse_args()
     sys.exit(check(options.update, options.jobs, options.only))

@@ -1,10 +1,11 @@
 """A Triton driver without a device: kernel[grid](...) runs its normal path, compiles, and the launch is recorded.
 
-Run as a program it calls the real wrappers for one architecture (Triton caches by device, so one per process) and
-prints what they launched, as JSON: `python -m tests.gpu.stub_driver 80 block r=32 c=32`.
+Run as a program it calls the real wrappers of some layouts for one architecture (Triton caches by device, so one per
+process) and prints what each launched, as JSON: `python -m tests.gpu.stub_driver 80 dense block:r=32,c=32`.
 """
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -88,15 +89,11 @@ class StubDriver(DriverBase):
         return launch
 
 
-def main(arch: int, layout: str, **params: int) -> None:
-    """Call the op of a layout with and without its optional arguments and print the launches."""
-    import os
-
+def call(layout: str, params: dict[str, int]) -> None:
+    """Call the op of a layout with and without its optional arguments, and once with tuning."""
     from rmtkern.layouts import LAYOUTS
     from rmtkern.testing import random_sparse
 
-    stub = StubDriver(arch)
-    driver.set_active(stub)
     __import__(f"rmtkern.layouts.{layout}.triton")
     nofm = (params["n"], params["m"]) if "n" in params else None
     for dtype in (torch.bfloat16, torch.float32):
@@ -109,9 +106,21 @@ def main(arch: int, layout: str, **params: int) -> None:
         torch.ops.rmtkern.triton_linear(layout, x, 40, parts, row, "silu", half, row[:40], True)
     os.environ["RMTKERN_AUTOTUNE"] = "1"
     torch.ops.rmtkern.triton_linear(layout, x, 80, parts, None, None, None, None)
-    json.dump({"triton": triton.__version__, "launches": stub.launches}, sys.stdout)
+    del os.environ["RMTKERN_AUTOTUNE"]
+
+
+def main(arch: int, layouts: list[str]) -> None:
+    """Print {layout: its launches}; a layout is its name, or name:param=number,..."""
+    stub = StubDriver(arch)
+    driver.set_active(stub)
+    found = {}
+    for layout in layouts:
+        name, _, given = layout.partition(":")
+        stub.launches = []
+        call(name, {key: int(value) for key, _, value in (one.partition("=") for one in given.split(",") if one)})
+        found[layout] = stub.launches
+    json.dump({"triton": triton.__version__, "launches": found}, sys.stdout)
 
 
 if __name__ == "__main__":
-    given = dict(argument.split("=") for argument in sys.argv[3:])
-    main(int(sys.argv[1]), sys.argv[2], **{name: int(value) for name, value in given.items()})
+    main(int(sys.argv[1]), sys.argv[2:])

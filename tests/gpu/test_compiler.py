@@ -40,7 +40,7 @@ def plain_kernel(x_ptr, w_ptr, y_ptr, T, N, K, BM: tl.constexpr, BN: tl.constexp
 
 @triton.jit
 def greedy_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
-    """Holds more numbers than a thread has registers."""
+    """Holds more numbers than a thread has registers, if these are few."""
     i = tl.arange(0, BLOCK)
     a = tl.load(x_ptr + i)
     b = tl.cumsum(a, 0)
@@ -62,23 +62,44 @@ def test_occupancy():
 
 
 SASS = """
-.L_x_0:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
-        /*0010*/              @!P0 BRA `(.L_x_0) ;
-.L_x_1:
+        /*0010*/              @!P0 BRA 0x50 ;
         /*0020*/                   LDGSTS.E.BYPASS.128 [R2], [R4.64] ;
         /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
-        /*0040*/               @P1 BRA `(.L_x_1) ;
-        /*0050*/                   EXIT ;
+        /*0040*/               @P1 BRA 0x20 ;
+        /*0050*/                   BRA.U !UP0, 0x0 ;
+        /*0060*/                   EXIT ;
+        /*0070*/                   BRA 0x70;
 """
+OPS = [
+    "MOV", "BRA", "LDGSTS.E.BYPASS.128", "HMMA.16816.F32.BF16", "BRA", "BRA.U", "EXIT", "BRA",
+]  # fmt: skip
 
 
 def test_reading_machine_code():
-    from tests.gpu.compiler import hot_loop, mnemonics
+    from tests.gpu.compiler import hot_loop, read_code
 
-    assert mnemonics(SASS) == ["MOV", "BRA", "LDGSTS.E.BYPASS.128", "HMMA.16816.F32.BF16", "BRA", "EXIT"]
-    assert hot_loop(SASS) == ["LDGSTS.E.BYPASS.128", "HMMA.16816.F32.BF16", "BRA"]
-    assert hot_loop("/*0000*/ EXIT ;") == []
+    code = read_code(SASS)
+    assert [op.name for op in code] == OPS and [op.address for op in code] == [16 * i for i in range(8)]
+    assert [op.target for op in code if op.name.startswith("BRA")] == [0x50, 0x20, 0, 0x70]
+    assert hot_loop(code) == OPS[2:5]  # the other one has a smaller share of products
+    assert hot_loop(read_code("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;")) == []
+
+
+@pytest.mark.compiled
+def test_machine_codes_are_read_at_once_as_they_are_alone():
+    from tests.gpu.compiler import compile_kernel, disassemble, machine_code
+
+    pointers = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), "*fp16")
+    types = {**pointers, **dict.fromkeys(("T", "N", "K"), "i32")}
+    codes = []
+    for bm in (16, 32):
+        tile = {"BM": bm, "BN": 32, "BK": 32}
+        kernel = compile_kernel(plain_kernel, "sm_90", types, tile, [*pointers, "N", "K"], warps=1, stages=2)
+        codes.append(machine_code(kernel.asm["cubin"]))
+    both = disassemble("sm_90", codes)
+    assert both == [disassemble("sm_90", [code])[0] for code in codes] and both[0] != both[1]
+    assert [len(ops) for ops in both] == [len(code) // 16 for code in codes]
 
 
 def test_rules_and_ratchet_find_what_is_bad():
@@ -128,9 +149,8 @@ def test_configs():
 def test_a_kernel_that_spills_is_seen():
     from tests.gpu.compiler import compile_kernel, figures
 
-    kernel = compile_kernel(
-        greedy_kernel, "sm_80", {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 8192}, warps=1, stages=1
-    )
+    types, block = {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 1024}
+    kernel = compile_kernel(greedy_kernel, "sm_80", types, block, warps=1, stages=1, most_registers=32)
     found = figures(kernel, "sm_80")
     assert found.spilled > 0 and found.kinds["local"] > 0
 
@@ -173,29 +193,34 @@ def test_the_loop_of_blocks_is_no_longer_than_that_of_dense():
     assert blocks <= 1.1 * dense
 
 
+# layout and its params -> (kernel, whose table of tiles, blocks of W)
+WRAPPERS = {
+    80: {
+        "dense": ("product_kernel", "dense", None),
+        "bitmask": ("strips_kernel", "bitmask", None),
+        "block:r=16,c=128": ("blocks_kernel", "block", (16, 128)),
+        "nofm:n=2,m=4": ("pairs_kernel", "nofm", None),
+    },
+    90: {"dense": ("descriptor_kernel", "descriptor", None)},
+}
+
+
 @pytest.mark.compiled
-@pytest.mark.parametrize(
-    ("layout", "arch", "kernel", "params"),
-    [
-        ("dense", 80, "product_kernel", ()),
-        ("dense", 90, "descriptor_kernel", ()),
-        ("bitmask", 80, "strips_kernel", ()),
-        ("block", 80, "blocks_kernel", ("r=16", "c=128")),
-        ("nofm", 80, "pairs_kernel", ("n=2", "m=4")),
-    ],
-)
-def test_the_real_wrappers_launch_what_the_tables_say(layout, arch, kernel, params, tmp_path):
-    block = (16, 128) if kernel == "blocks_kernel" else None
-    table = {"descriptor_kernel": "descriptor", "strips_kernel": "bitmask"}.get(kernel, layout)
+@pytest.mark.parametrize("arch", WRAPPERS)
+def test_the_real_wrappers_launch_what_the_tables_say(arch, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.stub_driver", str(arch), layout, *params],
+        [sys.executable, "-m", "tests.gpu.stub_driver", str(arch), *WRAPPERS[arch]],
         capture_output=True,
         text=True,
         check=True,
         cwd=ROOT,
         env={"PATH": "", "TRITON_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
     )
-    launches = json.loads(done.stdout)["launches"]
+    for layout, launches in json.loads(done.stdout)["launches"].items():
+        check_launches(launches, arch, *WRAPPERS[arch][layout])
+
+
+def check_launches(launches, arch, kernel, table, block):
     assert {launch["name"] for launch in launches} == {kernel}
     tables = {
         itemsize: [choose(table, itemsize, f"sm_{arch}", t, block=block) for t in (300, 5)] for itemsize in (2, 4)

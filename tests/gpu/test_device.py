@@ -45,7 +45,11 @@ def test_this_device_computes_every_layout_without_being_told_how(layout):
     x = torch.randn(37, 208, device=DEVICE, dtype=torch.bfloat16)
     y = ops.linear(x, form, activation="gelu")
     assert_as_accurate_as_dense(y, x, w, None, "gelu")
-    assert torch.equal(y, ops.linear(x, form, activation="gelu", backend="triton"))
+    again = ops.linear(x, form, activation="gelu", backend="triton")
+    if layout == "nofm":  # which CuPy's kernel computes where CuPy is installed
+        assert_as_accurate_as_dense(again, x, w, None, "gelu")
+    else:
+        assert torch.equal(y, again)
 
 
 def test_this_device_is_one_that_pack_takes():

@@ -383,6 +383,80 @@ def test_mma_of_tf32_drops_the_low_bits():
     torch.testing.assert_close(y.double(), truncated[0] @ truncated[1].t(), rtol=1e-6, atol=1e-6)
 
 
+# Each lane's registers lie together: a and b four, the metadata one, and the results four.
+MMA_SP = """
+    mul.wide.u32 %rd10, %r9, 16; add.s64 %rd11, %rd0, %rd10; add.s64 %rd12, %rd1, %rd10; add.s64 %rd13, %rd2, %rd9;
+    add.s64 %rd14, %rd3, %rd10;
+    ld.global.v4.b32 {{%r10, %r11, %r12, %r13}}, [%rd11]; ld.global.v4.b32 {{%r14, %r15, %r16, %r17}}, [%rd12];
+    ld.global.b32 %r18, [%rd13]; mov.b32 %r20, 0f3F800000; mov.b32 %r21, %r20; mov.b32 %r22, %r20; mov.b32 %r23, %r20;
+    mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 {{%r20, %r21, %r22, %r23}},
+        {{%r10, %r11, %r12, %r13}}, {{%r14, %r15, %r16, %r17}}, {{%r20, %r21, %r22, %r23}}, %r18, {selector};
+    st.global.v4.b32 [%rd14], {{%r20, %r21, %r22, %r23}};"""
+
+
+def sparse_fragments(a, b, selector):
+    """(a [16, 32], two of each four; b [32, 8]) as the lanes hold them, entry by entry from the manual's definition."""
+    kept, dense = torch.zeros(32, 4, 2, dtype=a.dtype), torch.zeros(32, 4, 2, dtype=a.dtype)
+    metadata = torch.full((32,), 0x7FFFFFFF, dtype=torch.int64)
+    for lane in range(32):
+        group_id, thread = divmod(lane, 4)
+        for register in range(4):
+            row, first = group_id + 8 * (register % 2), 4 * thread + 16 * (register // 2)
+            columns = [first + i for i in range(4) if a[row, first + i] != 0]
+            kept[lane, register] = a[row, columns]
+            for i in range(2):
+                dense[lane, register, i] = b[8 * register + 2 * thread + i, group_id]
+        if thread // 2 == selector:
+            metadata[lane] = 0
+            for chunk in range(4):
+                for bit, row in ((0, group_id), (16, group_id + 8)):
+                    first = 16 * (thread % 2) + 4 * chunk
+                    low, high = (i for i in range(4) if a[row, first + i] != 0)
+                    metadata[lane] |= (low + 4 * high) << (bit + 4 * chunk)
+    return kept.view(torch.int32), dense.view(torch.int32), metadata.to(torch.uint32).view(torch.int32)
+
+
+def two_of_four(dtype):
+    a, kept = torch.randn(16, 8, 4), torch.rand(16, 8, 4).argsort(2) < 2
+    return (torch.where(a.abs() < 0.01, 1.0, a) * kept).view(16, 32).to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize("selector", [0, 1])
+def test_mma_of_two_of_four(kind, selector):
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind]
+    a, b, y = two_of_four(dtype), torch.randn(32, 8).to(dtype), torch.zeros(32, 4)
+    kept, dense, metadata = sparse_fragments(a, b, selector)
+    body = MMA_SP.format(kind=kind, selector=selector)
+    assert run(body, kept, dense, metadata, y).findings == []
+    expected = a.double() @ b.double() + 1
+    for lane in range(32):
+        for i in range(4):
+            entry = expected[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2].item()
+            assert y[lane, i].item() == pytest.approx(entry, rel=1e-6, abs=1e-5)
+    # what is not kept is not multiplied; what is kept is
+    (unused,) = (a[0] == 0).nonzero()[0].tolist()
+    b[unused, 0] = float("inf")
+    run(body, kept, sparse_fragments(a, b, selector)[1], metadata, y)
+    assert y[0, 0].item() == pytest.approx(expected[0, 0].item(), rel=1e-6, abs=1e-5)
+    assert y[:, 0].isinf().any()
+
+
+def test_metadata_that_means_nothing_is_found():
+    a, b, y = two_of_four(torch.float16), torch.randn(32, 8).half(), torch.zeros(32, 4)
+    kept, dense, metadata = sparse_fragments(a, b, 0)
+    for wrong in (0b0000, 0b0101, 0b0001):  # twice the same column, and two that are not in order
+        broken = metadata.clone()
+        broken[5] = (broken[5] & ~15) | wrong
+        assert run(MMA_SP.format(kind="f16", selector=0), kept, dense, broken, y).kinds() == {"metadata"}
+        assert run(MMA_SP.format(kind="f16", selector=1), kept, dense, sparse_fragments(a, b, 1)[2], y).findings == []
+    for other in (MMA_SP.replace("::ordered_metadata", ""), MMA_SP.replace("m16n8k32", "m16n8k16")):
+        with pytest.raises(Unsupported, match="the instruction"):
+            run(other.format(kind="f16", selector=0), kept, dense, metadata, y)
+    with pytest.raises(Unsupported, match="the instruction"):
+        run(MMA_SP.format(kind="f16", selector=2), kept, dense, metadata, y)
+
+
 # Core matrices of 8 rows x 16 bytes lie whole: those of a at 128 (m + 8 k), of b at 2048 + 128 (n + 2 k), m, n and k in
 # units of 8 numbers. A descriptor has the address, the distance along k (bit 16) and along the rows (bit 32), / 16.
 WGMMA = """

@@ -54,17 +54,20 @@ def test_rows_that_share_their_pattern_have_metadata_too():
 def test_where_there_is_metadata():
     assert fits((32, 64), torch.float16) and fits((96, 128), torch.bfloat16)
     assert not fits((32, 64), torch.float32) and not fits((48, 64), torch.float16) and not fits((32, 96), torch.float16)
-    for n, k, dtype in ((48, 64, torch.bfloat16), (32, 96, torch.float16), (32, 64, torch.float32)):
-        assert len(NofMWeight.pack(two_of_four(n, k, dtype), n=2, m=4).gpu_tensors()) == 2
+    for n, k, shape in ((48, 64, (64, 4)), (32, 96, (32, 8)), (1, 4, (32, 4))):  # for our own kernel, filled up
+        _, _, meta = NofMWeight.pack(two_of_four(n, k, torch.float16), n=2, m=4).gpu_tensors()
+        assert meta.shape == shape
+    assert len(NofMWeight.pack(two_of_four(32, 64, torch.float32), n=2, m=4).gpu_tensors()) == 2
     assert not runs(torch.device("cpu"))
 
 
 def test_metadata_by_hand():
     # row 9 (= 8 + 1) is dealt to 4 * 1 + 1 = 5; word 0 of an odd row stands where word 1 of the row before would
-    masks = torch.zeros(32, 1, dtype=torch.int64)
+    masks = torch.zeros(30, 1, dtype=torch.int64)
     masks[9, 0] = 0b1010  # columns 1 and 3: 1 + 4 * 3 = 13
     meta = metadata(masks).flatten()
-    assert int(meta[2 * 4 + 1]) == 13 and int((meta != 0).sum()) == 1  # of words two columns wide, row 4, column 1
+    assert int(meta[2 * 4 + 1]) == 0x444D and len(meta) == 32 * 4  # of words two columns wide, row 4, column 1
+    assert int((meta != 0x4444).sum()) == 1  # where nothing is kept, columns 0 and 1: 0 + 4 * 1
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -210,7 +210,7 @@ def test_why_there_is_no_kernel_is_asked_of_the_backends(monkeypatch):
     from rmtkern.packing import device
 
     assert device._reason_against(torch.device("cpu")) is None  # nothing is launched: own runs on this CPU
-    monkeypatch.setattr(ops, "_candidates", lambda device, backend: ("cuda", "triton"))
+    monkeypatch.setattr(ops, "_candidates", lambda device, layout, backend: ("cuda", "triton"))
     monkeypatch.setitem(ops.KERNELS, "dense", {"cuda": "this", "triton": "the package triton is not installed"})
     reason = device._reason_against(torch.device("cpu"))
     assert reason == "no kernel runs layout 'dense' on cpu: cuda: this; triton: the package triton is not installed"

@@ -26,6 +26,10 @@ class BitmaskWeight(PackedWeight):
         starts: [groups + 1] int64, where a group's values begin.
 
     On a GPU the masks are also held in the order of the rows (`gpu_form`). The values are not moved.
+
+    On a CPU a call in bfloat16 with more tokens than a panel (96 with AVX-512) first writes the pairs as `block` 1x2
+    stores them, at most 4 bytes for each value and 1 bit for each pair of columns, into memory of the calling thread
+    that all weights share.
     """
 
     layout = "bitmask"

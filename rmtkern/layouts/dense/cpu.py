@@ -5,8 +5,10 @@ from torch import Tensor
 
 from rmtkern.layouts.base import CPU_DTYPES
 from rmtkern.layouts.cpu import MISSING
-from rmtkern.layouts.dense.library import finish, gate, library_linear, reason_against
+from rmtkern.layouts.cpu import linear as own_linear
+from rmtkern.layouts.dense.library import finish, gate, library_linear
 from rmtkern.layouts.dense.weight import FORMS, NO_ONEDNN, DenseWeight
+from rmtkern.layouts.refusals import reason_against
 
 __all__ = ["linear", "supports"]
 
@@ -55,10 +57,7 @@ def linear(
     """
     form = FORMS[w.params["form"]]
     if form == "own":
-        features = gated or w.shape[0]
-        return torch.ops.rmtkern.cpu_linear(
-            "dense", x, features, [w.stored], [], bias, activation, residual, scale, gated > 0
-        )
+        return own_linear(x, w, bias, activation, residual, scale, gated)
     if form == "torch":
         return library_linear(x, w.stored, bias, activation, residual, scale, gated)
     attr, algorithm = _ONEDNN[None if gated else activation]

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from rmtkern.layouts.dense.library import library_linear, reason_against
+from rmtkern.layouts.dense.library import library_linear
 from rmtkern.layouts.dense.weight import FORMS, DenseWeight
+from rmtkern.layouts.refusals import reason_against
 
 __all__ = ["linear", "supports"]
 

@@ -1,34 +1,12 @@
 """dense by PyTorch's own `F.linear`, whatever library computes it on a device. It decides nothing."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rmtkern.activations import apply_activation
 from rmtkern.layouts.pairs import CHUNK
 
-__all__ = ["finish", "gate", "library_linear", "reason_against"]
-
-
-def reason_against(weight: Tensor, x: Tensor, dtypes: Sequence[torch.dtype], kind: str) -> str | None:
-    """Why no dense product of x [T, K] with a weight [N, K] can be had on a kind of device, or None.
-
-    Args:
-        weight: as it is stored.
-        x: the input.
-        dtypes: what is computed there.
-        kind: "cpu" or "cuda".
-    """
-    if x.dtype not in dtypes:
-        return f"x is {x.dtype}; cast to {' or '.join(str(dtype) for dtype in dtypes)}"
-    if weight.dtype != x.dtype:
-        return f"x is {x.dtype}, the weight {weight.dtype}; cast one to the other's dtype"
-    if x.device.type != kind or weight.device != x.device:
-        there = "the cpu" if kind == "cpu" else "one CUDA device"
-        return f"x is on {x.device}, the weight on {weight.device}; move both to {there}"
-    return None
+__all__ = ["finish", "gate", "library_linear"]
 
 
 def library_linear(

@@ -93,6 +93,10 @@ class DenseWeight(PackedWeight):
         """As it lies in memory: plain [N, K], oneDNN's opaque tensor in the prepacked form, tiles in our own."""
         return self.dense if self.reordered is None else self.reordered  # type: ignore[return-value]
 
+    def cpu_tensors(self) -> tuple[Tensor, ...] | None:
+        """The tiles of our own form; None in the libraries' forms."""
+        return (self.stored,) if self.params["form"] == _OWN else None
+
     def _values(self) -> Tensor:
         return self.stored
 

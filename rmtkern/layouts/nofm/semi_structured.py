@@ -1,7 +1,8 @@
-"""2:4 as PyTorch's sparse tensor-core kernels take it: CUTLASS's metadata, and the call. It knows no layout class.
+"""2:4 as sparse tensor cores take it: CUTLASS's metadata, and the call of PyTorch's kernels. It knows no layout class.
 
 PyTorch has two families. That of CUTLASS runs on compute capability 8.x and reads kept entries and metadata in a known
-order, which is made here. cuSPARSELt's (8.0 and later) reads an opaque array that only its own call on a device makes.
+order, which is made here and which sparse_product.cu reads too. cuSPARSELt's (8.0 and later) reads an opaque array that
+only its own call on a device makes.
 """
 
 import numpy as np
@@ -17,8 +18,8 @@ _TOKENS = 8  # their count must be a multiple: 16 bytes of a row of the result
 
 
 def _codes() -> NDArray[np.uint16]:
-    """Mask of a group -> the columns c0 < c1 of its two bits, as c0 + 4 c1; other masks -> 0."""
-    table = np.zeros(16, np.uint16)
+    """Mask of a group -> the columns c0 < c1 of its two bits, as c0 + 4 c1; other masks -> columns 0 and 1."""
+    table = np.full(16, 4, np.uint16)
     for first in range(4):
         for second in range(first + 1, 4):
             table[1 << first | 1 << second] = first + 4 * second
@@ -26,7 +27,7 @@ def _codes() -> NDArray[np.uint16]:
 
 
 def fits(shape: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether the kernels take a weight [N, K]: 16-bit, N a multiple of 32 and K of 64."""
+    """Whether PyTorch's kernels take a weight [N, K]: 16-bit, N a multiple of 32 and K of 64."""
     return dtype in (torch.float16, torch.bfloat16) and shape[0] % 32 == 0 and shape[1] % 64 == 0
 
 
@@ -38,15 +39,14 @@ def metadata(masks: Tensor) -> Tensor:
     (`ColumnMajorInterleaved<2>`).
 
     Args:
-        masks: [N, C] int64, bit j of [n, c] set where column 64 c + j is kept, two in each group of 4; N divisible by
-            32.
+        masks: [N, C] int64, bit j of [n, c] set where column 64 c + j is kept, two in each group of 4 that there is.
 
     Returns:
-        [N, 4 C] int16, on the device of `masks`.
+        [32 ceil(N / 32), 4 C] int16, on the device of `masks`; groups that there are not keep columns 0 and 1.
 
     Source: CUTLASS, tools/util/include/cutlass/util/host_reorder.h, reorder_meta; PTX ISA, mma.sp.
     """
-    bits = masks.cpu().numpy().view(np.uint8)  # two groups in a byte
+    bits = np.pad(masks.cpu().numpy().view(np.uint8), ((0, -len(masks) % 32), (0, 0)))  # two groups in a byte
     codes = _codes()[np.stack([bits & 15, bits >> 4], axis=2)].reshape(len(bits), -1, _GROUPS)
     words = np.bitwise_or.reduce(codes << np.arange(0, 4 * _GROUPS, 4, dtype=np.uint16), axis=2)
     rows, columns = words.shape

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rmtkern.layouts import triton as shared
 from rmtkern.layouts.gpu_configs import Config, precision, shape_class
-from rmtkern.layouts.nofm.semi_structured import runs, transposed_product
+from rmtkern.layouts.nofm.semi_structured import fits, runs, transposed_product
 from rmtkern.layouts.nofm.weight import NofMWeight
 from rmtkern.layouts.triton import FEATURES, GROUP, ROWS, finish, linear, rows_at, run, tile_of
 from rmtkern.layouts.triton_strips import strips_product
@@ -144,7 +144,8 @@ def launch(
     few = shape_class(len(x)) == "row"
     if kept.ndim == 1:
         strips_product("bitmask", y, x, parts, bias, activation, residual, scale, gated)
-    elif rest and not few and len(x) < FEATURES and runs(x.device):  # T is a stride of the product
+    elif rest and fits((len(kept), x.shape[1]), x.dtype) and not few and len(x) < FEATURES and runs(x.device):
+        # T is a stride of the product
         finish_product(y, transposed_product(x, kept, rest[0], bias), activation, residual, scale, gated)
     else:
         _expanded_product(y, x, kept, masks, bias, activation, residual, scale, gated)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rmtkern.layouts.base import INTEGERS, PackedWeight, as_integers, check_dense
-from rmtkern.layouts.nofm.semi_structured import fits, metadata
+from rmtkern.layouts.nofm.semi_structured import metadata
 from rmtkern.layouts.strips import BLOCK_ROWS
 
 __all__ = ["NofMWeight"]
@@ -265,8 +265,8 @@ class NofMWeight(PackedWeight):
 
         Returns:
             row_values [N, K / 2] and row_picks [N, ceil(K / 64)] int64 for the formats of bfloat16, as `values` and
-            `masks` of the others; meta for 2:4 where semi_structured.fits; row_masks [C, N] int64 and row_starts [C, N]
-            int32 for other n:m: `masks` by column, and where in `values` each begins.
+            `masks` of the others; meta for 2:4 in 16 bits (semi_structured.metadata); row_masks [C, N] int64 and
+            row_starts [C, N] int32 for other n:m: `masks` by column, and where in `values` each begins.
         """
         if not self.halved:
             counts = np.bitwise_count(self.masks.cpu().numpy().view(np.uint64)).astype(np.int64)
@@ -278,7 +278,7 @@ class NofMWeight(PackedWeight):
             arrays = _pack_rows(as_integers(self.unpack()), 2, 4)[:2]
             values, picks = (torch.from_numpy(array).to(self.values.device) for array in arrays)
             values = values.view(self.values.dtype)
-        meta = metadata(self.masks if picks is None else picks) if fits(self.shape, self.values.dtype) else None
+        meta = metadata(self.masks if picks is None else picks) if self.values.element_size() == 2 else None
         return values, picks, meta, None, None
 
     def gpu_tensors(self) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ class Finding:
     """Something wrong that does not stop the execution.
 
     Args:
-        kind: "race", "uninitialised", "unwaited copy", "unwaited product", "missing fence".
+        kind: "race", "uninitialised", "unwaited copy", "unwaited product", "missing fence", "metadata".
         what: a sentence with the instructions.
     """
 

@@ -1,6 +1,18 @@
 """The instructions, one file for each kind; importing this fills the table."""
 
-from tests.gpu.ptx.instructions import arithmetic, bits, bulk, control, convert, copies, memory, products, warps, wgmma
+from tests.gpu.ptx.instructions import (
+    arithmetic,
+    bits,
+    bulk,
+    control,
+    convert,
+    copies,
+    memory,
+    products,
+    sparse_products,
+    warps,
+    wgmma,
+)
 from tests.gpu.ptx.instructions.table import build
 
 __all__ = [
@@ -13,6 +25,7 @@ __all__ = [
     "copies",
     "memory",
     "products",
+    "sparse_products",
     "warps",
     "wgmma",
 ]

@@ -1,0 +1,198 @@
+"""The long checks, part by part, with a row for each in benchmarks/results/test-all.csv: what make test-all runs.
+
+python -m tests.full_run                          # all parts, and the counts into the file
+python -m tests.full_run --part soak --part timm  # some of them; the rows of the others stay
+
+The parts "timm" and "transformers" run tests/test_coverage.py with each of the two newest minor versions that
+pyproject.toml allows, put in a folder before the installed one; of a package that has one minor version only, with its
+two newest releases. The mutated files of `make fuzz` have a file of their own, fuzz.csv.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion, Version
+
+from benchmarks.record import RESULTS, ROOT, stamped, write_rows
+
+__all__ = ["PARTS", "counts", "missing", "newest_two", "run_part"]
+
+OUTPUT = RESULTS / "test-all.csv"
+COVERAGE = "tests/test_coverage.py"
+STOPPED = "pytest stopped before its end"
+SLOW = {
+    "default": ["-m", "not slow and not compiled"],
+    "slow": ["-m", "slow and not soak and not inductor"],
+    "inductor": [COVERAGE, "-m", "inductor"],
+    "soak": ["tests/test_pytorch.py", "-m", "soak"],
+}
+"""Part -> what pytest gets."""
+LIBRARIES = ("timm", "transformers")
+PARTS = (*SLOW, *LIBRARIES)
+
+
+def allowed(package: str) -> Requirement:
+    """What pyproject.toml asks of a package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    found = [Requirement(line) for line in (*project["dependencies"], *(line for lines in extras for line in lines))]
+    return next(requirement for requirement in found if requirement.name == package)
+
+
+def available(package: str) -> list[str]:
+    """Versions of a package that pip finds."""
+    done = pip("index", "versions", package)
+    found = re.search(r"^Available versions: (.*)$", done, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"pip found no versions of {package}:\n{done[-500:]}")
+    return found[1].split(", ")
+
+
+def pip(*arguments: str) -> str:
+    """What pip of this environment prints."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[2:])} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def newest_two(versions: Iterable[str], requirement: Requirement) -> list[str]:
+    """The newest release of each of the two newest minor versions, newest first; or the two newest releases of one.
+
+    Args:
+        versions: all there are; prereleases and what is no version are left out.
+        requirement: what is allowed.
+
+    Raises:
+        ValueError: fewer than two are allowed.
+    """
+    found = []
+    for text in versions:
+        try:
+            version = Version(text)
+        except InvalidVersion:
+            continue
+        if not version.is_prerelease and version in requirement.specifier:
+            found.append(version)
+    found.sort(reverse=True)
+    minors: dict[tuple[int, int], Version] = {}
+    for version in found:
+        minors.setdefault((version.major, version.minor), version)
+    chosen = list(minors.values())[:2] if len(minors) > 1 else found[:2]
+    if len(chosen) < 2:
+        raise ValueError(f"{requirement}: expected two versions, found {', '.join(map(str, found)) or 'none'}")
+    return [str(version) for version in chosen]
+
+
+def missing(folder: Path, installed: Callable[[str], str] = metadata.version) -> list[str]:
+    """Requirements of the packages in a folder that neither this environment nor the folder meets.
+
+    Args:
+        folder: what `pip install --target` filled.
+        installed: version of a package here; PackageNotFoundError if there is none.
+    """
+    packages = {one.name.lower().replace("_", "-"): one for one in metadata.distributions(path=[str(folder)])}
+    wanted = []
+    for package in packages.values():
+        for line in package.requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            here = packages.get(requirement.name.lower().replace("_", "-"))
+            try:
+                version = installed(requirement.name) if here is None else here.version
+            except metadata.PackageNotFoundError:
+                version = None
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
+                wanted.append(f"{requirement.name}{requirement.specifier}")
+    return sorted(set(wanted))
+
+
+def install(package: str, version: str, folder: Path) -> None:
+    """Put one version of a package into a folder, and of what it needs only what this environment lacks."""
+    wanted = [f"{package}=={version}"]
+    for _ in range(5):  # what is put there may need something in turn
+        pip("install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder), *wanted)
+        if not (wanted := missing(folder)):
+            return
+    raise RuntimeError(f"{package} {version} needs {', '.join(wanted)}, which pip did not install")
+
+
+def counts(report: Path) -> dict[str, object]:
+    """Tests that passed, failed and were skipped, and the seconds they took, from a JUnit file; and what they noted."""
+    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    found = {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0}
+    notes = []
+    for suite in suites:
+        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        skipped = int(suite.get("skipped", 0))
+        found["failed"] += failed
+        found["skipped"] += skipped
+        found["passed"] += int(suite.get("tests", 0)) - failed - skipped
+        found["seconds"] += float(suite.get("time", 0))
+        notes += [f"{note.get('name')}: {note.get('value')}" for note in suite.iter("property")]
+    return {**found, "seconds": round(found["seconds"]), "notes": "; ".join(notes)}
+
+
+def run_pytest(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, object]:
+    """One run of pytest in a process of its own, its output on ours; its counts and the libraries' versions."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
+        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        if not report.exists():
+            raise RuntimeError(f"pytest {' '.join(arguments)} wrote no report; see above")
+        found = counts(report)
+    if status not in (0, 1):  # nor all passed, nor some failed
+        found["notes"] = "; ".join(filter(None, [f"{STOPPED} (exit status {status})", str(found["notes"])]))
+    code = f"import json\nfrom importlib.metadata import version\nprint(json.dumps([version(p) for p in {LIBRARIES}]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    return {**dict(zip(LIBRARIES, json.loads(done.stdout), strict=True)), **found}
+
+
+def run_part(part: str, extra: Sequence[str] = ()) -> list[dict[str, object]]:
+    """Rows of a part; `extra` goes to pytest."""
+    if part in SLOW:
+        return [{"part": part, **run_pytest([*SLOW[part], *extra], os.environ)}]
+    rows = []
+    for age, version in zip(("newest", "before"), newest_two(available(part), allowed(part)), strict=True):
+        folder = ROOT / "build" / "versions" / f"{part}-{version}"
+        install(part, version, folder)
+        paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        row = run_pytest([COVERAGE, "-k", f"documented and {part}", *extra], environment)
+        if row[part] != version:
+            raise RuntimeError(f"asked for {part} {version}, ran {row[part]}")
+        rows.append({"part": f"{part}, {age}", **row})
+    return rows
+
+
+def main() -> int:
+    """Run parts and write their rows; 1 if a test failed, none ran, or not all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=PARTS, help="may be given several times; default: all")
+    parser.add_argument("-o", "--output", type=Path, default=OUTPUT)
+    parser.add_argument("extra", nargs="*", help="after --: for pytest")
+    args = parser.parse_args()
+    good = True
+    for part in args.part or PARTS:
+        rows = run_part(part, args.extra)
+        write_rows(args.output, [stamped(row) for row in rows], ("part",))  # each part as soon as it is done
+        good = good and all(row["passed"] and not row["failed"] and STOPPED not in str(row["notes"]) for row in rows)
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
