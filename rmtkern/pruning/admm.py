@@ -37,7 +37,8 @@ def admm_mask(
     Source: Meng et al. 2024, arXiv 2406.07831 (ALPS), algorithm 1, with a penalty that grows at a fixed rate.
     """
     scale = moment.diagonal().sqrt()
-    values, vectors = torch.linalg.eigh((moment / scale[:, None]).div_(scale))
+    values, vectors = torch.empty_like(scale), (moment / scale[:, None]).div_(scale)
+    torch.linalg.eigh(vectors, out=(values, vectors))  # in place: it takes a second copy less
     shape = matrix.to(moment.dtype) * scale
     target = ((shape @ vectors) * values) @ vectors.t()
     kept, dual, penalty, mask = shape, torch.zeros_like(shape), _PENALTY, start
