@@ -6,7 +6,15 @@ Slower than obs.obs_mask and with less loss, at every pattern; it returns a mask
 import torch
 from torch import Tensor
 
-from rmtkern.pruning.pattern import PATTERNS, smallest_units, unit_entries, unit_of, unit_scores, whole_units
+from rmtkern.pruning.pattern import (
+    PATTERNS,
+    kth_smallest,
+    smallest_units,
+    unit_entries,
+    unit_of,
+    unit_scores,
+    whole_units,
+)
 
 __all__ = ["admm_mask"]
 
@@ -37,13 +45,17 @@ def admm_mask(
     Source: Meng et al. 2024, arXiv 2406.07831 (ALPS), algorithm 1, with a penalty that grows at a fixed rate.
     """
     scale = moment.diagonal().sqrt()
-    values, vectors = torch.empty_like(scale), (moment / scale[:, None]).div_(scale)
-    torch.linalg.eigh(vectors, out=(values, vectors))  # in place: it takes a second copy less
+    values, vectors = torch.empty_like(scale), (moment / scale[:, None]).div_(scale).t()
+    torch.linalg.eigh(vectors, out=(values, vectors))  # in place, as its columns lie in memory: a copy less
     shape = matrix.to(moment.dtype) * scale
     target = ((shape @ vectors) * values) @ vectors.t()
     kept, dual, penalty, mask = shape, torch.zeros_like(shape), _PENALTY, start
     for step in range(1, _STEPS + 1):
-        free = (((target + penalty * kept - dual) @ vectors) / (values + penalty)) @ vectors.t()
+        wanted = target + penalty * kept - dual
+        if len(matrix) > len(moment):  # then one product with the inverse costs less, with what the inverse costs
+            free = wanted @ ((vectors / (values + penalty)) @ vectors.t())
+        else:
+            free = ((wanted @ vectors) / (values + penalty)) @ vectors.t()
         shifted = free + dual / penalty
         mask = _project(shifted, start, counts, kind, params, exact=step == _STEPS)
         kept = shifted.masked_fill(mask, 0)
@@ -68,5 +80,5 @@ def _project(
     elif count == 0:
         goes = torch.zeros_like(scores, dtype=torch.bool)
     else:
-        goes = scores <= scores.kthvalue(count, dim=1, keepdim=True).values
+        goes = scores <= kth_smallest(scores, count)
     return start | unit_entries(goes.reshape(gone.shape), unit)

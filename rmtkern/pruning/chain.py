@@ -98,6 +98,7 @@ def visit_chain(
             refuse_other_order([chain.stages[0], stage])
             calls.append(call)
     del call
+    give_memory_back()
     for at, stage in enumerate(chain.stages):
         outputs = deque(visit(stage, calls) or ())
         give_memory_back()

@@ -92,9 +92,11 @@ def prune_layerwise(
 
         def visit(stage: Stage, calls: list[Call]) -> None:
             for weight, uses in weights_in_order(stage, calls[0]):
+                moments = [second_moment(stage, weight, uses, calls)]
+                give_memory_back()
                 prior, cost = near.get(weight.name), (sensitivities or {}).get(weight.name)
                 mask, matrix = _prune(
-                    weight, masks[weight.name].mask(), second_moment(stage, weight, uses, calls), config, cost,
+                    weight, masks[weight.name].mask(), moments.pop(), config, cost,
                     None if prior is None else prior.mask(),
                     pattern=config.patterns[0] if patterns is None else patterns[weight.name],
                 )  # fmt: skip

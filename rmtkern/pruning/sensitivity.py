@@ -78,6 +78,7 @@ def sensitivities(
     Source: docs/calibrated.md; one entry's loss w^2 / [H^-1]_kk is Hassibi and Stork 1993.
     """
     gradients = output_gradients(model, weights, images)
+    give_memory_back()
     rows = {name: found[0] for name, found in gradients.features.items()}
     wanted = max(_ENOUGH * weight.shape[1] * gradients.images / gradients.inputs[weight.name] for weight in weights)
     least = min((float(one.mean()) for one in rows.values() if bool(one.any())), default=1.0)
@@ -94,6 +95,7 @@ def sensitivities(
 
     def visit(stage: Stage, calls: list[Call]) -> list[Any]:
         moments, outputs = second_moments(stage, calls, enough=_ENOUGH)
+        give_memory_back()
         for name in list(moments):
             columns[name] = _columns(damped(moments.pop(name)))
             give_memory_back()
