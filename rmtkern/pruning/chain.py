@@ -101,10 +101,12 @@ def visit_chain(
     give_memory_back()
     for at, stage in enumerate(chain.stages):
         outputs = deque(visit(stage, calls) or ())
+        if at == len(chain.links):
+            calls.clear()
+            outputs.clear()
         give_memory_back()
-        if at < len(chain.links):
-            for i in range(len(calls)):
-                calls[i] = chain.after(at, calls[i], outputs.popleft() if outputs else _run(stage, calls[i]))
+        for i in range(len(calls)):
+            calls[i] = chain.after(at, calls[i], outputs.popleft() if outputs else _run(stage, calls[i]))
         leave(stage)
         give_memory_back()
 

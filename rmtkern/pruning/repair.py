@@ -44,7 +44,7 @@ def obs(matrix: Tensor, mask: Tensor, moment: Tensor | None) -> Tensor:
     target = matrix.to(moment.dtype)
     found = target * keep
     enough = _TOLERANCE**2 * ((target @ moment) * target).sum(1, keepdim=True)
-    solution, residual = found, ((target - found) @ moment) * keep
+    solution, residual = found.clone(), ((target - found) @ moment) * keep
     rows = torch.arange(len(found), device=found.device)
     scaled = residual * inverse
     direction, size = scaled, (residual * scaled).sum(1, keepdim=True)
