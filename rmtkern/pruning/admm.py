@@ -15,6 +15,7 @@ from rmtkern.pruning.pattern import (
     unit_scores,
     whole_units,
 )
+from rmtkern.pruning.products import product
 
 __all__ = ["admm_mask"]
 
@@ -47,15 +48,18 @@ def admm_mask(
     scale = moment.diagonal().sqrt()
     values, vectors = torch.empty_like(scale), (moment / scale[:, None]).div_(scale).t()
     torch.linalg.eigh(vectors, out=(values, vectors))  # in place, as its columns lie in memory: a copy less
-    shape = matrix.to(moment.dtype) * scale
-    target = ((shape @ vectors) * values) @ vectors.t()
-    kept, dual, penalty, mask = shape, torch.zeros_like(shape), _PENALTY, start
+    whole, rows, columns = matrix.to(moment.dtype) * scale, vectors.t().contiguous(), vectors.contiguous()
+    del vectors
+    kept, dual, penalty, mask = whole, torch.zeros_like(whole), _PENALTY, start
     for step in range(1, _STEPS + 1):
-        wanted = target + penalty * kept - dual
-        if len(matrix) > len(moment):  # then one product with the inverse costs less, with what the inverse costs
-            free = wanted @ ((vectors / (values + penalty)) @ vectors.t())
+        # v = (w H + penalty d - dual) (H + penalty)^-1, without w H, whose rounding the inverse would enlarge
+        pull = penalty * (kept - whole) - dual
+        if step == 1:
+            free = whole  # there is no pull yet
+        elif len(matrix) > len(moment):  # then one product with the inverse costs less, with what the inverse costs
+            free = whole + product(pull, product(columns / (values + penalty), columns))
         else:
-            free = ((wanted @ vectors) / (values + penalty)) @ vectors.t()
+            free = whole + product(product(pull, rows) / (values + penalty), columns)
         shifted = free + dual / penalty
         mask = _project(shifted, start, counts, kind, params, exact=step == _STEPS)
         kept = shifted.masked_fill(mask, 0)

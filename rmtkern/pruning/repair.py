@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rmtkern.pruning.products import product
+
 __all__ = ["CALIBRATED_REPAIRS", "REPAIRS", "damped"]
 
 _DAMPING = 0.01
@@ -43,8 +45,8 @@ def obs(matrix: Tensor, mask: Tensor, moment: Tensor | None) -> Tensor:
     inverse = 1 / moment.diagonal()
     target = matrix.to(moment.dtype)
     found = target * keep
-    enough = _TOLERANCE**2 * ((target @ moment) * target).sum(1, keepdim=True)
-    solution, residual = found.clone(), ((target - found) @ moment) * keep
+    enough = _TOLERANCE**2 * (product(target, moment) * target).sum(1, keepdim=True)
+    solution, residual = found.clone(), product(target - found, moment) * keep
     rows = torch.arange(len(found), device=found.device)
     scaled = residual * inverse
     direction, size = scaled, (residual * scaled).sum(1, keepdim=True)
@@ -56,7 +58,7 @@ def obs(matrix: Tensor, mask: Tensor, moment: Tensor | None) -> Tensor:
             keep, size, enough, going = keep[going], size[going], enough[going], going[going]
         if not bool(going.any()):
             break
-        image = (direction @ moment).mul_(keep)
+        image = product(direction, moment).mul_(keep)
         curvature = (direction * image).sum(1, keepdim=True)
         step = torch.where(going[:, None] & (curvature > 0), size / curvature, 0)
         solution = solution.addcmul(step, direction)
