@@ -92,7 +92,7 @@ def prune_layerwise(
 
         def visit(stage: Stage, calls: list[Call]) -> None:
             for weight, uses in weights_in_order(stage, calls[0]):
-                moments = [second_moment(stage, weight, uses, calls)]
+                moments = [second_moment(stage, weight, uses, calls)]  # taken out below, so that it can go
                 give_memory_back()
                 prior, cost = near.get(weight.name), (sensitivities or {}).get(weight.name)
                 mask, matrix = _prune(

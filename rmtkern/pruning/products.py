@@ -1,4 +1,4 @@
-"""x Wᵀ by the faster of the two libraries that a PyTorch for CPUs has: Intel's MKL is not at its best on AMD's CPUs."""
+"""Products x Wᵀ by the faster of the two libraries of a PyTorch for CPUs: MKL is not at its best on AMD."""
 
 import functools
 
