@@ -53,17 +53,17 @@ def admm_mask(
     kept, dual, penalty, mask = whole, torch.zeros_like(whole), _PENALTY, start
     for step in range(1, _STEPS + 1):
         # v = (w H + penalty d - dual) (H + penalty)^-1, without w H, whose rounding the inverse would enlarge
-        pull = penalty * (kept - whole) - dual
+        pull = (kept - whole).mul_(penalty).sub_(dual)
         if step == 1:
             free = whole  # there is no pull yet
         elif len(matrix) > len(moment):  # then one product with the inverse costs less, with what the inverse costs
-            free = whole + product(pull, product(columns / (values + penalty), columns))
+            free = product(pull, product(columns / (values + penalty), columns)).add_(whole)
         else:
-            free = whole + product(product(pull, rows) / (values + penalty), columns)
-        shifted = free + dual / penalty
+            free = product(product(pull, rows).div_(values + penalty), columns).add_(whole)
+        shifted = torch.add(free, dual, alpha=1 / penalty)
         mask = _project(shifted, start, counts, kind, params, exact=step == _STEPS)
         kept = shifted.masked_fill(mask, 0)
-        dual += penalty * (free - kept)
+        dual.add_(free, alpha=penalty).sub_(kept, alpha=penalty)
         penalty *= _GROWTH
     return mask
 
