@@ -1,6 +1,6 @@
 """Time and memory of prune_ on whole models with random weights: calibrated ViT-B/16 and global selection in ViT-L/16.
 
-    python -m benchmarks.pruning [--only calibrated|global] [--threads 2] [--images 256]
+    python -m benchmarks.pruning [--only calibrated|calibrated-large|global] [--threads 2] [--images 256] [--depth 2]
 
 Memory is the peak of the resident set beyond what the process holds with the model and the images before the call.
 Random images and weights: what is computed does not depend on their values, but for the number of repair steps.
@@ -19,18 +19,31 @@ from rmtkern.api import prune_
 from rmtkern.tables import Table
 
 KEYS = ("case", "model", "threads", "images")
-CASES = {"calibrated": ("vit_base_patch16_224", "auto"), "global": ("vit_large_patch16_224", "magnitude")}
-"""Case -> timm model, method."""
+CASES = {
+    "calibrated": ("vit_base_patch16_224", "auto"),
+    "global": ("vit_large_patch16_224", "magnitude"),
+    "calibrated-large": ("vit_large_patch16_224", "auto"),
+}
+"""Case -> timm model, method; "auto" gets images."""
+
+DEFAULT = ("calibrated", "global")
 
 
-def measure(case: str, threads: int, images: int) -> dict[str, object]:
-    """One row."""
+def measure(case: str, threads: int, images: int, depth: int | None = None) -> dict[str, object]:
+    """One row.
+
+    Args:
+        case: key of CASES.
+        threads: of torch.
+        images: to calibrate on.
+        depth: blocks of the model; None: as many as it has.
+    """
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     name, method = CASES[case]
-    model = timm.create_model(name).eval()
+    model = timm.create_model(name, **({} if depth is None else {"depth": depth})).eval()
     weights_mib = sum(p.nbytes for p in model.parameters()) / 2**20
-    calibration = torch.randn(images, *model.default_cfg["input_size"]) if case == "calibrated" else None
+    calibration = torch.randn(images, *model.default_cfg["input_size"]) if method == "auto" else None
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
     before, wall, cpu = status_mib("VmRSS"), time.perf_counter(), time.process_time()
     plan = prune_(model, 0.5, method, calibration=calibration)
@@ -46,13 +59,15 @@ def measure(case: str, threads: int, images: int) -> dict[str, object]:
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sorted(CASES), help="default: both")
+    parser.add_argument("--only", choices=sorted(CASES), help=f"default: {' and '.join(DEFAULT)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--images", type=int, default=256, help="to calibrate on")
+    parser.add_argument("--depth", type=int, help="of the model, to estimate what the whole takes; stores nothing")
     parser.add_argument("--dry", action="store_true", help="store nothing")
     args = parser.parse_args()
-    rows = [measure(case, args.threads, args.images) for case in ([args.only] if args.only else CASES)]
-    if not args.dry:
+    cases = [args.only] if args.only else DEFAULT
+    rows = [measure(case, args.threads, args.images, args.depth) for case in cases]
+    if not args.dry and args.depth is None:
         write_rows(results_file("pruning"), [stamped(row, timm=timm.__version__) for row in rows], KEYS)
     print(Table(list(rows[0]), [list(row.values()) for row in rows]).to_text())
 

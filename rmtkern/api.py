@@ -1,6 +1,7 @@
 """The verbs on whole models: analyze and prune_. It joins models, spectra and pruning; it knows no layout or kernel."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,7 +15,7 @@ from rmtkern.errors import NoGradientsError
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.pruning.budget import HILL
 from rmtkern.pruning.calibrate import Moments, calibrate
-from rmtkern.pruning.cycles import Pruned, layer_weights, make_masks, masks_of_choices, matrices
+from rmtkern.pruning.cycles import layer_weights, make_masks, masks_of_choices, matrices
 from rmtkern.pruning.held_out import hold_out, model_outputs, relative_change
 from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.mixing import Choice, choose_patterns
@@ -22,6 +23,7 @@ from rmtkern.pruning.pattern import coarsest, parse_pattern, unit_of, whole_unit
 from rmtkern.pruning.permute import permute_
 from rmtkern.pruning.plan import GIVEN, PRIORS, Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
 from rmtkern.pruning.presets import AUTO_NO_GRADIENTS, BEST, BEST_OF
+from rmtkern.pruning.pruned import Pruned
 from rmtkern.pruning.residual import permute_stream_
 from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
 from rmtkern.pruning.target import Target, search
@@ -295,7 +297,7 @@ def _choose_(
     config: PruneConfig,
     calibration: Tensor | Iterable[Any] | None,
     costs: Mapping[str, Sensitivity] | None,
-    priors: Sequence[Tensor] | None,
+    priors: Sequence[Pruned] | None,
     timings: PatternTimes | None,
     show_progress: bool | None,
 ) -> PrunePlan:
@@ -315,8 +317,8 @@ def _choose_(
     pruned = masks_of()
     if config.needs_labels:
         unit = unit_of(parse_pattern(config.patterns[0])[1])
-        count = sum(int(whole_units(mask, unit).sum()) for mask, _ in pruned)
-        total = sum(mask.numel() for mask, _ in pruned) // (unit[0] * unit[1])
+        count = sum(int(whole_units(one.mask(), unit).sum()) for one in pruned)
+        total = sum(math.prod(one.shape) for one in pruned) // (unit[0] * unit[1])
         more = min(OVER_PRUNED, (1 - config.sparsity) / 2)
         favour = [1.0] * len(weights)
         if config.budget == "edge":
@@ -327,12 +329,10 @@ def _choose_(
             restore=config.restore or "", count=count, unit=unit, seed=config.seed, show_progress=show_progress,
         )  # fmt: skip
     if config.layerwise and calibration is not None:
-        masks = [mask for mask, _ in pruned]
         if config.prior in PRIORS:
             priors = _prior_masks(model, weights, config, calibration, show_progress)
-        del pruned
         pruned, images = prune_layerwise(
-            model, weights, config, masks, calibration,
+            model, weights, config, pruned, calibration,
             patterns=None if choices is None else {name: choice.pattern for name, choice in choices.items()},
             sensitivities=costs, priors=priors, show_progress=show_progress,
         )  # fmt: skip
@@ -378,7 +378,7 @@ def _prior_masks(
     config: PruneConfig,
     calibration: Tensor | Iterable[Any],
     show_progress: bool | None,
-) -> list[Tensor]:
+) -> list[Pruned]:
     """What the method that a config names as prior would remove, without a pattern, at the same sparsity."""
     asked = PruneConfig(
         config.sparsity, config.prior or "", alpha_regime=config.alpha_regime, theta=config.theta, seed=config.seed
@@ -386,7 +386,7 @@ def _prior_masks(
     masks_of, _, _ = _masks_of(model, weights, asked, calibration, None, show_progress)
     zeros = sum(int((weight.parameter == 0).sum()) for weight in weights)
     goal = round(config.sparsity * sum(weight.parameter.numel() for weight in weights))
-    return [mask for mask, _ in masks_of(goal=max(zeros, goal))]
+    return masks_of(goal=max(zeros, goal))
 
 
 def _check_prior(config: PruneConfig, tensors: Any) -> None:
@@ -403,8 +403,8 @@ def _check_prior(config: PruneConfig, tensors: Any) -> None:
         raise TypeError(f"prior: got tensors and a PruneConfig with prior={config.prior!r}; give it prior={GIVEN!r}")
 
 
-def _zeros(weights: Sequence[PrunableWeight], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """Where the tensors of the weights' names are zero, bool [N, K] each."""
+def _zeros(weights: Sequence[PrunableWeight], tensors: Mapping[str, Tensor]) -> list[Pruned]:
+    """Where the tensors of the weights' names are zero."""
     masks = []
     for weight in weights:
         found = next((tensors[name] for name in (weight.name, *weight.tied) if name in tensors), None)
@@ -417,7 +417,7 @@ def _zeros(weights: Sequence[PrunableWeight], tensors: Mapping[str, Tensor]) -> 
         masks.append(replace(weight, parameter=nn.Parameter(found.detach() == 0, requires_grad=False)).as_matrix())
     if not any(bool(mask.any()) for mask in masks):
         raise ValueError("prior: the tensors have no zero in the selected weights; pass those of a pruned model")
-    return [mask.to(weight.parameter.device) for weight, mask in zip(weights, masks, strict=True)]
+    return [Pruned.of(mask.to(weight.parameter.device)) for weight, mask in zip(weights, masks, strict=True)]
 
 
 def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:
@@ -579,7 +579,7 @@ def _plan(
         zeros, found = int(mask.sum()), mask_hash(mask)
         return LayerPlan(weight.name, weight.role, weight.shape, zeros, found, params, **times)
 
-    layers = tuple(layer_plan(weight, mask) for weight, (mask, _) in zip(weights, pruned, strict=True))
+    layers = tuple(layer_plan(weight, one.mask()) for weight, one in zip(weights, pruned, strict=True))
     if config.linear_speedup is not None:
         config = replace(config, sparsity=sum(layer.zeros for layer in layers) / sum(layer.total for layer in layers))
     chosen = {layer.name for layer in layers}
@@ -596,16 +596,15 @@ def _plan(
 def _write_(weights: Sequence[PrunableWeight], pruned: list[Pruned]) -> None:
     """Write zeros or new values into the parameters; if one fails, put back those already written and raise.
 
-    What is written leaves `pruned`, so that old and new values together take the model's size once.
+    What is written leaves `pruned`, so that old and new values together take little more than the model's size once.
     """
     undo: list[Callable[[], object]] = []
     try:
-        for i, weight in zip(range(len(pruned)), weights, strict=True):
-            mask, value = pruned[i]
-            pruned[i] = mask, None
-            parameter = weight.parameter
+        for weight in weights:
+            one, parameter = pruned.pop(0), weight.parameter
+            value = one.matrix()
             if value is None:
-                gone = weight.to_parameter(mask)
+                gone = weight.to_parameter(one.mask())
                 undo.append(partial(parameter.masked_scatter_, gone, parameter.detach()[gone]))
                 parameter.masked_fill_(gone, 0)
             else:

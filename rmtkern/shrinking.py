@@ -15,8 +15,9 @@ from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.progress import progress
 from rmtkern.pruning.calibrate import evaluating, forward_passes, second_moment, weights_in_order
 from rmtkern.pruning.repair import damped
-from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
+from rmtkern.pruning.stages import Call, Stage, find_stages
 from rmtkern.pruning.units import loss_share, norm_units, remove_units
+from rmtkern.pruning.visit import visit_stages
 from rmtkern.shrink_plan import BlockPlan, ShrinkPlan
 from rmtkern.token_merging import merging_of
 

@@ -6,7 +6,16 @@ Slower than obs.obs_mask and with less loss, at every pattern; it returns a mask
 import torch
 from torch import Tensor
 
-from rmtkern.pruning.pattern import PATTERNS, smallest_units, unit_entries, unit_of, unit_scores, whole_units
+from rmtkern.pruning.pattern import (
+    PATTERNS,
+    kth_smallest,
+    smallest_units,
+    unit_entries,
+    unit_of,
+    unit_scores,
+    whole_units,
+)
+from rmtkern.pruning.products import product
 
 __all__ = ["admm_mask"]
 
@@ -37,16 +46,24 @@ def admm_mask(
     Source: Meng et al. 2024, arXiv 2406.07831 (ALPS), algorithm 1, with a penalty that grows at a fixed rate.
     """
     scale = moment.diagonal().sqrt()
-    values, vectors = torch.linalg.eigh((moment / scale[:, None]).div_(scale))
-    shape = matrix.to(moment.dtype) * scale
-    target = ((shape @ vectors) * values) @ vectors.t()
-    kept, dual, penalty, mask = shape, torch.zeros_like(shape), _PENALTY, start
+    values, vectors = torch.empty_like(scale), (moment / scale[:, None]).div_(scale).t()
+    torch.linalg.eigh(vectors, out=(values, vectors))  # in place, as its columns lie in memory: a copy less
+    whole, rows, columns = matrix.to(moment.dtype) * scale, vectors.t().contiguous(), vectors.contiguous()
+    del vectors
+    kept, dual, penalty, mask = whole, torch.zeros_like(whole), _PENALTY, start
     for step in range(1, _STEPS + 1):
-        free = (((target + penalty * kept - dual) @ vectors) / (values + penalty)) @ vectors.t()
-        shifted = free + dual / penalty
+        # v = (w H + penalty d - dual) (H + penalty)^-1, without w H, whose rounding the inverse would enlarge
+        pull = (kept - whole).mul_(penalty).sub_(dual)
+        if step == 1:
+            free = whole  # there is no pull yet
+        elif len(matrix) > len(moment):  # then one product with the inverse costs less, with what the inverse costs
+            free = product(pull, product(columns / (values + penalty), columns)).add_(whole)
+        else:
+            free = product(product(pull, rows).div_(values + penalty), columns).add_(whole)
+        shifted = torch.add(free, dual, alpha=1 / penalty)
         mask = _project(shifted, start, counts, kind, params, exact=step == _STEPS)
         kept = shifted.masked_fill(mask, 0)
-        dual += penalty * (free - kept)
+        dual.add_(free, alpha=penalty).sub_(kept, alpha=penalty)
         penalty *= _GROWTH
     return mask
 
@@ -67,5 +84,5 @@ def _project(
     elif count == 0:
         goes = torch.zeros_like(scores, dtype=torch.bool)
     else:
-        goes = scores <= scores.kthvalue(count, dim=1, keepdim=True).values
+        goes = scores <= kth_smallest(scores, count)
     return start | unit_entries(goes.reshape(gone.shape), unit)

@@ -1,6 +1,6 @@
 """How much goes from each layer: a budget makes the scores of all layers comparable, and the smallest of all go.
 
-It knows scores and spectra, and neither models nor patterns.
+It knows scores and spectra, and neither models nor what a pattern lets go.
 """
 
 import math
@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from rmtkern.pruning.pattern import kth_smallest
 
 __all__ = [
     "BUDGETS",
@@ -138,7 +140,7 @@ def _marginal(layer: Layer, loss: Tensor, most: float) -> Tensor:
     if loss is layer.score:  # in place: with ranks it would be several times as large
         closed = ~layer.open
         if cut:
-            closed |= loss > loss.flatten().kthvalue(cut).values
+            closed |= loss > kth_smallest(loss, cut)
         return loss.masked_fill_(closed, torch.inf)
     ranks = _ranks(layer.score.flatten()).long()
     rising = loss.flatten().masked_fill(layer.score.flatten() < 0, -1.0).sort().values.clamp_(min=0)

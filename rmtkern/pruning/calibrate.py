@@ -41,10 +41,12 @@ class Moments:
         features: weight name -> [G, K] float64, E x_k^2 >= 0; G > 1 where blocks of rows see different inputs
             (groups of a convolution, q against k and v of a cross-attention).
         images: how many images were seen.
+        inputs: weight name -> how many inputs x were seen, at least, by each row.
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
     images: int = 0
+    inputs: dict[str, int] = field(default_factory=dict)
 
 
 def calibrate(
@@ -79,7 +81,7 @@ def calibrate(
             with watch:
                 run()
             seen += count
-    return Moments({weight.name: watch.moment(weight) for weight in weights}, seen)
+    return Moments({weight.name: watch.moment(weight) for weight in weights}, seen, watch.inputs(weights))
 
 
 def forward_passes(
@@ -152,7 +154,9 @@ def second_moment(
     return watch.moment(weight)
 
 
-def second_moments(stage: Stage, calls: Iterable[Call], *, enough: float = math.inf) -> dict[str, Tensor]:
+def second_moments(
+    stage: Stage, calls: Iterable[Call], *, enough: float = math.inf
+) -> tuple[dict[str, Tensor], list[Any]]:
     """`second_moment` of every weight of a stage, by name, in one run of each call, while none of them changes.
 
     Args:
@@ -160,16 +164,19 @@ def second_moments(stage: Stage, calls: Iterable[Call], *, enough: float = math.
         calls: one for each batch.
         enough: no more calls once every weight has seen so many inputs x for each entry of x.
 
+    Returns:
+        The moments, and what the stage returned for each call that was made.
+
     Raises:
         ValueError: inputs with NaN or Inf, or a weight that no call uses.
     """
-    watch = _Watch(stage.weights, products=True)
+    watch, outputs = _Watch(stage.weights, products=True), []
     for call in calls:
         with watch:
-            stage.module(*call.args, **call.kwargs)
+            outputs.append(stage.module(*call.args, **call.kwargs))
         if all(watch.seen(weight) >= enough * weight.shape[1] for weight in stage.weights):
             break
-    return {weight.name: watch.moment(weight) for weight in stage.weights}
+    return {weight.name: watch.moment(weight) for weight in stage.weights}, outputs
 
 
 def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images: Tensor | Iterable[Any]) -> Moments:
@@ -184,7 +191,7 @@ def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images
         images: as for `calibrate`.
 
     Returns:
-        [1, N] for every weight, a mean over the images.
+        [1, N] for every weight, a mean over the images, and how many there were of these and of inputs.
 
     Raises:
         TypeError: a batch of another type.
@@ -204,7 +211,8 @@ def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images
             seen += count
             if seen >= _GRADIENT_IMAGES:
                 break
-    return Moments({weight.name: watch.energy(weight)[None] / seen for weight in weights}, seen)
+    energies = {weight.name: watch.energy(weight)[None] / seen for weight in weights}
+    return Moments(energies, seen, watch.inputs(weights))
 
 
 def tensors_of(found: Any) -> list[Tensor]:
@@ -387,6 +395,10 @@ class _Watch(TorchFunctionMode):
         """How many inputs the rows of the weight that have seen the fewest have seen."""
         return min(self.counts[weight.name].values(), default=0)
 
+    def inputs(self, weights: Sequence[PrunableWeight]) -> dict[str, int]:
+        """`seen` of each, by name."""
+        return {weight.name: self.seen(weight) for weight in weights}
+
     def moment(self, weight: PrunableWeight) -> Tensor:
         """[G, K] or [G, K, K]: one entry for each block of the weight's rows that saw inputs of its own."""
         sums, counts = self.sums[weight.name], self.counts[weight.name]
@@ -438,6 +450,8 @@ class _Outputs(_Watch):
             y.requires_grad_()
         axis = axis if axis < 0 else y.ndim - 3  # channels of [B, C, H, W], or of [C, H, W]
         self.outputs.append((*found, axis, y))
+        counts = self.counts[found[0].name]
+        counts[found[1]] = counts.get(found[1], 0) + y.numel() // max(y.shape[axis], 1)
         return y.clone()  # which may be overwritten
 
     def _attend(self, call: dict[str, Any]) -> Any:

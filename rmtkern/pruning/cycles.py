@@ -25,17 +25,15 @@ from rmtkern.pruning.pattern import (
     whole_units,
 )
 from rmtkern.pruning.plan import PruneConfig
+from rmtkern.pruning.pruned import Pruned
 from rmtkern.pruning.score import LAYERWISE, SCORES
 from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.spectrum.denoise import legacy_shrinkage, legacy_theta, sparsify_haar, sparsify_singular_vectors
 from rmtkern.spectrum.fit import SpectralFit
 
-__all__ = ["Pruned", "layer_weights", "make_masks", "masks_of_choices", "matrices"]
+__all__ = ["layer_weights", "make_masks", "masks_of_choices", "matrices"]
 
 Fits = Mapping[str, SpectralFit]
-Pruned = tuple[Tensor, Tensor | None]
-"""(mask [N, K] bool, true where the weight is zero; matrix [N, K] in the weight's dtype, zero there, or None if the
-weight keeps its values elsewhere)."""
 
 
 def matrices(weights: Sequence[PrunableWeight], values: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
@@ -83,7 +81,7 @@ def make_masks(
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
-        One pair for each weight; the masks have round(sparsity * total) true entries (mini-blocks) in all.
+        One for each weight; the masks have round(sparsity * total) true entries (mini-blocks) in all.
 
     Raises:
         ValueError: more weights are zero already than the sparsity asks for.
@@ -127,7 +125,7 @@ def make_masks(
                       for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
         if take == left:
             break
-    return list(zip(masks, values if changes else [None] * len(masks), strict=True))
+    return [Pruned.of(masks.pop(0), value) for value in (values if changes else [None] * len(masks))]
 
 
 def _layers(
@@ -197,7 +195,7 @@ def masks_of_choices(
         sensitivities: weight name -> what its entries cost.
 
     Returns:
-        One pair for each weight.
+        One for each weight.
     """
     pruned: list[Pruned] = []
     for index, weight in enumerate(weights):
@@ -210,7 +208,7 @@ def masks_of_choices(
             goes = PATTERNS[kind](score, params)
         else:
             goes = smallest_units(score.reshape(1, -1), torch.tensor([choice.units])).reshape(score.shape)
-        pruned.append((mask | unit_entries(goes, unit), None))
+        pruned.append(Pruned.of(mask | unit_entries(goes, unit)))
     return pruned
 
 

@@ -15,13 +15,16 @@ from rmtkern.progress import progress
 from rmtkern.pruning.admm import admm_mask
 from rmtkern.pruning.calibrate import evaluating, forward_passes, second_moment, weights_in_order
 from rmtkern.pruning.cast import cast_mask
+from rmtkern.pruning.memory import give_memory_back
 from rmtkern.pruning.obs import obs_mask
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.plan import PruneConfig
+from rmtkern.pruning.pruned import Pruned
 from rmtkern.pruning.repair import REPAIRS, damped
 from rmtkern.pruning.score import GROUPED
 from rmtkern.pruning.sensitivity import Sensitivity
-from rmtkern.pruning.stages import Call, Stage, find_stages, give_memory_back, visit_stages
+from rmtkern.pruning.stages import Call, Stage, find_stages
+from rmtkern.pruning.visit import visit_stages
 
 __all__ = ["MASKS", "prune_layerwise"]
 
@@ -37,46 +40,44 @@ def prune_layerwise(
     model: nn.Module,
     weights: Sequence[PrunableWeight],
     config: PruneConfig,
-    chosen: list[Tensor],
+    chosen: Sequence[Pruned],
     images: Tensor | Iterable[Any],
     *,
     patterns: Mapping[str, str] | None = None,
     sensitivities: Mapping[str, Sensitivity] | None = None,
-    priors: Sequence[Tensor] | None = None,
+    priors: Sequence[Pruned] | None = None,
     show_progress: bool | None = None,
-) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
+) -> tuple[list[Pruned], int]:
     """Choose (scores of MASKS) and repair every weight for the inputs that the layers pruned before it give.
 
-    The model runs once over the images, block by block. Between two weights it holds pruned weights (with a score of
-    score.GROUPED and no repair, those of before); at the end, and if anything fails, it is bit for bit as it was.
+    The model runs once over the images, block by block. Until a block is passed it holds its pruned weights (with a
+    score of score.GROUPED and no repair, those of before); at the end, and if anything fails, it is bit for bit as it
+    was.
 
     Args:
         model: runs its layers in one order, whatever the batch.
         weights: of the model.
         config: resolved, with a score of MASKS or a repair other than "none".
-        chosen: bool [N, K] for each weight: the mask, or with a score of MASKS how many units go from each weight (with
-            budget "row", from each row). Emptied, so that what was used takes no room.
+        chosen: one for each weight: the mask, or with a score of MASKS how many units go from each weight (with budget
+            "row", from each row).
         images: as for calibrate.calibrate.
         patterns: weight name -> its pattern, where the config has several.
         sensitivities: weight name -> what its outputs are worth against each other; None: all the same.
-        priors: bool [N, K] for each weight, true where a mask to stay close to lets it go, for a score of
-            score.GROUPED; None: no prior.
+        priors: for each weight the mask to stay close to, for a score of score.GROUPED; None: no prior.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
-        One pair (mask, matrix) for each weight, and the number of images.
+        What each weight becomes, and the number of images.
 
     Raises:
         TypeError: a batch of another type.
         ValueError: no image, inputs with NaN or Inf, a weight that no image reaches, batches that the model treats
             differently.
     """
-    left = {weight.name: mask for weight, mask in zip(weights, chosen, strict=True)}
-    chosen.clear()
-    masks: dict[str, Tensor] = {}
-    near = {weight.name: prior for weight, prior in zip(weights, priors or [], strict=priors is not None)}
+    masks = {weight.name: one for weight, one in zip(weights, chosen, strict=True)}
+    near = {weight.name: one for weight, one in zip(weights, priors or [], strict=priors is not None)}
     alone = config.score in GROUPED and config.repair == "none"  # as published; see docs/calibrated.md
-    matrices: dict[str, Tensor] = {}
+    found: dict[str, Pruned] = {}
     stages = find_stages(model, weights)
     steps = iter(progress(range(len(weights)), "prune layer by layer", show=show_progress))
     seen = 0
@@ -87,50 +88,49 @@ def prune_layerwise(
             seen += count
             yield run
 
-    def visit(stage: Stage, calls: list[Call]) -> None:
-        for weight, uses in weights_in_order(stage, calls[0]):
-            cost = (sensitivities or {}).get(weight.name)
-            masks[weight.name], matrix = _prune(
-                weight, left.pop(weight.name), second_moment(stage, weight, uses, calls), config, cost,
-                near.get(weight.name), pattern=config.patterns[0] if patterns is None else patterns[weight.name],
-            )  # fmt: skip
-            if alone:
-                matrices[weight.name] = matrix
-            else:
-                weight.parameter.copy_(weight.to_parameter(matrix))
-            give_memory_back()
-            next(steps, None)
+    with torch.no_grad(), evaluating(model), _restored() as before:
 
-    with torch.no_grad(), evaluating(model), _restored(weights) as swap:
-        visit_stages(stages, runs(), visit)
+        def visit(stage: Stage, calls: list[Call]) -> None:
+            for weight, uses in weights_in_order(stage, calls[0]):
+                moments = [second_moment(stage, weight, uses, calls)]  # taken out below, so that it can go
+                give_memory_back()
+                prior, cost = near.get(weight.name), (sensitivities or {}).get(weight.name)
+                mask, matrix = _prune(
+                    weight, masks[weight.name].mask(), moments.pop(), config, cost,
+                    None if prior is None else prior.mask(),
+                    pattern=config.patterns[0] if patterns is None else patterns[weight.name],
+                )  # fmt: skip
+                if alone:
+                    found[weight.name] = Pruned.of(mask, matrix)
+                else:
+                    before[weight.name] = weight, weight.parameter.detach().clone()
+                    weight.parameter.copy_(weight.to_parameter(matrix))
+                del mask, matrix
+                give_memory_back()
+                next(steps, None)
+
+        def leave(stage: Stage) -> None:
+            for weight in stage.weights:
+                if weight.name in before:
+                    matrix = weight.as_matrix()
+                    found[weight.name] = Pruned.of(matrix == 0, matrix)
+                    weight.parameter.copy_(before[weight.name][1])
+                    del before[weight.name]
+
+        visit_stages(stages, runs(), visit, leave)
         next(steps, None)
-        for weight in weights if alone else ():
-            weight.parameter.copy_(weight.to_parameter(matrices[weight.name]))
-        return [(masks[weight.name], matrix) for weight, matrix in zip(weights, swap(), strict=True)], seen
+    return [found[weight.name] for weight in weights], seen
 
 
 @contextmanager
-def _restored(weights: Sequence[PrunableWeight]) -> Iterator[Any]:
-    """Put back the values that the weights have now; `swap()` does so earlier and returns those they had until then.
-
-    Of each weight either the one or the other is kept, never both.
-    """
-    before = {weight.name: weight.parameter.detach().clone() for weight in weights}
-
-    def swap() -> list[Tensor]:
-        found = []
-        for weight in weights:
-            found.append(weight.as_matrix().clone())
-            weight.parameter.copy_(before[weight.name])
-            del before[weight.name]
-        return found
-
+def _restored() -> Iterator[dict[str, tuple[PrunableWeight, Tensor]]]:
+    """Weights and their values, to be put back into those that are still in it at the end, whatever happens."""
+    before: dict[str, tuple[PrunableWeight, Tensor]] = {}
     try:
-        yield swap
+        yield before
     finally:
-        for weight in weights:
-            if weight.name in before:
-                weight.parameter.copy_(before[weight.name])
+        for weight, value in before.values():
+            weight.parameter.copy_(value)
 
 
 def _prune(

@@ -17,7 +17,8 @@ from rmtkern.pruning.calibrate import evaluating, forward_passes, tensors_of, we
 from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.pruning.spread import spread_columns
-from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
+from rmtkern.pruning.stages import Call, Stage, find_stages
+from rmtkern.pruning.visit import visit_stages
 
 __all__ = [
     "Site", "bias_of", "few", "find_sites", "group_channels", "group_rows", "log_costs", "permute_", "random_copy",

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rmtkern.pruning.products import product
+
 __all__ = ["CALIBRATED_REPAIRS", "REPAIRS", "damped"]
 
 _DAMPING = 0.01
@@ -42,24 +44,30 @@ def obs(matrix: Tensor, mask: Tensor, moment: Tensor | None) -> Tensor:
     keep = (~mask).to(moment.dtype)
     inverse = 1 / moment.diagonal()
     target = matrix.to(moment.dtype)
-    solution = target * keep
-    residual = ((target - solution) @ moment) * keep
+    found = target * keep
+    enough = _TOLERANCE**2 * (product(target, moment) * target).sum(1, keepdim=True)
+    solution, residual = found.clone(), product(target - found, moment) * keep
+    rows = torch.arange(len(found), device=found.device)
     scaled = residual * inverse
     direction, size = scaled, (residual * scaled).sum(1, keepdim=True)
-    enough = _TOLERANCE**2 * ((target @ moment) * target).sum(1, keepdim=True)
     for _ in range(_STEPS):
-        going = size > enough
+        going = (size > enough).flatten()
+        if len(rows) > len(found) // 16 and int(going.sum()) <= 0.75 * len(rows):  # rows that are done leave
+            found[rows] = solution
+            rows, solution, residual, direction = rows[going], solution[going], residual[going], direction[going]
+            keep, size, enough, going = keep[going], size[going], enough[going], going[going]
         if not bool(going.any()):
             break
-        image = (direction @ moment) * keep
+        image = product(direction, moment).mul_(keep)
         curvature = (direction * image).sum(1, keepdim=True)
-        step = torch.where(going & (curvature > 0), size / curvature, 0)
-        solution = solution + step * direction
-        residual = residual - step * image
+        step = torch.where(going[:, None] & (curvature > 0), size / curvature, 0)
+        solution = solution.addcmul(step, direction)
+        residual = residual.addcmul_(step, image, value=-1)
         scaled = residual * inverse
         before, size = size, (residual * scaled).sum(1, keepdim=True)
-        direction = scaled + torch.where(before > 0, size / before, 0) * direction
-    return solution * keep
+        direction = scaled.addcmul_(torch.where(before > 0, size / before, 0), direction)
+    found[rows] = solution
+    return found.masked_fill_(mask, 0)
 
 
 REPAIRS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {"none": none, "obs": obs}

@@ -3,7 +3,7 @@
 It measures on the dense model; a budget says what follows from it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.calibrate import evaluating, forward_passes, output_gradients, second_moments
+from rmtkern.pruning.memory import give_memory_back
 from rmtkern.pruning.repair import damped
-from rmtkern.pruning.stages import Call, Stage, find_stages, give_memory_back, visit_stages
+from rmtkern.pruning.stages import Call, Stage, find_stages
+from rmtkern.pruning.visit import visit_stages
 
 __all__ = ["Sensitivity", "sensitivities"]
 
@@ -54,8 +56,8 @@ def sensitivities(
 ) -> dict[str, Sensitivity]:
     """Measure on calibration images what the entries of some weights cost the outputs of the model.
 
-    One pass backward over a part of the images, and one forward over all, block by block, in which a block looks at
-    inputs until it has seen 8 for each entry. The model is not changed.
+    One pass backward over a part of the images, and one forward, block by block, over as many as it takes until each
+    block has seen 8 inputs for each entry. The model is not changed.
 
     Args:
         model: runs its layers in one order, whatever the batch; differentiable.
@@ -75,20 +77,33 @@ def sensitivities(
 
     Source: docs/calibrated.md; one entry's loss w^2 / [H^-1]_kk is Hassibi and Stork 1993.
     """
-    rows = {name: found[0] for name, found in output_gradients(model, weights, images).features.items()}
+    gradients = output_gradients(model, weights, images)
+    give_memory_back()
+    rows = {name: found[0] for name, found in gradients.features.items()}
+    wanted = max(_ENOUGH * weight.shape[1] * gradients.images / gradients.inputs[weight.name] for weight in weights)
     least = min((float(one.mean()) for one in rows.values() if bool(one.any())), default=1.0)
     columns: dict[str, Tensor] = {}
     steps = iter(progress(range(len(weights)), "measure layer by layer", show=show_progress))
 
-    def visit(stage: Stage, calls: list[Call]) -> None:
-        moments = second_moments(stage, calls, enough=_ENOUGH)
+    def runs() -> Iterator[Any]:
+        seen = 0
+        for run, count in forward_passes(model, images):
+            yield run
+            seen += count
+            if seen >= wanted:
+                return
+
+    def visit(stage: Stage, calls: list[Call]) -> list[Any]:
+        moments, outputs = second_moments(stage, calls, enough=_ENOUGH)
+        give_memory_back()
         for name in list(moments):
             columns[name] = _columns(damped(moments.pop(name)))
             give_memory_back()
             next(steps, None)
+        return outputs
 
     with torch.no_grad(), evaluating(model):
-        visit_stages(find_stages(model, weights), (run for run, _ in forward_passes(model, images)), visit)
+        visit_stages(find_stages(model, weights), runs(), visit)
     next(steps, None)
     return {name: Sensitivity(_floored(one, least).to(columns[name]), columns[name]) for name, one in rows.items()}
 

@@ -15,8 +15,8 @@ from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.budget import take_smallest
 from rmtkern.pruning.calibrate import evaluating
-from rmtkern.pruning.cycles import Pruned
 from rmtkern.pruning.pattern import unit_entries, unit_scores, whole_units
+from rmtkern.pruning.pruned import Pruned
 from rmtkern.training.batches import Batch, read_batch, split
 from rmtkern.training.loss import objective
 from rmtkern.training.ranks import Ranks
@@ -49,7 +49,7 @@ def reallocate(
     Args:
         model: a classifier, with its weights before pruning; its logits are the reference. It runs in eval mode.
         weights: of the model.
-        removed: one pair (mask [N, K], matrix) for each weight, with more zeros than wanted.
+        removed: one for each weight, with more zeros than wanted.
         favour: rho of each weight, > 0.
         data: labelled images: a pair (images, labels), or a loader with a length; seen once.
         restore: key of SELECTIONS.
@@ -59,7 +59,7 @@ def reallocate(
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
-        One pair for each weight, and the number of images.
+        One for each weight, and the number of images.
 
     Raises:
         TypeError: data of another kind.
@@ -68,7 +68,7 @@ def reallocate(
     Source: arXiv 2606.02608, algorithm SER; docs/math.md (25).
     """
     start = [weight.as_matrix() == 0 for weight in weights]
-    candidates = [mask & ~zero for (mask, _), zero in zip(removed, start, strict=True)]
+    candidates = [one.mask() & ~zero for one, zero in zip(removed, start, strict=True)]
     source, _ = split(data, None, fraction=0, batch_size=_BATCH, seed=seed, ranks=Ranks())
     first = weights[0].parameter
     steps, seen = len(source), 0
@@ -91,10 +91,9 @@ def reallocate(
     keys = [(unit_scores(found, unit) * rho).masked_fill_(~one, torch.inf)
             for found, rho, one in zip(evidence, favour, open_, strict=True)]  # fmt: skip
     masks = [zero | unit_entries(one, unit) for zero, one in zip(start, take_smallest(keys, left), strict=True)]
-    return [
-        (mask, None if matrix is None else torch.where(one & ~mask, weight.as_matrix(), matrix))
-        for weight, mask, one, (_, matrix) in zip(weights, masks, candidates, removed, strict=True)
-    ], seen
+    after = [None if (matrix := one.matrix()) is None else torch.where(may & ~mask, weight.as_matrix(), matrix)
+             for weight, mask, may, one in zip(weights, masks, candidates, removed, strict=True)]  # fmt: skip
+    return [Pruned.of(mask, matrix) for mask, matrix in zip(masks, after, strict=True)], seen
 
 
 class _Pruned:
@@ -108,8 +107,8 @@ class _Pruned:
         candidates: Sequence[Tensor],
     ) -> None:
         self.model, self.weights, self.candidates = model, weights, candidates
-        self.matrices = [weight.as_matrix().masked_fill(mask, 0) if matrix is None else matrix
-                         for weight, (mask, matrix) in zip(weights, removed, strict=True)]  # fmt: skip
+        self.matrices = [weight.as_matrix().masked_fill(one.mask(), 0) if (matrix := one.matrix()) is None else matrix
+                         for weight, one in zip(weights, removed, strict=True)]  # fmt: skip
         self.added = [
             torch.zeros_like(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32), requires_grad=True)
             for matrix in self.matrices

@@ -203,7 +203,8 @@ def test_second_moments_of_a_stage_in_one_run_and_in_part():
     batches = [torch.randn(50, 1200, dtype=torch.float64) for _ in range(3)]
     for enough, used in ((math.inf, 3), (0.05, 2)):  # of 1,200 inputs 60
         x = torch.cat(batches[:used])
-        found = second_moments(stage, [Call((batch,), {}) for batch in batches], enough=enough)
+        found, outputs = second_moments(stage, [Call((batch,), {}) for batch in batches], enough=enough)
+        assert torch.equal(torch.cat(outputs), model(x))
         hidden = model[1](model[0](x)).detach()
         for name, inputs in (("0.weight", x), ("2.weight", hidden)):
             expected = (inputs.t() @ inputs / len(inputs))[None]

@@ -23,8 +23,8 @@ def run(model, **fields):
     weights = prunable_weights(model, "all")
     fits = quiet(matrices(weights)) if config.needs_fits else {}
     found = make_masks(weights, config, fits, {}, quiet, show_progress=False)
-    return [(mask, weight.as_matrix().masked_fill(mask, 0) if value is None else value)
-            for weight, (mask, value) in zip(weights, found, strict=True)]  # fmt: skip
+    return [(one.mask(), weight.as_matrix().masked_fill(one.mask(), 0) if one.values is None else one.matrix())
+            for weight, one in zip(weights, found, strict=True)]  # fmt: skip
 
 
 def model(*shapes, dtype=torch.float64):

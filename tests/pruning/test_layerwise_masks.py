@@ -96,3 +96,23 @@ def test_a_singular_moment_is_refused_and_a_damped_one_is_not():
     for score in ANY_PATTERN:
         mask = MASKS[score](weight, damped(x.t() @ x), start, torch.tensor([36]), "unstructured", {})
         assert int(mask.sum()) == 36
+
+
+@pytest.mark.parametrize("rows", [8, 40])  # fewer and more than inputs: by eigenvectors, and by an inverse
+def test_admm_against_its_definition(rows):
+    weight, _, moment = layer(rows, 24)
+    count = rows * 24 // 2
+    mask = MASKS["admm"](weight, moment, torch.zeros(rows, 24, dtype=torch.bool), torch.tensor([count]),
+                         "unstructured", {})  # fmt: skip
+    w, h = weight.numpy(), moment.numpy()
+    scale = np.sqrt(np.diag(h))
+    w, h = w * scale, h / np.outer(scale, scale)
+    d, dual, penalty = w, np.zeros_like(w), 0.03
+    for _ in range(35):
+        v = (w @ h + penalty * d - dual) @ np.linalg.inv(h + penalty * np.eye(24))
+        shifted = v + dual / penalty
+        gone = np.square(shifted) <= np.sort(np.square(shifted), axis=None)[count - 1]
+        d = np.where(gone, 0, shifted)
+        dual = dual + penalty * (v - d)
+        penalty *= 1.18
+    assert np.array_equal(mask.numpy(), gone)

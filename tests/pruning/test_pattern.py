@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmtkern.pruning.pattern import PATTERNS, parse_pattern, unit_entries, unit_scores, whole_units
+from rmtkern.pruning.pattern import (
+    PATTERNS,
+    kth_smallest,
+    parse_pattern,
+    smallest_units,
+    unit_entries,
+    unit_scores,
+    whole_units,
+)
 
 
 def test_unstructured_lets_everything_go():
@@ -77,3 +85,18 @@ def test_outputs_that_share_out_of_range(bad):
 def test_pattern_of_another_type():
     with pytest.raises(TypeError, match="pattern: expected a string, got tuple"):
         parse_pattern((2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_smallest_units_and_equal_ones_in_order(dtype):
+    scores = (torch.rand(1, 500) * 20).round().to(dtype)  # many are equal
+    scores[0, ::50] = torch.inf
+    scores[0, 7] = -1
+    for count in (0, 1, 250, 495, 500):
+        expected = np.zeros(500, bool)
+        expected[np.argsort(scores[0].double().numpy(), kind="stable")[:count]] = True
+        assert np.array_equal(smallest_units(scores, torch.tensor([count]))[0].numpy(), expected)
+        rows = smallest_units(scores.expand(3, 500), torch.tensor([0, count, 500]))
+        assert rows.sum(1).tolist() == [0, count, 500] and np.array_equal(rows[1].numpy(), expected)
+        if count:
+            assert kth_smallest(scores, count) == scores[0].sort().values[count - 1]

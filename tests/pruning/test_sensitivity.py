@@ -227,3 +227,22 @@ def test_bad_input_changes_nothing():
         prune_(model, 0.5, "sensitivity", calibration=IMAGES)
     del model.forward
     assert unchanged(model, before) and waiting_threads() == 0
+
+
+def test_no_more_images_are_read_than_the_widest_weight_looks_at():
+    class Loader(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.read = getattr(self, "read", 0) + 1
+                yield batch
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    images = Loader(torch.randn(8, 20, 6, dtype=torch.float64))  # of the 160 inputs, 8 for each of 6 entries are 48
+    weights = prunable_weights(model, "all")
+    gradients = output_gradients(model, weights, images)
+    assert gradients.inputs == {"0.weight": 140, "2.weight": 140}  # 128 images, by whole batches
+    images.read = 0
+    found = sensitivities(model, weights, images)
+    assert images.read == 7 + 3
+    for name, one in sensitivities(model, weights, list(images)[:3]).items():
+        assert torch.equal(found[name].columns, one.columns)

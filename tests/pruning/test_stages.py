@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rmtkern.models import prunable_weights
-from rmtkern.pruning.stages import find_stages, visit_stages
+from rmtkern.pruning.stages import find_stages
+from rmtkern.pruning.visit import visit_stages
 from tests.test_api import MODELS
 
 
