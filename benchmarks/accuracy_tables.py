@@ -44,6 +44,23 @@ def cycles() -> Table:
     return lost_points("accuracy-vits14-imagenette-cycles.csv", "One-shot, without data.", against="rmt")
 
 
+def mixed() -> Table:
+    """A pattern for each layer by measured times and losses, against one pattern for all."""
+    found = rows("accuracy-vits14-imagenette-mixed.csv")
+    cells = [
+        [row["method"], row["pattern"].replace("+", ", "), f"{float(row['sparsity']):.0%}", row["linear_speedup"][:4],
+         _lost([row]), f"{float(row['kl']):.3f} ± {float(row['kl_error']):.3f}", row["images"], row["split"]]
+        for row in sorted(found, key=lambda row: float(row["kl"]))
+    ]  # fmt: skip
+    note = (
+        f"One-shot, {found[0]['calibration_images']} calibration images, ViT-S/14 (DINOv2) on Imagenette; images of"
+        ' "train" are held-out ones. Linears: all of them by the times of each layer, {dtype}, one thread, over their'
+        " fastest dense forms; KL divergence from the dense model."
+    )
+    heads = ["method", "patterns", "zeros", "linears x dense", "points lost", "KL", "images", "split"]
+    return Table(heads, cells, [note.format(dtype=found[0]["dtype"])])
+
+
 def lost_points(name: str, how: str, against: str = "") -> Table:
     """Points of top-1 lost, method by method and pattern by pattern; of the rows on most validation images.
 
@@ -244,6 +261,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "accuracy": accuracy,
     "calibrated": calibrated,
     "edge-budgets": edge_budgets,
+    "mixed": mixed,
     "cycles": cycles,
     "finetuned": finetuned,
     "same-protocol": same_protocol,
