@@ -33,7 +33,8 @@ from rmtkern.pruning.admm import admm_mask
 from rmtkern.pruning.calibrate import evaluating, forward_passes, second_moments
 from rmtkern.pruning.pattern import parse_pattern, unit_of
 from rmtkern.pruning.repair import REPAIRS, damped
-from rmtkern.pruning.stages import Call, Stage, find_stages, visit_stages
+from rmtkern.pruning.stages import Call, Stage, find_stages
+from rmtkern.pruning.visit import visit_stages
 from rmtkern.spectrum.fit import fit_spectrum
 from rmtkern.tables import Table
 
