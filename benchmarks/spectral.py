@@ -46,8 +46,10 @@ def moments_of(model: nn.Module, weights: Sequence[PrunableWeight], images: Tens
     """E x xᵀ of the inputs of each weight in the model as it is, [K, K]; of several, the mean."""
     found: dict[str, Tensor] = {}
 
-    def visit(stage: Stage, calls: list[Call]) -> None:
-        found.update({name: one.mean(0) for name, one in second_moments(stage, calls).items()})
+    def visit(stage: Stage, calls: list[Call]) -> list[Any]:
+        moments, outputs = second_moments(stage, calls)
+        found.update({name: one.mean(0) for name, one in moments.items()})
+        return outputs
 
     with torch.no_grad(), evaluating(model):
         visit_stages(find_stages(model, weights), (run for run, _ in forward_passes(model, images)), visit)

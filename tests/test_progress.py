@@ -61,6 +61,9 @@ CALLS = {
         net(), 1.5, X, tolerance=0.5, timer=timer, show_progress=show
     ),
     "shrink_": lambda show: rmtkern.shrink_(net(), 0.5, calibration=X, show_progress=show),
+    "time_patterns": lambda show: rmtkern.time_patterns(
+        net(), X, ("4x1",), sparsities=(0.5,), timer=timer, budget_ms=1, show_progress=show
+    ),
 }
 """Public name -> a small call of it."""
 

@@ -362,7 +362,9 @@ def test_batches_that_wait_for_each_other_do_not_mix_their_tokens(targets):
     rmtkern.prune_(model, 0.5, "obs", targets=targets, calibration=images)
     rmtkern.prune_(once, 0.5, "obs", targets=targets, calibration=[images])
     for (name, value), other in zip(model.state_dict().items(), once.state_dict().values(), strict=True):
-        assert torch.allclose(value, other, rtol=1e-2, atol=1e-3), name
+        assert torch.equal(value == 0, other == 0), name
+        # the least squares stop at 1e-3 of the energy of the outputs, each sum in another order
+        assert torch.allclose(value, other, rtol=1e-2, atol=3e-3), name
 
 
 def test_fine_tuning_keeps_the_zeros_and_learns():
