@@ -19,7 +19,7 @@ from rmtkern.nn import PackedGatedLinear
 from rmtkern.ops import ACTIVATIONS
 from rmtkern.testing import random_copy
 
-__all__ = ["AbsorbedLinear", "GatedPair", "find_pairs", "fuse", "fused", "part", "unfuse"]
+__all__ = ["AbsorbedLinear", "GatedPair", "find_pairs", "fuse", "fused", "part", "takes_one", "unfuse"]
 
 
 class AbsorbedLinear(nn.Identity):
@@ -106,7 +106,7 @@ def find_pairs(model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[Gated
         movable = {
             child: linears[path] for child, _ in module.named_children() if (path := part(name, child)) in linears
         }
-        if not movable or "forward" in vars(module) or not _takes_one(module):
+        if not movable or "forward" in vars(module) or not takes_one(module):
             continue
         shapes = [tuple(linear.weight.shape) for linear in movable.values()]
         ends = {child.in_features for child in module.children() if isinstance(child, nn.Linear)}
@@ -116,7 +116,8 @@ def find_pairs(model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[Gated
     return found
 
 
-def _takes_one(module: nn.Module) -> bool:
+def takes_one(module: nn.Module) -> bool:
+    """Whether a module's forward has exactly one parameter."""
     try:
         return len(inspect.signature(module.forward).parameters) == 1
     except (TypeError, ValueError):  # not a Python function

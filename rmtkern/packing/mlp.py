@@ -4,7 +4,6 @@ It finds them by trying a copy of a module with random numbers, so it needs to k
 they are, with their weights; pack.py decides who gets the kernel.
 """
 
-import inspect
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from rmtkern.activations import apply_activation
 from rmtkern.mlp import reason_against
 from rmtkern.nn import AbsorbedActivation, PackedLinear, packed_mlp
-from rmtkern.packing.gated import part
+from rmtkern.packing.gated import part, takes_one
 from rmtkern.packing.sites import KernelForward
 from rmtkern.packing.watch import is_altered
 from rmtkern.testing import excess_over, random_copy
@@ -75,16 +74,9 @@ def find_chains(model: nn.Module, linears: Mapping[str, nn.Linear]) -> list[Chai
         widths = [linear.out_features for linear in movable.values()]
         if not any(linear.in_features in widths for linear in movable.values()) or is_altered(module):
             continue
-        if _takes_one(module) and (chain := _try(name, module, movable)):
+        if takes_one(module) and (chain := _try(name, module, movable)):
             found.append(chain)
     return found
-
-
-def _takes_one(module: nn.Module) -> bool:
-    try:
-        return len(inspect.signature(module.forward).parameters) == 1
-    except (TypeError, ValueError):  # not a Python function
-        return False
 
 
 def _try(name: str, module: nn.Module, movable: Mapping[str, nn.Linear]) -> Chain | None:

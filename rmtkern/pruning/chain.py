@@ -5,7 +5,6 @@ Then no batch needs the rest of the model: one call for each is held, and replac
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.pruning.memory import give_memory_back
-from rmtkern.pruning.stages import Call, Stage, refuse_other_order
+from rmtkern.pruning.stages import Call, Stage, before_each, refuse_other_order
 
 __all__ = ["Chain", "find_chain", "visit_chain"]
 
@@ -92,7 +91,7 @@ def visit_chain(
         Exception: whatever the model, `visit` or `leave` raises. No hook is left behind.
     """
     calls = []
-    with _ending(chain.stages):
+    with before_each(chain.stages, _end):
         for run in runs:  # one at a time, so that a loader's batches need not all be in memory
             stage, call = _first(run)
             refuse_other_order([chain.stages[0], stage])
@@ -223,20 +222,6 @@ def _first(run: Callable[[], Any]) -> tuple[Stage | None, Call]:
     return None, Call((), {})
 
 
-@contextmanager
-def _ending(stages: Sequence[Stage]) -> Iterator[None]:
+def _end(stage: Stage, call: Call) -> None:
     """Every stage ends the pass that calls it."""
-
-    def hook_of(stage: Stage) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(stage, Call(args, kwargs))
-
-        return hook
-
-    handles = [stage.module.register_forward_pre_hook(hook_of(stage), prepend=True, with_kwargs=True)
-               for stage in stages]  # fmt: skip
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    raise _Reached(stage, call)

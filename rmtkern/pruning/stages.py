@@ -3,7 +3,8 @@
 It must not know what is done with them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from rmtkern.models import PrunableWeight
 
-__all__ = ["Call", "Stage", "find_stages", "refuse_other_order"]
+__all__ = ["Call", "Stage", "before_each", "find_stages", "refuse_other_order"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,25 @@ def _chain(modules: dict[str, nn.Module], owner: str) -> list[str]:
 
 def _is_item(modules: dict[str, nn.Module], path: str) -> bool:
     return bool(path) and isinstance(modules[path.rpartition(".")[0]], nn.ModuleList | nn.Sequential)
+
+
+@contextmanager
+def before_each(stages: Sequence[Stage], reached: Callable[[Stage, Call], None]) -> Iterator[None]:
+    """While it lasts, every call of a stage calls `reached` first, before other hooks."""
+
+    def hook_of(stage: Stage) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reached(stage, Call(args, kwargs))
+
+        return hook
+
+    handles = [stage.module.register_forward_pre_hook(hook_of(stage), prepend=True, with_kwargs=True)
+               for stage in stages]  # fmt: skip
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def refuse_other_order(reached: Iterable[Stage | None]) -> None:

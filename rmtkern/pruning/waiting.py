@@ -3,17 +3,15 @@
 Only one thread runs at a time. What a model holds on to until its end, such as the inputs of its first block, is held.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 from threading import Thread, current_thread
 from typing import Any
 
 import torch
-from torch import nn
 
 from rmtkern.pruning.memory import give_memory_back, give_thread_buffers_back
-from rmtkern.pruning.stages import Call, Stage, refuse_other_order
+from rmtkern.pruning.stages import Call, Stage, before_each, refuse_other_order
 
 __all__ = ["visit_waiting"]
 
@@ -96,7 +94,7 @@ def visit_waiting(
     """
     forwards: list[_Forward] = []
     visited: list[Stage] = []
-    with _hooks(stages, forwards):
+    with before_each(stages, _pausing(forwards)):
         try:
             found = []
             for run in runs:  # one at a time, so that a loader's batches need not all be in memory
@@ -123,25 +121,15 @@ def visit_waiting(
     return visited
 
 
-@contextmanager
-def _hooks(stages: Sequence[Stage], forwards: Sequence[_Forward]) -> Iterator[None]:
+def _pausing(forwards: Sequence[_Forward]) -> Callable[[Stage, Call], None]:
     """Every stage pauses the pass that calls it for the first time; other callers are let through."""
     seen: set[tuple[Thread, str]] = set()
 
-    def hook_of(stage: Stage) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            thread = current_thread()
-            forward = next((one for one in forwards if one.thread is thread), None)
-            if forward is not None and (thread, stage.name) not in seen:
-                seen.add((thread, stage.name))
-                forward.pause(stage, Call(args, kwargs))
+    def reached(stage: Stage, call: Call) -> None:
+        thread = current_thread()
+        forward = next((one for one in forwards if one.thread is thread), None)
+        if forward is not None and (thread, stage.name) not in seen:
+            seen.add((thread, stage.name))
+            forward.pause(stage, call)
 
-        return hook
-
-    handles = [stage.module.register_forward_pre_hook(hook_of(stage), prepend=True, with_kwargs=True)
-               for stage in stages]  # fmt: skip
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return reached
