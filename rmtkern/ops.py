@@ -26,7 +26,7 @@ __all__ = ["ACTIVATIONS", "Availability", "available", "gated_linear", "linear",
 
 ACTIVATIONS = (None, *FUNCTIONS)
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # device -> fastest first
-LAST = {"nofm": "cuda"}  # layout -> backend that runs only where no other does, or when named: no device has timed it
+OWN_ORDER = {("cuda", "nofm"): ("triton", "cuda")}  # device, layout -> another order: no device has timed nofm/cuda
 NAMES = ("cpu", "cuda", "triton", "reference")  # "reference" runs only when named
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # what csrc/isa is written for
 NEEDS = {"triton": "triton"}  # the package without which no kernel of a backend can be imported
@@ -87,9 +87,7 @@ def _candidates(device: str, layout: str, backend: str | None) -> tuple[str, ...
     if backend is None:
         backend, source = os.environ.get("RMTKERN_BACKEND"), "RMTKERN_BACKEND"
     if not backend:
-        names = BACKENDS.get(device, ())
-        last = LAST.get(layout)
-        return (*(name for name in names if name != last), last) if last in names else names
+        return OWN_ORDER.get((device, layout)) or BACKENDS.get(device, ())
     if backend not in NAMES:
         raise ValueError(f"{source} is {backend!r}; valid: {', '.join(NAMES)}")
     return (backend,)
