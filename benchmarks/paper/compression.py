@@ -25,7 +25,7 @@ __all__ = ["RECIPES", "SHARES", "TUNING", "compressed", "factored", "numbers", "
 RECIPES = ("magnitude", "factors + magnitude")
 """Whether large matrices without their bulk become two factors first."""
 
-SHARES = (0.3, 0.15, 0.1, 0.07, 0.05, 0.035, 0.025, 0.0175, 0.0125)
+SHARES = (0.3, 0.15, 0.09, 0.06, 0.04, 0.025, 0.015)
 """Weights that are left, over all weights of the network as it was trained, one step after another."""
 
 FACTOR_DROP = 0.02
@@ -33,9 +33,9 @@ FACTOR_DROP = 0.02
 
 TUNING = FinetuneConfig(
     epochs=1, lr=0.01, optimizer="sgd", weight_decay=0.0, batch_size=64, warmup=0.0, floor=0.0, clip=None, distill=0.0,
-    label_smoothing=0.0,
+    label_smoothing=0.0, autocast="bfloat16",
 )  # fmt: skip
-"""The fine-tuning after each step, and of the unpruned network that the pruned ones are compared with."""
+"""The fine-tuning of the unpruned network that pruned ones are compared with; and after each step, from another rate."""
 
 Images = tuple[Tensor, Tensor]
 """Images [B, K] and labels [B]."""

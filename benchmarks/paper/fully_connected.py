@@ -118,7 +118,7 @@ def train(asked: dict[str, Any], data: Data) -> tuple[nn.Sequential, dict[str, A
     report = finetune_(
         model, None, data["train"], epochs=epochs, optimizer="sgd", momentum=0.9, lr=0.01, warmup=0.0, floor=FALL,
         clip=None, batch_size=asked["batch"], label_smoothing=0.0, holdout=0.0, seed=asked["seed"], show_progress=False,
-        **options,
+        autocast=TUNING.autocast, **options,
     )  # fmt: skip
     seconds = time.process_time() - start
     model.eval()
@@ -174,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="CSV file; default: print only")
     parser.add_argument("--compress", nargs="*", choices=tuple(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
     parser.add_argument("--max-drop", type=float, default=0.0, help="top-1 on held-out images that may go")
-    parser.add_argument("--tuning-lr", type=float, default=TUNING.lr, help="peak learning rate after each step")
+    parser.add_argument("--tuning-lr", type=float, default=0.03, help="peak learning rate after each step; the "
+                        f"dense network that the others are compared with has {TUNING.lr:g}")  # fmt: skip
     parser.add_argument("--compressed-out", type=Path, help="CSV file of the compressed networks")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.trainings if name not in TRAININGS]:
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     write_rows(args.out, [stamped(row)], KEYS)
             rows.append(row)
             if missing:
-                control = tuned(model, data["train"], data["held out"], tuning)
+                control = tuned(model, data["train"], data["held out"], replace(tuning, lr=TUNING.lr))
             for request in missing:
                 small = compressed(model, control, data, request["recipe"], args.max_drop, tuning)
                 small_rows.append({**request, **small})
