@@ -187,7 +187,7 @@ def test_what_is_smaller_as_factors_becomes_two_linears(low_rank):
 def test_the_smallest_network_that_is_good_enough(low_rank):
     net, images = low_rank
     weights, how = 30 * 60 + 60 * 60 + 60 * 4, compression.TUNING
-    options = {"weights": weights, "shares": (0.8, 0.7, 0.01), "how": how}
+    options = {"method": "magnitude", "weights": weights, "shares": (0.8, 0.7, 0.01), "how": how}
     before = [parameter.clone() for parameter in net.parameters()]
     found = compression.smallest(net, images, images, allowed=0.7, **options)
     assert found is not None and found[1] in (0.8, 0.7)  # with one weight in a hundred it is not

@@ -20,13 +20,17 @@ from rmtkern.spectrum.denoise import split
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
 
-__all__ = ["RECIPES", "SHARES", "TUNING", "compressed", "factored", "numbers", "smallest", "tuned"]
+__all__ = ["CALIBRATION", "RECIPES", "TUNING", "compressed", "factored", "numbers", "smallest", "tuned"]
 
-RECIPES = ("magnitude", "factors + magnitude")
-"""Whether large matrices without their bulk become two factors first."""
+RECIPES: dict[str, tuple[bool, str, tuple[float, ...]]] = {
+    "magnitude": (False, "magnitude", (0.6, 0.4, 0.25, 0.15, 0.09, 0.06, 0.04)),
+    "factors + calibrated": (True, "sensitivity", (0.15, 0.09, 0.06, 0.04)),
+}
+"""Name -> whether matrices lose their bulk and become factors first, where that is free; method of prune_; and shares of
+all weights that are left, one step after another."""
 
-SHARES = (0.3, 0.15, 0.09, 0.06, 0.04, 0.025, 0.015)
-"""Weights that are left, over all weights of the network as it was trained, one step after another."""
+CALIBRATION = 2048
+"""Training images that method "sensitivity" sees."""
 
 FACTOR_DROP = 0.02
 """Top-1 that may go with the bulk of all matrices before the fine-tuning."""
@@ -35,7 +39,7 @@ TUNING = FinetuneConfig(
     epochs=1, lr=0.01, optimizer="sgd", weight_decay=0.0, batch_size=64, warmup=0.0, floor=0.0, clip=None, distill=0.0,
     label_smoothing=0.0, autocast="bfloat16",
 )  # fmt: skip
-"""The fine-tuning of the unpruned network that pruned ones are compared with; and after each step, from another rate."""
+"""The fine-tuning of the unpruned network that pruned ones are compared with; after each step, at another rate."""
 
 Images = tuple[Tensor, Tensor]
 """Images [B, K] and labels [B]."""
@@ -92,6 +96,7 @@ def smallest(
     train: Images,
     held_out: Images,
     *,
+    method: str,
     weights: int,
     allowed: float,
     shares: Sequence[float],
@@ -99,13 +104,14 @@ def smallest(
 ) -> tuple[nn.Sequential, float] | None:
     """The last of a series of networks with ever fewer weights that is as good on held-out images as it has to be.
 
-    In each step the globally smallest entries go, and the rest is fine-tuned; the first network that is not good
-    enough ends the series.
+    In each step entries go as a method says, and the rest is fine-tuned; the first network that is not good enough
+    ends the series.
 
     Args:
         model: linears and activations; not changed.
         train: images that fine-tuning sees.
         held_out: images that choose the epoch and end the series.
+        method: of prune_; it may calibrate on the first CALIBRATION training images.
         weights: of which `shares` are; more than `model` has where it is factored.
         allowed: least top-1 on the held-out images, [0, 1].
         shares: falling, (0, 1]; those that `model` is below already, without its zeros, are left out.
@@ -121,8 +127,10 @@ def smallest(
         sparsity = 1 - share * weights / total
         if left < total - round(sparsity * total):
             continue
-        step = prune_gradually_(small, train, [sparsity], "magnitude", held_out=held_out, targets="all", finetune=how,
-                                show_progress=False).cycles[-1]  # fmt: skip
+        step = prune_gradually_(
+            small, train, [sparsity], method, held_out=held_out, targets="all", calibration=train[0][:CALIBRATION],
+            finetune=how, show_progress=False,
+        ).cycles[-1]  # fmt: skip
         if step.accuracy is None or step.accuracy < allowed:
             break
         found = copy.deepcopy(small).eval(), share
@@ -149,9 +157,11 @@ def compressed(
     """
     start = time.process_time()
     held_out, weights = data["held out"], sum(weight.parameter.numel() for weight in prunable_weights(model, "all"))
-    first = factored(control, held_out, FACTOR_DROP) if recipe.startswith("factors") else control
+    factors, method, shares = RECIPES[recipe]
+    first = factored(control, held_out, FACTOR_DROP) if factors else control
     allowed = accuracy(control, *held_out) - max_drop
-    found = smallest(first, data["train"], held_out, weights=weights, allowed=allowed, shares=SHARES, how=how)
+    options = {"method": method, "weights": weights, "shares": shares}
+    found = smallest(first, data["train"], held_out, allowed=allowed, how=how, **options)
     small, share = found or (control, 1.0)
     seconds = time.process_time() - start
     scores = [hits_of(one, *data["test"]) for one in (model, control, small)]

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gate", type=float, default=0.1, help="largest fit error of a matrix that is cut; 1: all are")
     parser.add_argument("--out", type=Path, help="CSV file; default: print only")
     parser.add_argument("--compress", nargs="*", choices=tuple(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
-    parser.add_argument("--max-drop", type=float, default=0.0, help="top-1 on held-out images that may go")
+    parser.add_argument("--max-drop", type=float, default=0.002, help="top-1 on held-out images that may go")
     parser.add_argument("--tuning-lr", type=float, default=0.03, help="peak learning rate after each step; the "
                         f"dense network that the others are compared with has {TUNING.lr:g}")  # fmt: skip
     parser.add_argument("--compressed-out", type=Path, help="CSV file of the compressed networks")
