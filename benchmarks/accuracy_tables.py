@@ -298,22 +298,25 @@ def fully_connected_small() -> Table:
         before, after = _mean(group, "numbers"), _mean(group, "small_numbers")
         top1 = [f"{_mean(group, f'{name}_top1'):.2f}" for name in ("trained", "tuned", "small")]
         lost = [_interval(group, name) for name in ("trained", "tuned")]
-        none = all(points <= 0.2 and points - half <= 0 for points, half in lost)
+        verdicts = [points <= 0.2 and points - half <= 0 for points, half in lost]
         cells.append([
             net, width, f"{epochs} x {images}", training, recipe, _seeds(group), f"{before:,.0f}", f"{after:,.0f}",
-            f"{1 - after / before:.1%}", *top1, *(f"{points:.2f} ± {half:.2f}" for points, half in lost), none,
+            f"{1 - after / before:.1%}", round(_mean(group, "factors")), *top1,
+            *(f"{points:.2f} ± {half:.2f}: {'no' if free else 'a'} loss"
+              for (points, half), free in zip(lost, verdicts, strict=True)),
         ])  # fmt: skip
     columns = ["network", "width", "epochs x images", "training", "recipe", "seeds", "numbers", "small numbers",
-               "fewer", "as trained", "tuned", "small", "lost against as trained", "lost against tuned",
-               "without loss"]  # fmt: skip
+               "fewer", "factored", "as trained", "tuned", "small", "lost against as trained",
+               "lost against tuned"]  # fmt: skip
     one = found[0]
     note = (
         "Numbers: weights and biases that are not zero, without the bits or indices that say where they are. Each step"
-        " leaves fewer weights (globally smallest entries first) and is fine-tuned for an epoch with its mask; the last"
-        f" whose top-1 on {one['held_out']} held-out training images is at most {100 * float(one['max_drop']):g} points"
-        " below that of the tuned network counts. Tuned: the dense network after one such epoch. Factors: matrices"
-        " without their bulk become two first, where these are smaller. Test points, with paired 95 % intervals over"
-        f" {one['test_images']} images. Without loss: at most 0.2 points against either, and the interval reaches zero."
+        " leaves fewer weights and is fine-tuned for an epoch with its mask; the last counts whose top-1 on"
+        f" {one['held_out']} held-out training images is at most {100 * float(one['max_drop']):g} points below that of"
+        " the tuned network. Tuned: the dense network after one such epoch. Magnitude: globally smallest entries go."
+        " Calibrated: prune_'s sensitivity. Factored: matrices that became two without their bulk, where that was free"
+        " and smaller. Test points lost, with paired 95 % intervals over"
+        f" {one['test_images']} images; no loss: at most 0.2 points, and the interval reaches zero."
     )
     return Table(columns, cells, [note])
 

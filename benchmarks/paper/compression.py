@@ -26,8 +26,8 @@ RECIPES: dict[str, tuple[bool, str, tuple[float, ...]]] = {
     "magnitude": (False, "magnitude", (0.6, 0.4, 0.25, 0.15, 0.09, 0.06, 0.04)),
     "factors + calibrated": (True, "sensitivity", (0.15, 0.09, 0.06, 0.04)),
 }
-"""Name -> whether matrices lose their bulk and become factors first, where that is free; method of prune_; and shares of
-all weights that are left, one step after another."""
+"""Name -> whether matrices lose their bulk and become factors first, where that is free; method of prune_; and shares
+of all weights that are left, one step after another."""
 
 CALIBRATION = 2048
 """Training images that method "sensitivity" sees."""
