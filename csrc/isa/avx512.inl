@@ -2,6 +2,7 @@
 constexpr int W = 16;      // floats in a vector
 constexpr int max_V = 6;   // vectors of tokens in a panel: 64 lanes of it are 24 KiB, inside a 32-KiB L1
 constexpr int max_sums = 24;  // accumulators of a kernel that feeds several rows from one load
+constexpr int max_V_pairs = 7;  // the same for pairs row by row: 28 KiB, but 197 tokens are two panels and not three
 constexpr int lanes_from_V = 5;
 #define RK_BODIES
 #include "../kernels.inl"

@@ -182,10 +182,18 @@ constexpr int64_t slice_lanes = 0;
 template <int V, class Source>
 void prepare_slice(const Source&, const float*, float*);
 
+// What a thread does for row blocks [rb0, rb1) before it reads their weights. Threads then take row blocks and each all panels,
+// so that a thread reads what itself has written.
+struct RowWork {
+    void (*run)(const void* arg, int64_t rb0, int64_t rb1);
+    const void* arg;
+};
+
 template <class Source>
 struct Panels {
     const LinearArgs& a;
     const Source& source;
+    const RowWork* row_work;
     int64_t col_blocks, row_blocks, vectors, panels;
 
     int64_t first_vector(int64_t p) const { return vectors * p / panels; }
@@ -247,13 +255,15 @@ void panels_thread(const void* arg, int i, int n) {
     const int64_t room = middle_blocks(job.source) * 64 * widest;
     if (c_floats < room) c_floats = room;
     float *own = scratch(size_t(p_floats + c_floats)), *C = own + p_floats;
+    const int64_t own_rb0 = job.row_blocks * i / n, own_rb1 = job.row_blocks * (i + 1) / n;
+    if (job.row_work) job.row_work->run(job.row_work->arg, own_rb0, own_rb1);
     for (int64_t p = 0; p < job.panels; ++p) {
         const int64_t v0 = job.first_vector(p), V = job.first_vector(p + 1) - v0;
         const auto rows_before = [&](int64_t place) {  // a place in the run -> the panel's row blocks before it
             const int64_t inside = place - v0 * job.row_blocks;
             return inside <= 0 ? 0 : inside >= V * job.row_blocks ? job.row_blocks : inside / V;
         };
-        const int64_t rb0 = rows_before(from), rb1 = rows_before(to);
+        const int64_t rb0 = job.row_work ? own_rb0 : rows_before(from), rb1 = job.row_work ? own_rb1 : rows_before(to);
         if (rb0 == rb1) continue;
         const float* P = given ? given->data + p * given->floats : own;
         const bool special = given ? given->special[p] != 0 : pack_source(job.a, job.source, v0 * W, int(V), own, C);
@@ -263,13 +273,14 @@ void panels_thread(const void* arg, int i, int n) {
 }
 
 template <class Source>
-void run_panels(const LinearArgs& a, const Source& source) {
+void run_panels(const LinearArgs& a, const Source& source, const RowWork* row_work = nullptr) {
     constexpr int64_t columns = block_lanes<Source> * Source::Number::per_lane;
     const int64_t col_blocks = (a.K + columns - 1) / columns + middle_blocks(source);
-    Panels<Source> job{a, source, col_blocks, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0};
+    Panels<Source> job{a, source, row_work, col_blocks, (a.N + block_rows - 1) / block_rows, (a.T + W - 1) / W, 0};
     const Passed* passed = a.x_passed ? a.x_passed : a.y_passed;
     const int most = passed ? passed->vectors : Source::most_V;
     job.panels = (job.vectors + most - 1) / most;
     const int64_t pieces = job.panels * job.row_blocks;
-    parallel(a.threads < pieces ? a.threads : int(pieces), panels_thread<Source>, &job);
+    const int64_t most_threads = row_work ? job.row_blocks : pieces;
+    parallel(a.threads < most_threads ? a.threads : int(most_threads), panels_thread<Source>, &job);
 }

@@ -26,7 +26,7 @@ template <class Sparse>
 struct Spectral {
     using Number = typename Sparse::Number;
     using Special = typename Sparse::Special;
-    static constexpr int most_V = Sparse::most_V;
+    static constexpr int most_V = Sparse::most_V < max_V ? Sparse::most_V : max_V;
     Sparse sparse;
     const float *A, *B;
     int64_t N, R, lanes;  // lanes of the middle

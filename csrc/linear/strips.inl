@@ -64,7 +64,9 @@ template <int R, class Number_>
 struct Strips {
     using Number = Number_;
     using Special = std::conditional_t<std::is_same_v<Number, BFloat16>, BFloat16Structural, Number>;
-    static constexpr int most_V = R == 1 || max_sums / R > max_V ? max_V : max_sums / R;
+    static constexpr int most_V = R == 1 && Number::per_lane == 2   ? max_V_pairs
+                                  : R == 1 || max_sums / R > max_V ? max_V
+                                                                    : max_sums / R;
     static constexpr int64_t block_strips = block_rows / R;
     const float* values;
     const uint64_t* masks;

@@ -224,10 +224,11 @@ def test_op_passes_opcheck_and_compiles_to_the_same():
         torch.library.opcheck(torch.ops.rmtkern.cpu_linear.default, arguments)
 
 
-@pytest.mark.parametrize(("tokens", "n_rows"), [(1000, 70), (200, 700), (1, 300), (16, 128)])
-def test_every_thread_count_gives_the_same_bits(tokens, n_rows):
-    packed = BitmaskWeight.pack(random_weight(n_rows, 100, 0.5))
-    x, before = torch.randn(tokens, 100), torch.get_num_threads()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "n_rows"), [(1000, 70), (200, 700), (1, 300), (16, 128), (197, 384), (600, 1100)])
+def test_every_thread_count_gives_the_same_bits(isa, tokens, n_rows, dtype):
+    packed = BitmaskWeight.pack(random_weight(n_rows, 200, 0.5).to(dtype))
+    x, before = torch.randn(tokens, 200).to(dtype), torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 5, 8):
@@ -238,9 +239,10 @@ def test_every_thread_count_gives_the_same_bits(tokens, n_rows):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_two_python_threads_may_share_a_weight():
-    packed = BitmaskWeight.pack(random_weight(200, 150, 0.5))
-    inputs = [torch.randn(tokens, 150) for tokens in (1, 40, 97, 300)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_python_threads_may_share_a_weight(dtype):
+    packed = BitmaskWeight.pack(random_weight(200, 150, 0.5).to(dtype))
+    inputs = [torch.randn(tokens, 150).to(dtype) for tokens in (1, 40, 97, 300)]
     expected = [cpu.linear(x, packed, None, "gelu", None) for x in inputs]
     wrong = []
 
