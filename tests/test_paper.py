@@ -63,7 +63,7 @@ def test_fully_connected_networks(few_images, capsys, monkeypatch):
     argv = ["--data", str(few_images), "--width", "40", "--epochs", "4", "--batch", "20", "--gate", "1"]
     argv += ["--held-out", "20", "--network", "He", "--strength", "1e-5", "--out", str(path)]
     assert fully_connected.main([*argv, "none"]) == 0  # nothing to compare
-    small = ["--compress", "factors + magnitude", "--max-drop", "0.5", "--compressed-out", str(small_path)]
+    small = ["--compress", "factors + calibrated", "--max-drop", "0.5", "--compressed-out", str(small_path)]
     fully_connected.main([*argv, "MP + L1 + L2", *small])
     with path.open(newline="") as file:
         none, cut = csv.DictReader(file)
@@ -209,5 +209,5 @@ def test_a_compressed_network_is_compared_with_one_that_was_trained_as_long(low_
     row = compression.compressed(net, control, data, "magnitude", 0.05, compression.TUNING)
     assert (row["factors"], row["factored_numbers"], row["test_images"]) == (0, None, 400)
     assert row["trained_loss"] == pytest.approx(row["trained_top1"] - row["small_top1"], abs=0.01)
-    row = compression.compressed(net, control, data, "factors + magnitude", -1, compression.TUNING)
+    row = compression.compressed(net, control, data, "factors + calibrated", -1, compression.TUNING)
     assert row["share"] == 1 and row["tuned_loss"] == 0  # nothing is good enough
