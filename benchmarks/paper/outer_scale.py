@@ -26,7 +26,7 @@ PUBLISHED = {500: (2.33, 88.41), 1000: (1.69, 88.48), 2000: (1.47, 88.41)}
 def c4(
     seed: int, folder: Path, widths: Sequence[int] = (125, 250, 500), epochs: int = 20, images: int = 8000
 ) -> Iterator[Finding]:
-    """Once L1 has taken the noise out of the outer layers, tau falls as N grows.
+    """The paper's claim that tau falls as N grows; it needs L1 to have taken the noise out of the outer layers.
 
     tau = sqrt(2) a_th + a_emp of the longest image s: a_th = |W3|_inf |W1 s|_2 sqrt(log(2 N) / N), the bound's scale,
     and a_emp = |W3|_inf |W1 s|_2 / N^(3/8), the paper's empirical one.
