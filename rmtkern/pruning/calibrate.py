@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rmtkern.errors import NoGradientsError
+from rmtkern.errors import NoGradientsError, PackedModelError
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.stages import Call, Stage
 
 __all__ = [
-    "Moments", "calibrate", "evaluating", "forward_passes", "output_gradients", "second_moment", "second_moments",
-    "tensors_of", "weights_in_order",
+    "LABELS", "Moments", "calibrate", "checked", "evaluating", "forward_passes", "output_gradients", "second_moment",
+    "second_moments", "tensors_of", "weights_in_order",
 ]  # fmt: skip
+
+LABELS = ("labels", "label")
+"""The keys of a mapping under which a batch has its labels, which the model does not get."""
 
 _BATCH, _BATCH_ENTRIES = 32, 8 * 3 * 224 * 224  # at most; what a block computes of one batch should fit beside a model
 _GRADIENT_BATCH, _GRADIENT_IMAGES = 2, 128  # a backward pass holds all activations
@@ -63,8 +66,9 @@ def calibrate(
     Args:
         model: takes one batch of images as its first argument.
         weights: from models.prunable_weights(model, ...).
-        images: [B, C, H, W] tensor, a pair (images, labels), or an iterable (a loader) of batches: tensors, tuples
-            whose first item is the images, or mappings of keyword arguments. Labels are not used.
+        images: [B, C, H, W] tensor, a pair (images, labels), or an iterable (a loader) of batches: tensors, mappings of
+            keyword arguments, or tuples whose first item is one of these. Labels, in a mapping those of LABELS, are not
+            used.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
@@ -72,7 +76,8 @@ def calibrate(
 
     Raises:
         TypeError: a batch of another type.
-        ValueError: no image, inputs with NaN or Inf, or a weight that no image reached.
+        ValueError: no image, images that the model does not take, inputs with NaN or Inf, or a weight that no image
+            reached.
     """
     watch = _Watch(weights)
     seen = 0
@@ -96,7 +101,7 @@ def forward_passes(
 
     Raises:
         TypeError: a batch of another type.
-        ValueError: no image in all.
+        ValueError: no image in all; what is yielded raises it where the model does not take the batch.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -104,10 +109,45 @@ def forward_passes(
     for batch in _batches(images, size):
         call, count = _inputs(batch, device, dtype)
         if count:
-            yield partial(model, **call) if isinstance(call, dict) else partial(model, call), count
+            run = checked(model)
+            yield partial(run, **call) if isinstance(call, dict) else partial(run, call), count
         seen += count
     if seen == 0:
         raise ValueError("calibration: expected at least one image, got none")
+
+
+_REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What models raise for inputs that they do not take."""
+
+
+def checked(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model as a function that says what the batch was where the model does not take it.
+
+    Raises:
+        ValueError: from it, instead of what a model raises for inputs of another shape, dtype or name.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return model(*args, **kwargs)
+        except (PackedModelError, NotImplementedError, torch.OutOfMemoryError):
+            raise
+        except _REFUSALS as error:
+            parts = [*(("", value) for value in args), *kwargs.items()]
+            batch = ", ".join(f"{name} {_shape(value)}".strip() for name, value in parts)
+            raise ValueError(
+                f"calibration: the model does not take a batch of {batch} ({type(error).__name__}: {error}); pass "
+                "images as the model is called with them, [B, C, H, W] of floating point, or mappings of its keyword "
+                "arguments"
+            ) from error
+
+    return run
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def weights_in_order(stage: Stage, call: Call) -> list[tuple[PrunableWeight, int]]:
@@ -231,7 +271,7 @@ def _batches(images: Tensor | Iterable[Any], size: int | None) -> Iterator[Any]:
     if isinstance(images, Tensor):
         entries = max(1, images[:1].numel())
         return iter(images.split(size or max(1, min(_BATCH, _BATCH_ENTRIES // entries))))
-    if isinstance(images, str | bytes) or not isinstance(images, Iterable):
+    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
         raise TypeError(f"calibration: expected a tensor or an iterable of batches, got {type(images).__name__}")
     return iter(images)
 
@@ -242,14 +282,14 @@ def _inputs(batch: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-    if isinstance(batch, Mapping):
-        call = {name: move(value) for name, value in batch.items()}
-        return call, max([len(value) for value in call.values() if isinstance(value, Tensor) and value.ndim], default=0)
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(first, Tensor):
+    if isinstance(first, Mapping):
+        call = {name: move(value) for name, value in first.items() if name not in LABELS}
+        return call, max([len(value) for value in call.values() if isinstance(value, Tensor) and value.ndim], default=0)
+    if not isinstance(first, Tensor) or first.ndim == 0:
         raise TypeError(
             "calibration: expected batches that are tensors of images, (images, labels) or mappings, "
-            f"got {type(batch).__name__}"
+            f"got {type(batch).__name__}" + (f" of {type(first).__name__}" if first is not batch else "")
         )
     return move(first), len(first)
 

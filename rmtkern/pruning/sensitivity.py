@@ -14,7 +14,7 @@ from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.calibrate import evaluating, forward_passes, output_gradients, second_moments
 from rmtkern.pruning.memory import give_memory_back
-from rmtkern.pruning.repair import damped
+from rmtkern.pruning.repair import damped, definite
 from rmtkern.pruning.stages import Call, Stage, find_stages
 from rmtkern.pruning.visit import visit_stages
 
@@ -73,7 +73,7 @@ def sensitivities(
         TypeError: a batch of another type.
         NoGradientsError: the model's outputs have no gradients.
         ValueError: no image, inputs or gradients with NaN or Inf, a weight that no image reaches, batches that the
-            model treats differently.
+            model treats differently, or second moments that stay singular.
 
     Source: docs/calibrated.md; one entry's loss w^2 / [H^-1]_kk is Hassibi and Stork 1993.
     """
@@ -115,5 +115,6 @@ def _floored(rows: Tensor, least: float) -> Tensor:
 
 def _columns(moments: Tensor) -> Tensor:
     """1 / [H^-1]_kk of each [K, K], float32."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    with definite():
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     return 1 / inverse.diagonal(dim1=-2, dim2=-1).float()

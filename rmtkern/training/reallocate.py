@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.budget import take_smallest
-from rmtkern.pruning.calibrate import evaluating
+from rmtkern.pruning.calibrate import checked, evaluating
 from rmtkern.pruning.pattern import unit_entries, unit_scores, whole_units
 from rmtkern.pruning.pruned import Pruned
 from rmtkern.training.batches import Batch, read_batch, split
@@ -63,7 +63,8 @@ def reallocate(
 
     Raises:
         TypeError: data of another kind.
-        ValueError: no labels, labels outside the classes, or a loss that is NaN or infinite.
+        ValueError: no labels, labels outside the classes, images that the model does not take, or a loss that is NaN or
+            infinite.
 
     Source: arXiv 2606.02608, algorithm SER; docs/math.md (25).
     """
@@ -124,7 +125,7 @@ class _Pruned:
     def gradient(self, batch: Batch) -> list[Tensor]:
         """Of cross-entropy + (mean squared difference of the logits to the reference) by what is added."""
         with torch.no_grad():
-            wanted = batch.logits(self.model)
+            wanted = batch.logits(checked(self.model))
         logits = batch.logits(self)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = objective(logits, batch.labels, None, smoothing=0.0, distill=0.0, temperature=1.0)
