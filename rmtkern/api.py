@@ -124,6 +124,8 @@ def prune_(
     max_drop: float | None = None,
     evaluate: Any = None,
     tolerance: float = 0.01,
+    speedup: float | None = None,
+    example: Any = None,
     show_progress: bool | None = None,
 ) -> PrunePlan:
     """Set weights of a model to zero, in place and nothing else: it stays an ordinary, trainable module.
@@ -188,20 +190,24 @@ def prune_(
             one of the best trial are held. Every trial is in the plan.
         evaluate: held-out images for `max_drop`, as evaluation.evaluate takes them: a loader of (x, y), a pair of
             tensors, or an image folder; seen once for each trial, and never the images that you report on.
-        tolerance: width in sparsity at which that search stops, (0, 1).
+        tolerance: width in sparsity at which a search stops, (0, 1).
+        speedup: find the lowest sparsity at which the packed model is so many times as fast as the strongest dense form
+            here, > 0, by bisection with times of whole models; see speed.prune_to_speed_, which has more options and
+            also returns every trial.
+        example: inputs for `speedup`, as `pack_` takes them.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
         The plan: config, spectra, and what was decided for each layer, with a hash of its zeros.
 
     Raises:
-        TypeError: an argument of the wrong type, `max_drop` with a sparsity or without `evaluate`, several patterns
-            without `timings`, or `linear_speedup` with a sparsity.
+        TypeError: an argument of the wrong type, `max_drop` with a sparsity or without `evaluate`, `speedup` with one
+            of these or without `example`, several patterns without `timings`, or `linear_speedup` with a sparsity.
         ValueError: a value out of range or an unknown name; nothing to prune; NaN or Inf weights; weights on the meta
             device; K not divisible by m; calibration images missing; `max_drop` with an n:m pattern, no images to
             evaluate, a model that has no more accuracy than `max_drop`, or a drop that no sparsity keeps; a score that
             needs an n:m pattern, a prior that it does not take, or tensors that do not fit the model; timings without
-            one of the weights, or by which the patterns do not get as far as asked.
+            one of the weights, or by which the patterns do not get as far as asked; a speed-up that is not reached.
         PackedModelError: the model is packed.
     """
     given = {
@@ -216,6 +222,14 @@ def prune_(
     config = _config(given, config)
     _check_prior(config, tensors)
     _check_timings(config, timings)
+    if speedup is not None or example is not None:
+        _check_speed(sparsity, config, speedup, example, max_drop, evaluate)
+        from rmtkern.speed import prune_to_speed_  # which packs and times: this file knows no storage
+
+        found = prune_to_speed_(
+            model, speedup or 0, example, config, calibration, tolerance=tolerance, show_progress=show_progress
+        )
+        return found.plan
     if max_drop is not None:
         target = Target(max_drop, tolerance, accuracy=0.0, images=0)
         _check_search(sparsity, config, calibration, evaluate)
@@ -463,6 +477,18 @@ def _check_search(sparsity: Any, config: PruneConfig, calibration: Any, images: 
                 f"{name}: got {type(given).__name__}, which can be read once only, and max_drop reads it for every "
                 "trial; pass a list, a DataLoader or tensors"
             )
+
+
+def _check_speed(sparsity: Any, config: PruneConfig, speedup: Any, example: Any, max_drop: Any, evaluate: Any) -> None:
+    """Refuse what a search for a speed-up does not take, before anything is computed."""
+    if speedup is None or example is None:
+        raise TypeError("prune_: speedup= and example= go together: how many times as fast, on which inputs")
+    if isinstance(sparsity, int | float) or config.sparsity != _DEFAULTS["sparsity"]:
+        raise TypeError("prune_: got a sparsity and speedup, which finds the sparsity; pass one of them")
+    if max_drop is not None or evaluate is not None:
+        raise TypeError("prune_: got max_drop or evaluate, and speedup; pass one of the two searches")
+    if config.prior == GIVEN:
+        raise TypeError("prune_: a prior that is given as tensors has one sparsity; pass prior= a method")
 
 
 def _search_(

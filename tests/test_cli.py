@@ -215,6 +215,13 @@ def test_prune_in_cycles_takes_their_options(work, capsys):
         assert config["soft_threshold"] == (20 if "--soft-threshold" in more else 0)
         weights.append(load_file(work / "p.safetensors")["fc1.weight"])
     assert weights[2].abs().sum() < weights[0].abs().sum() and not torch.equal(weights[1], weights[0])
+    seb = ["--method", "seb", "--sparsity", "0.1", "--haar", "0.5", "--alpha-regime", "--seed", "3", "--json"]
+    assert main([*argv, *seb]) == 0
+    config = strict_json(capsys.readouterr().out)["plan"]["config"]
+    assert [config[name] for name in ("haar", "alpha_regime", "seed")] == [0.5, True, 3]
+    dense, after = load_model("clitoys:toy").state_dict(), load_file(work / "p.safetensors")
+    kept = after["fc1.weight"] != 0
+    assert not torch.equal(after["fc1.weight"][kept], dense["fc1.weight"][kept])  # its singular vectors have changed
     assert main([*argv, "--soft-threshold", "-1"]) == 2
     assert "soft_threshold: expected a finite number >= 0" in capsys.readouterr().err
 

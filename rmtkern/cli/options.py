@@ -4,10 +4,17 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+from rmtkern.pruning.plan import THETAS
 from rmtkern.pruning.presets import PRESETS
 from rmtkern.training.config import FinetuneConfig
 
-__all__ = ["model_options", "prune_options", "settings_of", "settings_options", "train_options"]
+__all__ = [
+    "SPECTRAL", "model_options", "prune_options", "settings_of", "settings_options", "spectral_options",
+    "train_options",
+]  # fmt: skip
+
+SPECTRAL = ("haar", "alpha_regime", "theta", "soft_threshold")
+"""The fields of a PruneConfig that `spectral_options` asks for."""
 
 SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
 """Field -> what the dataclass says of it; each is an option of `rmtkern finetune` and `gradual`."""
@@ -42,12 +49,37 @@ def prune_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
 
 
+def spectral_options(parser: argparse.ArgumentParser) -> None:
+    """What the published methods do to singular vectors and weights beside setting weights to zero."""
+    parser.add_argument(
+        "--haar",
+        type=float,
+        default=0.0,
+        metavar="Z",
+        help="first set small coordinates of singular vectors below the edge to zero, by Z deviations of a random "
+        "vector's, >= 0; published for method seb: 0.5; default 0: no such step",
+    )
+    parser.add_argument(
+        "--alpha-regime",
+        action="store_true",
+        help="methods seb and ser: to 20 %% go by Hill exponents, as published, instead of by plain magnitude",
+    )
+    parser.add_argument("--theta", choices=THETAS, default="haar", help="method rmt: unit of its thresholds")
+    parser.add_argument(
+        "--soft-threshold",
+        type=float,
+        default=0.0,
+        help="method rmt: shrink what stays after each cycle by so many times the published amount, >= 0; default 0",
+    )
+
+
 def train_options(parser: argparse.ArgumentParser) -> None:
     """Images to train on, a teacher, and images to score before and after."""
     parser.add_argument(
         "--train", type=Path, required=True, help="folder of images, a sub-folder per class; held in memory"
     )
     parser.add_argument("--train-images", type=int, help="at most so many of them, evenly over the classes")
+    parser.add_argument("--held-out", type=Path, help="folder of further training images that choose the best state")
     parser.add_argument("--teacher", type=Path, help="safetensors of the dense model to distil from")
     parser.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
 
