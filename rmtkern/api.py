@@ -28,6 +28,7 @@ from rmtkern.pruning.residual import permute_stream_
 from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
 from rmtkern.pruning.target import Target, search
 from rmtkern.pruning.times import PatternTimes
+from rmtkern.ranks import Ranks
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 from rmtkern.training.reallocate import reallocate
 
@@ -56,7 +57,8 @@ def analyze(
     """Fit the Marchenko-Pastur law to every weight matrix of a model.
 
     Weights on a GPU are decomposed there, by CuPy where it is installed, else by torch (docs/gpu.md). Beside the model
-    it holds copies and Gram matrices of one batch of weights, within `max_bytes` (docs/benchmarks.md, Memory).
+    it holds copies and Gram matrices of one batch of weights, within `max_bytes` (docs/benchmarks.md, Memory). With
+    several processes (torch.distributed) call it on every rank: each decomposes its share, all get all fits.
 
     Args:
         model: any module; not changed.
@@ -78,23 +80,36 @@ def analyze(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: nothing to analyse, a target that matches nothing, weights with NaN or Inf, or on the meta device.
+        ValueError: nothing to analyse, a target that matches nothing, weights with NaN or Inf, on the meta device, or
+            sharded.
         PackedModelError: the model is packed.
 
     Source: docs/math.md (1)-(15).
     """
     weights = prunable_weights(model, targets, ignore)
     _refuse_nothing(weights, "analyse")
+    _refuse_sharded(weights)
     check_values(weights)
     found = {
         label: weight.as_matrix()[rows]
         for weight in weights
         for label, rows in (weight.split() if split_qkv else weight.blocks()).items()
     }
-    return fit_spectra(
+    return _fit(
         found, alpha=alpha, edge=edge, beta=beta, k_hill=k_hill, legacy=legacy, max_bytes=max_bytes,
         show_progress=show_progress,
     )  # fmt: skip
+
+
+def _fit(found: Mapping[str, Tensor], **options: Any) -> SpectralFits:
+    """fit_spectra, each rank of torch.distributed its share of the matrices: the largest dealt out first."""
+    ranks = Ranks.current()
+    if ranks.world == 1:
+        return fit_spectra(found, **options)
+    names = sorted(found, key=lambda name: -found[name].numel() * min(found[name].shape))  # stable, so alike on all
+    own = {name: found[name] for name in names[ranks.rank :: ranks.world]}
+    fits = {name: fit for part in ranks.gather(dict(fit_spectra(own, **options))) for name, fit in part.items()}
+    return SpectralFits({name: fits[name] for name in found})
 
 
 def prune_(
@@ -134,6 +149,11 @@ def prune_(
     towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those
     methods say. If anything fails, the model is bit for bit as it was. Without calibration images the default method
     holds at most four times the dense weights beside the model, "magnitude" twice (docs/benchmarks.md, Memory).
+
+    With several processes, call torch.distributed.init_process_group() first and this on every rank with the same
+    model, not sharded yet: spectra and calibration images are divided (a tensor or a pair here; a loader gives each
+    rank its own part, by a DistributedSampler), moments and gradients are summed, and all end with the same bits. If
+    one rank fails alone, as for a bad image in its part, the others wait for it.
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
@@ -189,7 +209,8 @@ def prune_(
             point. By bisection, each trial pruned anew from the dense weights; one copy of the weights to return to and
             one of the best trial are held. Every trial is in the plan.
         evaluate: held-out images for `max_drop`, as evaluation.evaluate takes them: a loader of (x, y), a pair of
-            tensors, or an image folder; seen once for each trial, and never the images that you report on.
+            tensors, or an image folder; seen once for each trial, and never the images that you report on. Of several
+            ranks each scores what it is given, all of it or its part.
         tolerance: width in sparsity at which a search stops, (0, 1).
         speedup: find the lowest sparsity at which the packed model is so many times as fast as the strongest dense form
             here, > 0, by bisection with times of whole models; see speed.prune_to_speed_, which has more options and
@@ -204,10 +225,11 @@ def prune_(
         TypeError: an argument of the wrong type, `max_drop` with a sparsity or without `evaluate`, `speedup` with one
             of these or without `example`, several patterns without `timings`, or `linear_speedup` with a sparsity.
         ValueError: a value out of range or an unknown name; nothing to prune; NaN or Inf weights; weights on the meta
-            device; K not divisible by m; calibration images missing; `max_drop` with an n:m pattern, no images to
-            evaluate, a model that has no more accuracy than `max_drop`, or a drop that no sparsity keeps; a score that
-            needs an n:m pattern, a prior that it does not take, or tensors that do not fit the model; timings without
-            one of the weights, or by which the patterns do not get as far as asked; a speed-up that is not reached.
+            device, or sharded; K not divisible by m; calibration images missing, or not what the model takes;
+            `max_drop` with an n:m pattern, no images to evaluate, a model that has no more accuracy than `max_drop`, or
+            a drop that no sparsity keeps; a score that needs an n:m pattern, a prior that it does not take, or tensors
+            that do not fit the model; timings without one of the weights, or by which the patterns do not get as far
+            as asked; a speed-up that is not reached.
         PackedModelError: the model is packed.
     """
     given = {
@@ -350,6 +372,7 @@ def _choose_(
             patterns=None if choices is None else {name: choice.pattern for name, choice in choices.items()},
             sensitivities=costs, priors=priors, show_progress=show_progress,
         )  # fmt: skip
+    pruned = [one.shared(Ranks.current()) for one in pruned]
     plan = _plan(model, config, weights, pruned, fits, images, choices)
     _write_(weights, pruned)
     return plan
@@ -377,7 +400,7 @@ def _masks_of(
         return chosen, SpectralFits({}), moments.images
 
     def fit(found: Mapping[str, Tensor]) -> SpectralFits:
-        return fit_spectra(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
+        return _fit(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
     masks_of = partial(
@@ -438,6 +461,7 @@ def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:
     """The weights that a config asks for, checked."""
     weights = prunable_weights(model, config.targets, config.ignore)
     _refuse_nothing(weights, "prune")
+    _refuse_sharded(weights)
     check_values(weights)
     if not config.mixed:
         _check_divisible(weights, config.patterns[0])
@@ -501,11 +525,17 @@ def _search_(
     show_progress: bool | None,
 ) -> PrunePlan:
     weights = _selected(model, config.resolve(calibration is not None))
-    before = evaluation.evaluate(model, images, show_progress=show_progress)
-    target = replace(target, accuracy=before.top1, images=before.count)
-    if before.top1 <= target.max_drop:
+
+    def score() -> tuple[float, int]:
+        found = evaluation.evaluate(model, images, show_progress=show_progress)
+        hits, count = Ranks.current().total([round(found.top1 * found.count), found.count])
+        return hits / count, int(count)
+
+    accuracy, number = score()
+    target = replace(target, accuracy=accuracy, images=number)
+    if accuracy <= target.max_drop:
         raise ValueError(
-            f"the model scores {before.top1:.2%} before pruning, no more than max_drop={target.max_drop:g} may lose; "
+            f"the model scores {accuracy:.2%} before pruning, no more than max_drop={target.max_drop:g} may lose; "
             "check that the labels of evaluate= are numbered as the model's classes are"
         )
     zeros = sum(int((weight.parameter == 0).sum()) for weight in weights)
@@ -516,12 +546,12 @@ def _search_(
     def attempt(sparsity: float) -> float:
         _set_(model, dense)
         plans.append(_prune_(model, replace(config, sparsity=sparsity), calibration, timings, show_progress))
-        found = evaluation.evaluate(model, images, show_progress=show_progress)
-        if found.count != before.count:
+        found, count = score()
+        if count != number:
             raise ValueError(
-                f"evaluate: gave {before.count} images at first and {found.count} for a trial; pass the same every time"
+                f"evaluate: gave {number} images at first and {count} for a trial; pass the same every time"
             )
-        return found.top1
+        return found
 
     try:
         (plan, pruned), target = search(target, least, attempt, lambda: (plans[-1], _values(model)))
@@ -571,6 +601,15 @@ def _refuse_nothing(weights: Sequence[PrunableWeight], verb: str) -> None:
             f"nothing to {verb}: targets= and ignore= leave no Linear, Conv2d or attention weight of the model; "
             "pass a model with such layers, or wider targets"
         )
+
+
+def _refuse_sharded(weights: Sequence[PrunableWeight]) -> None:
+    for weight in weights:
+        if hasattr(weight.parameter, "to_local"):
+            raise ValueError(
+                f"{weight.name} is sharded (a DTensor), and scores and spectra need whole weights; call this before "
+                "fully_shard, on every rank"
+            )
 
 
 def _check_divisible(weights: Sequence[PrunableWeight], pattern: str) -> None:

@@ -147,8 +147,8 @@ def prune_gradually_(
 
     Raises:
         TypeError, ValueError: as prune_, finetune_ and evaluate raise them; an unknown field; sparsities that do not
-            rise; a method "drop-threshold" without held-out images; data that can be read once only. All before anything
-            is changed.
+            rise; a method "drop-threshold" without held-out images; data that can be read once only. All before
+            anything is changed.
 
     Source: arXiv 2606.02608, Hybrid Magnitude-SER and its drop-threshold variant; there, validation labels decide.
     """

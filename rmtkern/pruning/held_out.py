@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmtkern.pruning.calibrate import evaluating, forward_passes, tensors_of
+from rmtkern.ranks import Ranks
 
 __all__ = ["hold_out", "model_outputs", "relative_change"]
 
@@ -71,18 +72,22 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def model_outputs(model: nn.Module, images: Tensor | Iterable[Any]) -> list[Tensor]:
-    """All floating-point outputs of a model in eval mode, batch by batch.
+    """All floating-point outputs of a model in eval mode, batch by batch; on several ranks those of its part.
 
     Args:
         model: takes one batch of images as its first argument.
         images: as for calibrate.calibrate.
     """
     with evaluating(model):
-        return [tensor.clone() for run, _ in forward_passes(model, images) for tensor in tensors_of(run())]
+        return [
+            tensor.clone()
+            for run, _ in forward_passes(model, images, ranks=Ranks.current())
+            for tensor in tensors_of(run())
+        ]
 
 
 def relative_change(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """|found - wanted|^2 / |wanted|^2, the squares summed over all outputs, >= 0.
+    """|found - wanted|^2 / |wanted|^2, the squares summed over all outputs on all ranks, >= 0.
 
     The square is what the measured sensitivity and the layers' losses are about (docs/calibrated.md).
 
@@ -93,6 +98,7 @@ def relative_change(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     for old, new in zip(wanted, found, strict=True):
         change += float((new.double() - old.double()).square().sum())
         total += float(old.double().square().sum())
+    change, total = Ranks.current().total([change, total])
     if not (total > 0 and math.isfinite(total) and math.isfinite(change)):
         raise ValueError(
             "budget 'best': the model's outputs on the held-out calibration images are all zero, NaN or Inf, so no "

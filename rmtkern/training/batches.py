@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sequ
 
 from rmtkern.evaluation import logits_of
 from rmtkern.pruning.calibrate import LABELS
-from rmtkern.training.ranks import Ranks
+from rmtkern.ranks import Ranks
 
 __all__ = ["Batch", "Source", "read_batch", "rng_kept", "seed_epoch", "split"]
 

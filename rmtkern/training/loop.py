@@ -22,13 +22,14 @@ from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.progress import progress
 from rmtkern.pruning.bulk import cut_bulk, share_kept
 from rmtkern.pruning.plan import PrunePlan
+from rmtkern.ranks import Ranks
 from rmtkern.training.batches import Batch, read_batch, rng_kept, seed_epoch, split
 from rmtkern.training.checkpoint import optimizer_tensors, read_run, restore_, restore_optimizer_, save_run
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.ema import Ema
 from rmtkern.training.loss import REGULARISERS, objective
 from rmtkern.training.masks import Masks
-from rmtkern.training.ranks import Ranks, full, gradients_travel, is_sharded, local, reshard, wrap
+from rmtkern.training.ranks import full, gradients_travel, is_sharded, local, reshard, wrap
 from rmtkern.training.report import Epoch, FinetuneReport
 from rmtkern.training.schedule import learning_rate
 
