@@ -292,7 +292,14 @@ def test_spectral_against_plain_patterns(tmp_path, monkeypatch, capsys):
         assert (row["plain_loss"] == "") == (row["form"] != "spectral") and 0 < float(row["loss"]) < 1
         if row["form"] == "spectral":
             assert float(row["loss"]) < 0.5 * float(row["plain_loss"])
-    assert "geometric mean" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "geometric mean" in said
+    spectral.main(lambda calls, budget_ms: pytest.fail("measured again"))
+    assert capsys.readouterr().out.splitlines()[-1] == said.splitlines()[-1] and record.read_rows(out) == rows
+    record.write_rows(out, rows[:-1])  # an interrupted run: one layer is not whole
+    measured = []
+    spectral.main(lambda calls, budget_ms: measured.append(1) or timer(calls, budget_ms))
+    assert len(measured) == 1 and len(record.read_rows(out)) == len(rows)
     points = [(2.0, 0.4), (4.0, 0.1), (3.0, 0.5)]  # the last is slower and loses more than the first
     assert spectral.equal_time(points, 10.0, 3.0) == pytest.approx(0.2)
     assert spectral.equal_time(points, 10.0, 8.0) == pytest.approx(0.1)
