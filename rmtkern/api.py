@@ -19,16 +19,18 @@ from rmtkern.pruning.cycles import layer_weights, make_masks, masks_of_choices, 
 from rmtkern.pruning.held_out import hold_out, model_outputs, relative_change
 from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.mixing import Choice, choose_patterns
-from rmtkern.pruning.pattern import coarsest, parse_pattern, unit_of, whole_units
+from rmtkern.pruning.pattern import SPIKES, coarsest, parse_pattern, unit_of, whole_units
 from rmtkern.pruning.permute import permute_
 from rmtkern.pruning.plan import GIVEN, PRIORS, Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
 from rmtkern.pruning.presets import AUTO_NO_GRADIENTS, BEST, BEST_OF
 from rmtkern.pruning.pruned import Pruned
 from rmtkern.pruning.residual import permute_stream_
 from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
+from rmtkern.pruning.spikes import divide_spikes_
 from rmtkern.pruning.target import Target, search
 from rmtkern.pruning.times import PatternTimes
 from rmtkern.ranks import Ranks
+from rmtkern.spectral_linear import put_, spectral_linears
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 from rmtkern.training.reallocate import reallocate
 
@@ -134,6 +136,7 @@ def prune_(
     theta: str = "haar",
     soft_threshold: float = 0.0,
     seed: int = 0,
+    spikes: float = 1.0,
     timings: PatternTimes | None = None,
     linear_speedup: float | None = None,
     max_drop: float | None = None,
@@ -164,9 +167,11 @@ def prune_(
             PruneConfig and PRESETS.
             "auto" with calibration images is "sensitivity", or "admm" for a model that cannot run backward.
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
-            outputs x inputs such as "4x1". A list of them: each weight gets the one, and the share of zeros, at which
-            all lose least for the time that they take by `timings`; a layer that none makes faster stays dense. The
-            sparsity is then met to one mini-block in all.
+            outputs x inputs such as "4x1". "spectral" makes low-rank factors of the spikes above the edge and prunes
+            the rest: then every such nn.Linear is a SpectralLinear (new parameters, so make optimizers afterwards),
+            which finetune_ trains, pack_ stores as it is, and merge_factors_ takes back. A list of patterns: each
+            weight gets the one, and the share of zeros, at which all lose least for the time that they take by
+            `timings`; a layer that none makes faster stays dense. The sparsity is then met to one mini-block in all.
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader of
@@ -201,6 +206,7 @@ def prune_(
         soft_threshold: by how many times the published amount the weights that stay shrink after each cycle of method
             "rmt", >= 0; 0: not at all.
         seed: of score "random", and of the order of images with `restore`.
+        spikes: for pattern "spectral", the share of the spikes that become factors, the largest first, (0, 1].
         timings: how long each weight takes in each of several patterns, as `time_patterns(model, example)` measured it
             here or `PatternTimes.load` read it.
         linear_speedup: with several patterns and instead of a sparsity: prune until the selected weights are together
@@ -237,6 +243,7 @@ def prune_(
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
         "repair": repair, "restore": restore, "permute": permute, "prior": prior, "alpha": alpha,
         "soft_threshold": soft_threshold, "linear_speedup": linear_speedup,
+        "spikes": spikes,
     }  # fmt: skip
     tensors = None if prior is None or isinstance(prior, str) else prior
     if tensors is not None:
@@ -252,15 +259,26 @@ def prune_(
             model, speedup or 0, example, config, calibration, tolerance=tolerance, show_progress=show_progress
         )
         return found.plan
+    target = None
     if max_drop is not None:
         target = Target(max_drop, tolerance, accuracy=0.0, images=0)
         _check_search(sparsity, config, calibration, evaluate)
-        return _search_(model, config, calibration, target, evaluate, timings, show_progress)
-    if evaluate is not None or tolerance != 0.01:
+    elif evaluate is not None or tolerance != 0.01:
         raise TypeError("prune_: evaluate= and tolerance= are for the search with max_drop=; pass max_drop too")
     if config.linear_speedup is not None and isinstance(sparsity, int | float):
         raise TypeError("prune_: got a sparsity and linear_speedup, which finds the sparsity; pass one of them")
-    return _prune_(model, config, calibration, timings, show_progress, tensors)
+    divided: dict[str, nn.Module] = {}
+    if config.pattern == SPIKES and calibration is not None:
+        weights = _selected(model, config.resolve(calibration is not None))
+        calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+        divided = divide_spikes_(model, weights, config.spikes, calibration, show_progress=show_progress)
+    try:
+        if target is not None:
+            return _search_(model, config, calibration, target, evaluate, timings, show_progress)
+        return _prune_(model, config, calibration, timings, show_progress, tensors)
+    except BaseException:
+        put_(model, divided)
+        raise
 
 
 def _prune_(
@@ -311,13 +329,14 @@ def _best_(
     held_out: Any, model: nn.Module, weights: Sequence[PrunableWeight], config: PruneConfig, *how: Any
 ) -> PrunePlan:
     """`_choose_` with the budget that changes the outputs on held-out images least."""
-    dense, wanted = _values(model), model_outputs(model, held_out)
+    ranks = Ranks.current()
+    dense, wanted = _values(model), model_outputs(model, held_out, ranks=ranks)
     changes: dict[str, float] = {}
     try:
         for budget in BEST_OF:
             _set_(model, dense)
             plan = _choose_(model, weights, replace(config, budget=budget), *how)
-            changes[budget] = relative_change(wanted, model_outputs(model, held_out))
+            changes[budget] = relative_change(wanted, model_outputs(model, held_out, ranks=ranks))
             if min(changes, key=changes.__getitem__) == budget:
                 best, values = plan, _values(model)
     except BaseException:
@@ -637,9 +656,14 @@ def _plan(
     images: int,
     choices: Mapping[str, Choice] | None = None,
 ) -> PrunePlan:
+    divided = spectral_linears(model)
+
     def layer_plan(weight: PrunableWeight, mask: Tensor) -> LayerPlan:
         choice = None if choices is None else choices[weight.name]
         _, params = parse_pattern(config.patterns[0] if choice is None else choice.pattern)
+        owner = divided.get(weight.name.rpartition(".")[0])
+        if owner is not None and not params:
+            params = {"rank": owner.rank}
         times = {} if choice is None else {"ms": choice.ms, "dense_ms": choice.dense_ms}
         zeros, found = int(mask.sum()), mask_hash(mask)
         return LayerPlan(weight.name, weight.role, weight.shape, zeros, found, params, **times)

@@ -34,7 +34,8 @@ CYCLE = FinetuneConfig(
 """The published fine-tuning of one cycle (SGD, momentum 0.9, label smoothing 0.1, clipped at 1, cosine to 1 %)."""
 
 
-FURTHER = ("budget", "score", "repair", "restore", "permute", "haar", "alpha_regime", "theta", "soft_threshold")
+FURTHER = ("budget", "score", "repair", "restore", "permute", "haar", "alpha_regime", "theta", "soft_threshold",
+           "spikes")  # fmt: skip
 """The fields of a PruneConfig that `prune_gradually_` passes on."""
 
 

@@ -43,7 +43,7 @@ def prune_options(parser: argparse.ArgumentParser) -> None:
         "--pattern",
         nargs="+",
         default=["unstructured"],
-        help="unstructured, n:m such as 2:4 or 2:4x4, or blocks such as 4x1 or 32x32; prune chooses among several",
+        help="unstructured, n:m such as 2:4 or 2:4x4, blocks such as 4x1 or 32x32, spectral; prune chooses of several",
     )
     parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")

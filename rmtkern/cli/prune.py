@@ -29,7 +29,7 @@ __all__ = ["VERB"]
 HOW = {"budget": [*BUDGETS, BEST], "score": list(SCORES), "repair": list(REPAIRS), "restore": list(RESTORES)}
 """The parts of a method that `rmtkern prune` lets replace -> their names."""
 
-FIELDS = (*SPECTRAL, "prior", "alpha", "permute", "seed")
+FIELDS = (*SPECTRAL, "prior", "alpha", "permute", "seed", "spikes")
 """The other fields of a PruneConfig that it has options for."""
 
 
@@ -45,6 +45,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prior", choices=PRIORS, help="method cast: a mask to stay close to, by this method")
     parser.add_argument("--alpha", type=float, default=0.5, help="how close, >= 0; default 0.5")
     spectral_options(parser)
+    parser.add_argument(
+        "--spikes", type=float, default=1.0, help="pattern spectral: share of the spikes that become factors, (0, 1]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of score random and of the order of images in ser")
     parser.add_argument(
         "--permute",

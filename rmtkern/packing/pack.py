@@ -33,6 +33,7 @@ from rmtkern.packing.trials import leave_lenders, leave_whole, split_multiheads
 from rmtkern.packing.unpack import is_packed
 from rmtkern.packing.watch import watch
 from rmtkern.progress import progress
+from rmtkern.spectral_linear import SpectralLinear, spectral_linears
 
 __all__ = ["pack_"]
 
@@ -58,7 +59,8 @@ def pack_(
     is called for self-attention, masked or not. Where code gives the weight of a linear to F.linear, as attention with
     biases of its own does, the kernel runs there, with the bias of the call; code may also ask for the weight's shape,
     dtype and device, as nn.TransformerEncoderLayer does. A linear whose weight is used in another way, such as a part
-    of it, stays dense.
+    of it, stays dense. A SpectralLinear (of `prune_(pattern="spectral")`) is tried in the layout "spectral" with its
+    own parts, and else counts as a linear with the weight B A + S, which `unpack_` also makes of it.
 
     Each linear's candidates are its dense forms (nn.Linear, oneDNN, oneDNN with a reordered weight, our own) and the
     layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples
@@ -119,16 +121,19 @@ def pack_(
     time_calls = timer or device.timer
     log = DecisionLog(decisions, device.keys(time_calls))
     split = find_multiheads(model)
+    divided = spectral_linears(model)
+    place_(model, {name: module.merged() for name, module in divided.items()})
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
     kernels = attention and device.kernels, norms and device.kernels, mlps and device.kernels
     try:
         return _pack(
-            model, device, split, examples, layouts, kernels, margin, budget_ms, time_calls, show_progress, log
+            model, device, split, divided, examples, layouts, kernels, margin, budget_ms, time_calls, show_progress, log
         )
     except BaseException:
         place_(model, dict(split.whole))
         if restore is not None:
             restore()
+        place_(model, dict(divided))
         raise
 
 
@@ -161,6 +166,7 @@ def _pack(
     model: nn.Module,
     device: Device,
     split: Split,
+    divided: Mapping[str, SpectralLinear],
     examples: list[Example],
     layouts: Sequence[str],
     kernels: tuple[bool, bool, bool],
@@ -172,11 +178,12 @@ def _pack(
 ) -> PackReport:
     """The steps in order: try what can move, choose per linear, site, pair and MLP, judge the whole, report.
 
-    `kernels` says whether attention, LayerNorms and MLPs may use ours.
+    `kernels` says whether attention, LayerNorms and MLPs may use ours; `divided` has the parts of linears that stand
+    merged in the model.
     """
     attention, norms, mlps = kernels
     whole_outputs, whole_calls = split_multiheads(model, split, examples)
-    layers = find_layers(model, split, device)
+    layers = find_layers(model, split, device, divided)
     movable = [layer for layer in layers if layer.reason is None]
     linears = {layer.name: layer.module for layer in movable}
 

@@ -71,19 +71,16 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def model_outputs(model: nn.Module, images: Tensor | Iterable[Any]) -> list[Tensor]:
-    """All floating-point outputs of a model in eval mode, batch by batch; on several ranks those of its part.
+def model_outputs(model: nn.Module, images: Tensor | Iterable[Any], *, ranks: Ranks | None = None) -> list[Tensor]:
+    """All floating-point outputs of a model in eval mode, batch by batch.
 
     Args:
         model: takes one batch of images as its first argument.
         images: as for calibrate.calibrate.
+        ranks: each runs its part; None: one process.
     """
     with evaluating(model):
-        return [
-            tensor.clone()
-            for run, _ in forward_passes(model, images, ranks=Ranks.current())
-            for tensor in tensors_of(run())
-        ]
+        return [tensor.clone() for run, _ in forward_passes(model, images, ranks=ranks) for tensor in tensors_of(run())]
 
 
 def relative_change(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -101,7 +98,7 @@ def relative_change(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     change, total = Ranks.current().total([change, total])
     if not (total > 0 and math.isfinite(total) and math.isfinite(change)):
         raise ValueError(
-            "budget 'best': the model's outputs on the held-out calibration images are all zero, NaN or Inf, so no "
-            "budget can be chosen by them; check the images, or name a budget"
+            "the model's outputs on (held-out) calibration images are all zero, NaN or Inf, so nothing can be told by "
+            "them; check the images, or name a budget instead of 'best'"
         )
     return change / total

@@ -56,7 +56,7 @@ def test_the_change_is_relative_and_over_all_outputs():
     one, two = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
     assert relative_change([one, two], [one + 1, two - 1]) == pytest.approx(3 / 169)
     for wanted, found in ((one, one * float("nan")), (one * float("inf"), one), (one * 0, one)):
-        with pytest.raises(ValueError, match="held-out calibration images are all zero, NaN or Inf"):
+        with pytest.raises(ValueError, match=r"\(held-out\) calibration images are all zero, NaN or Inf"):
             relative_change([wanted], [found])
     model = nn.Linear(3, 2).train()
     (found,) = model_outputs(model, X)
