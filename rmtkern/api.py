@@ -242,8 +242,7 @@ def prune_(
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
         "repair": repair, "restore": restore, "permute": permute, "prior": prior, "alpha": alpha,
-        "soft_threshold": soft_threshold, "linear_speedup": linear_speedup,
-        "spikes": spikes,
+        "soft_threshold": soft_threshold, "linear_speedup": linear_speedup, "spikes": spikes,
     }  # fmt: skip
     tensors = None if prior is None or isinstance(prior, str) else prior
     if tensors is not None:

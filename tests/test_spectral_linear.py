@@ -241,6 +241,13 @@ def test_what_cannot_be_divided_is_refused_and_nothing_changes(monkeypatch):
     assert certify(changed, net(), X[:8]) is not None
 
 
+def test_a_loader_that_shuffles_will_do():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=16, shuffle=True)
+    model, plan = divided(calibration=loader)
+    plan.verify(model)
+    assert plan.calibration_images == len(X) and len(spectral_linears(model)) == 2
+
+
 def test_a_weight_without_spikes_stays_plain():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 4)).eval()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rmtkern.models import PrunableWeight
 from rmtkern.pruning.held_out import model_outputs, relative_change
 from rmtkern.pruning.permute import few
+from rmtkern.ranks import Ranks
 from rmtkern.spectral_linear import SpectralLinear, put_
 from rmtkern.spectrum.fit import fit_spectra, spike_vectors
 
@@ -59,7 +60,8 @@ def divide_spikes_(
     plain = {weight.name: weight.as_matrix() for weight in weights if weight.name in linears}
     fits = fit_spectra(plain, show_progress=show_progress)
     triples = spike_vectors({name: plain[name] for name in plain if fits[name].n_spikes}, fits)
-    wanted = model_outputs(model, few(images))
+    sample, ranks = few(images), Ranks.current()  # taken once: a loader may shuffle
+    wanted = model_outputs(model, sample)
     before: dict[str, nn.Module] = {}
     try:
         for name, triple in triples.items():
@@ -67,8 +69,11 @@ def divide_spikes_(
             rank = max(1, round(share * len(values)))
             root = values[:rank].sqrt()
             before[owners[name]] = module
-            put_(model, {owners[name]: SpectralLinear.of(module, u[:, :rank] * root, root[:, None] * vh[:rank])})
-        change = relative_change(wanted, model_outputs(model, few(images)))
+            divided = SpectralLinear.of(module, u[:, :rank] * root, root[:, None] * vh[:rank])
+            for parameter in (divided.factor_a, divided.factor_b, divided.weight):
+                ranks.share_(parameter)
+            put_(model, {owners[name]: divided})
+        change = relative_change(wanted, model_outputs(model, sample))
         exact = all(matrix.element_size() >= 4 for matrix in plain.values())
         if not change <= (1e-6 if exact else 1e-2):
             raise ValueError(
