@@ -20,6 +20,7 @@ from benchmarks import (
     kernel,
     memory,
     mlp,
+    pruning,
     record,
     run,
     spectral,
@@ -304,6 +305,13 @@ def test_spectral_against_plain_patterns(tmp_path, monkeypatch, capsys):
     assert spectral.equal_time(points, 10.0, 3.0) == pytest.approx(0.2)
     assert spectral.equal_time(points, 10.0, 8.0) == pytest.approx(0.1)
     assert spectral.equal_time(points, 10.0, 1.0) is None and spectral.equal_time(points, 10.0, 10.0) == 0
+
+
+def test_calibrated_pruning_by_a_named_method(monkeypatch):
+    monkeypatch.setattr(pruning, "CASES", {"calibrated": ("vit_tiny_patch16_224", "auto")})
+    threads = torch.get_num_threads()
+    row = pruning.measure("calibrated", threads, images=2, depth=1, by="obs")
+    assert (row["method"], row["images"], row["sparsity"]) == ("obs", 2, 0.5) and float(row["extra_mib"]) > 0
 
 
 def test_methods_patterns_and_goals_are_read():
