@@ -135,6 +135,7 @@ def prune_(
     alpha_regime: bool = False,
     theta: str = "haar",
     soft_threshold: float = 0.0,
+    legacy: bool = False,
     seed: int = 0,
     spikes: float = 1.0,
     timings: PatternTimes | None = None,
@@ -205,6 +206,8 @@ def prune_(
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
         soft_threshold: by how many times the published amount the weights that stay shrink after each cycle of method
             "rmt", >= 0; 0: not at all.
+        legacy: budgets by the spectrum, and method "rmt" with its thresholds and its shrinking, as the published code
+            has them, defects included.
         seed: of score "random", and of the order of images with `restore`.
         spikes: for pattern "spectral", the share of the spikes that become factors, the largest first, (0, 1].
         timings: how long each weight takes in each of several patterns, as `time_patterns(model, example)` measured it
@@ -243,6 +246,7 @@ def prune_(
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
         "repair": repair, "restore": restore, "permute": permute, "prior": prior, "alpha": alpha,
         "soft_threshold": soft_threshold, "linear_speedup": linear_speedup, "spikes": spikes,
+        "legacy": legacy,
     }  # fmt: skip
     tensors = None if prior is None or isinstance(prior, str) else prior
     if tensors is not None:
@@ -418,7 +422,8 @@ def _masks_of(
         return chosen, SpectralFits({}), moments.images
 
     def fit(found: Mapping[str, Tensor]) -> SpectralFits:
-        return _fit(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
+        k_hill = HILL.get(config.budget or "", 20)
+        return _fit(found, k_hill=k_hill, legacy=config.legacy, show_progress=show_progress)
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
     masks_of = partial(
@@ -436,7 +441,12 @@ def _prior_masks(
 ) -> list[Pruned]:
     """What the method that a config names as prior would remove, without a pattern, at the same sparsity."""
     asked = PruneConfig(
-        config.sparsity, config.prior or "", alpha_regime=config.alpha_regime, theta=config.theta, seed=config.seed
+        config.sparsity,
+        config.prior or "",
+        alpha_regime=config.alpha_regime,
+        theta=config.theta,
+        seed=config.seed,
+        legacy=config.legacy,
     ).resolve(True)
     masks_of, _, _ = _masks_of(model, weights, asked, calibration, None, show_progress)
     zeros = sum(int((weight.parameter == 0).sum()) for weight in weights)

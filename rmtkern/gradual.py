@@ -35,7 +35,7 @@ CYCLE = FinetuneConfig(
 
 
 FURTHER = ("budget", "score", "repair", "restore", "permute", "haar", "alpha_regime", "theta", "soft_threshold",
-           "spikes")  # fmt: skip
+           "legacy", "spikes")  # fmt: skip
 """The fields of a PruneConfig that `prune_gradually_` passes on."""
 
 

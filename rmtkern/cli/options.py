@@ -13,7 +13,7 @@ __all__ = [
     "train_options",
 ]  # fmt: skip
 
-SPECTRAL = ("haar", "alpha_regime", "theta", "soft_threshold")
+SPECTRAL = ("haar", "alpha_regime", "theta", "soft_threshold", "legacy")
 """The fields of a PruneConfig that `spectral_options` asks for."""
 
 SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
@@ -70,6 +70,12 @@ def spectral_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="method rmt: shrink what stays after each cycle by so many times the published amount, >= 0; default 0",
+    )
+
+    parser.add_argument(
+        "--legacy",
+        action="store_true",
+        help="spectra, thresholds and the shrinking of method rmt as the published code has them, defects included",
     )
 
 

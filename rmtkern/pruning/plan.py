@@ -93,6 +93,9 @@ class PruneConfig:
             (theta grows with N K, as published).
         soft_threshold: after each cycle of budget "cycle" the weights that stay shrink by this many times the published
             amount (docs/math.md (23)), >= 0; none of them to zero. 0: no such step; 1: as published.
+        legacy: spectra, thresholds and, with `soft_threshold`, the shrinking of each cycle as the published code has
+            them, defects included: fits with `legacy` (see spectrum.fit.fit_spectrum), `theta` "legacy", and the stage
+            of AdamW entry by entry (spectrum.denoise.legacy_stage) instead of one soft threshold.
         seed: of score "random", and of the order of the images with `restore`.
         restore: one of RESTORES, by what entries come back after 3 % more than asked were removed: "movement" (training
             these alone) or "gradient" (|g W|); both need calibration images with labels. None: the method's.
@@ -125,6 +128,7 @@ class PruneConfig:
     soft_threshold: float = 0.0
     linear_speedup: float | None = None
     spikes: float = 1.0
+    legacy: bool = False
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -155,8 +159,9 @@ class PruneConfig:
         _number("haar", self.haar)
         if not (math.isfinite(self.haar) and self.haar >= 0):
             raise ValueError(f"haar: expected a finite number >= 0, got {self.haar}")
-        if not isinstance(self.alpha_regime, bool):
-            raise TypeError(f"alpha_regime: expected a bool, got {type(self.alpha_regime).__name__}")
+        for name in ("alpha_regime", "legacy"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
         if not isinstance(self.permute, bool | str | None):
             raise TypeError(f"permute: expected a bool, {BLOCKS!r} or None, got {type(self.permute).__name__}")
         if isinstance(self.permute, str) and self.permute != BLOCKS:
