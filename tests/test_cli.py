@@ -236,6 +236,8 @@ def test_prune_in_cycles_takes_their_options(work, capsys):
     dense, after = load_model("clitoys:toy").state_dict(), load_file(work / "p.safetensors")
     kept = after["fc1.weight"] != 0
     assert not torch.equal(after["fc1.weight"][kept], dense["fc1.weight"][kept])  # its singular vectors have changed
+    assert main([*argv, "--soft-threshold", "1", "--legacy", "--json"]) == 0
+    assert strict_json(capsys.readouterr().out)["plan"]["config"]["legacy"] is True
     assert main([*argv, "--soft-threshold", "-1"]) == 2
     assert "soft_threshold: expected a finite number >= 0" in capsys.readouterr().err
 
