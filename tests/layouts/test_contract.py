@@ -115,6 +115,38 @@ def test_bfloat16_extremes_and_copies(layout, params, nofm):
         ops.linear(x.float(), packed)
 
 
+@pytest.mark.parametrize("isa", ["reference", *cpu.isas()])
+@pytest.mark.parametrize(
+    ("dtype", "layout", "params", "nofm"),
+    [*((torch.float32, *form) for form in FORMS), *((torch.bfloat16, *form) for form in BF16)],
+)
+def test_denormals_inf_and_nan_in_activations(dtype, layout, params, nofm, isa, monkeypatch):
+    """Pruned entries are structural zeros, kept entries propagate, and no token hears of another."""
+    backend = "reference" if isa == "reference" else "cpu"
+    monkeypatch.setenv("RMTKERN_ISA", "" if isa == "reference" else isa)
+    w = weight((37, 64), nofm, 0.5).to(dtype)
+    packed = LAYOUTS[layout].pack(w, **params)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+    x[8:10] *= 1e-39  # denormal in both dtypes
+    x = x.to(dtype)
+    assert 0 < x[8].abs().max() < torch.finfo(dtype).tiny
+    special = {2: (5, float("inf")), 4: (6, float("nan")), 6: (63, -float("inf")), 19: (0, float("nan"))}
+    clean = [token for token in range(20) if token not in special]
+    for token, (column, value) in special.items():
+        x[token, column] = value
+    y = ops.linear(x, packed, backend=backend)
+    assert_as_accurate_as_dense(y[clean], x[clean], w)
+    assert_as_accurate_as_dense(y[8:10], x[8:10], w)
+    kept = w != 0
+    if layout == "block" and dtype == torch.float32:  # whose blocks are stored and multiplied whole
+        kept = torch.cat([one.any(0, keepdim=True).expand_as(one) for one in kept.split(params["r"])])
+    for token, (column, _) in special.items():
+        if layout in ("bitmask", "block", "nofm"):
+            assert torch.isfinite(y[token]).equal(~kept[:, column]), token
+        else:
+            assert not torch.isfinite(y[token]).any(), token
+
+
 @pytest.mark.parametrize(("layout", "params", "nofm", "backend", "isa"), list(variants()))
 def test_shapes_and_strides(layout, params, nofm, backend, isa, monkeypatch):
     if isa is not None:
