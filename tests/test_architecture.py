@@ -72,7 +72,7 @@ def test_the_files_of_packing_import_only_what_is_below_them():
         ("device", "sites"),
         ("attention", "norm", "mlp", "layers"),
         ("normed", "swaps"),
-        ("trials", "pairs", "guard", "summary", "unpack"),
+        ("trials", "pairs", "fusing", "guard", "summary", "unpack"),
         ("pack",),
     )
     assert {name for row in rows for name in row} | {"__init__"} == {p.stem for p in (PACKAGE / "packing").glob("*.py")}

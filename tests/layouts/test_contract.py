@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import re
+import threading
 
 import pytest
 import torch
@@ -145,6 +146,30 @@ def test_denormals_inf_and_nan_in_activations(dtype, layout, params, nofm, isa, 
             assert torch.isfinite(y[token]).equal(~kept[:, column]), token
         else:
             assert not torch.isfinite(y[token]).any(), token
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "params", "nofm"),
+    [*((torch.float32, *form) for form in FORMS), *((torch.bfloat16, *form) for form in BF16)],
+)
+def test_python_threads_may_share_a_weight(dtype, layout, params, nofm):
+    packed = LAYOUTS[layout].pack(weight((200, 160), nofm, 0.5).to(dtype), **params)
+    inputs = [torch.randn(tokens, 160).to(dtype) for tokens in (1, 40, 97, 300)]
+    expected = [ops.linear(x, packed, activation="gelu") for x in inputs]
+    wrong = []
+
+    def work(first):
+        for i in range(12):
+            j = (first + i) % len(inputs)
+            if not torch.equal(ops.linear(inputs[j], packed, activation="gelu"), expected[j]):
+                wrong.append(j)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 @pytest.mark.parametrize(("layout", "params", "nofm", "backend", "isa"), list(variants()))
