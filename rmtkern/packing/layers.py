@@ -5,6 +5,7 @@ Layers of equal shape and similar sparsity share a measurement. It knows no whol
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
@@ -249,7 +250,7 @@ def measure_group(group: Group, budget_ms: float, timer: Timer, log: DecisionLog
             if excess > 1:
                 group.notes.append(f"{label} misses the accuracy rule by a factor {excess:.2g}")
                 continue
-            calls[label] = lambda x=x, form=form: linear(x, form, bias, activation=name)  # type: ignore[misc]
+            calls[label] = partial(PackedLinear(form, bias, name), x)  # what will run, with what a module costs
         times = known.get(tokens, {})
         if calls.keys() <= times.keys():
             group.ms[tokens] = {label: times[label] for label in calls}

@@ -9,7 +9,7 @@ import torch
 __all__ = ["Timer", "in_rounds", "interleaved_ms", "interleaved_samples", "repeats_of"]
 
 Timer = Callable[[Mapping[str, Callable[[], object]], float], Mapping[str, float]]
-"""(name -> call, budget_ms) -> (name -> ms)."""
+"""(name -> call, budget_ms) -> (name -> ms). A call that has a method `prepare` wants it run, untimed, before it."""
 WALL = time.perf_counter
 ROUND_MS = 0.5
 SETTLE = 0.005
@@ -56,6 +56,8 @@ def interleaved_samples(
         repeats[name] = repeats_of(1e3 * taken)
 
     def measure(name: str) -> tuple[float, float]:
+        if prepare := getattr(calls[name], "prepare", None):
+            prepare()
         if settle:
             time.sleep(SETTLE)
             calls[name]()

@@ -281,6 +281,73 @@ def test_guard_puts_everything_back_if_even_the_strongest_dense_model_is_slower(
     assert {layer.form for layer in report.layers} == {"nn.Linear"}
 
 
+@pytest.mark.parametrize(
+    ("looks", "slow"),
+    [
+        ([1.06, 0.999, 1.06], True),  # one lucky time does not let it stay
+        ([1.03, 0.96], False),  # one unlucky time does not undo it
+        ([1.012, 1.004, 1.008], False),
+        ([1.011, 1.012, 1.013], True),
+    ],
+)
+def test_one_time_near_the_edge_decides_nothing(looks, slow):
+    """`looks`: what the packed model times in turn, as a multiple of the dense one."""
+    model, x = mlp(0.9), torch.randn(8, 128)
+    layers, turn = timer(), itertools.cycle(looks)
+
+    def measure(calls, budget_ms):
+        if "original" not in calls:
+            return layers(calls, budget_ms)
+        calls.get("packed", calls["original"])()
+        sparse = any(isinstance(m, PackedLinear) and m.weight.layout == "bitmask" for m in model.modules())
+        return {"original": 8.0, "packed": 8.0 * next(turn) if sparse else 8.0}
+
+    report = pack_(model, x, timer=measure)
+    assert (report.packed_layers == 0) == slow == any("went back to the dense" in note for note in report.notes)
+    if not slow:
+        assert report.end_to_end[0].packed_ms == pytest.approx(8.0 * sum(looks) / len(looks))
+    assert report.end_to_end[0].speedup >= 1 / (1 + guard.GUARD_NOISE)
+
+
+@pytest.mark.parametrize("packed", [0.95, 1.05])
+def test_what_ran_before_a_state_does_not_count(packed, monkeypatch):
+    """On a clock that tells a state that is cold, since another one ran, 20 % more than it takes when it is warm."""
+    now, last, cost = 0.0, None, {"dense": 0.010, "bitmask": 0.010 * packed}
+
+    class Timed(nn.Sequential):
+        def forward(self, x):
+            nonlocal now, last
+            form = {
+                "bitmask" if isinstance(m, PackedLinear) and m.weight.layout == "bitmask" else "dense" for m in self
+            }
+            form = min(form)
+            now += cost[form] * (1.0 if form == last else 1.2)
+            last = form
+            return super().forward(x)
+
+    monkeypatch.setattr("rmtkern.packing.timing.time.thread_time", lambda: now)
+    monkeypatch.setattr("rmtkern.packing.timing.WALL", lambda: now)
+    model, x = Timed(*mlp(0.9)).eval(), torch.randn(8, 128)
+    layers = timer()
+    report = pack_(
+        model, x, timer=lambda calls, ms: interleaved_ms(calls, ms) if "original" in calls else layers(calls, ms)
+    )
+    found = report.end_to_end[0]
+    assert found.original_ms == found.dense_ms == pytest.approx(10.0)
+    assert found.packed_ms == pytest.approx(min(10.0, 10.0 * packed)) and report.packed_layers == 2 * (packed < 1)
+
+
+def test_a_candidate_is_timed_as_the_module_that_will_run():
+    kinds = {}
+
+    def measure(calls, budget_ms):
+        kinds.update({label: type(call.func) for label, call in calls.items() if hasattr(call, "func")})
+        return timer()(calls, budget_ms)
+
+    pack_(mlp(0.9), torch.randn(8, 128), timer=measure)
+    assert {"bitmask", "dense/onednn"} <= kinds.keys() and set(kinds.values()) == {PackedLinear}
+
+
 def test_guard_undoes_only_what_is_slow():
     model, x = mlp(0.9), torch.randn(8, 128)
 
