@@ -19,8 +19,8 @@ GUARD_NOISE = 0.01
 """How much slower than the faster dense model the packed model may time before the guard calls it slower."""
 LOOKS = 3
 """How often a packed model that times near the edge of that is timed; the mean decides."""
-LONG = 0.1
-"""Seconds of a run from which a model moves more than caches hold, so that what ran before it does not matter."""
+LONG = 0.25
+"""Seconds of a run that moves more than caches hold, so that what ran before does not matter, and that costs much."""
 
 
 class _State:
@@ -62,9 +62,10 @@ def guard(
 
     The dense forms are timed with and without the packed model's other kernels, so that what attention gains does not
     pay for a sparse layer that loses. Each state runs once untimed before it is timed, and where the packed model is
-    not faster than all others it is timed again, so that neither the order of the states nor one lucky time decides.
-    Choices only ever go back: from sparse to dense, at the token counts of the examples that are slow, and at the end,
-    if that is still slower, to the original model where it loses less on its worst example than the dense one does.
+    not clearly faster than all others it is timed again, so that neither the order of the states nor one lucky time
+    decides. Choices only ever go back: dense forms to the linears as they came, where these lose less on their worst
+    example (what a module costs beside its kernel shows in the whole model only); sparse ones to dense, at the token
+    counts of the examples that are slow; and at the end, if that is still slower, all to the original model.
 
     Args:
         swaps: the states; the packed one changes.
@@ -96,11 +97,12 @@ def guard(
         return found
 
     def measure() -> list[EndToEnd]:
-        """The means of as many looks as it takes: one if packed is faster, LOOKS near the edge of the noise."""
+        """The means of as many looks as it takes: LOOKS near the edge of the noise, two before anything is undone."""
         looks = [look()]
         while len(looks) < LOOKS:
-            lag = max(_lag(t, kernels=True) for t in _means(looks))
-            if lag <= 0 or (len(looks) > 1 and lag > 2 * GUARD_NOISE):
+            times = _means(looks)
+            lag, long = max(_lag(t, kernels=True) for t in times), any(t.packed_ms > 1000 * LONG for t in times)
+            if (long or abs(lag) > 2 * GUARD_NOISE) and (lag <= GUARD_NOISE or len(looks) > 1):
                 break
             looks.append(look())
         return _means(looks)
@@ -112,6 +114,10 @@ def guard(
     notes: list[str] = []
     ways: dict[int, str] = {}
     times = measure()
+    if swaps.dense != swaps.original and _dense_loses(times):
+        _put_plain(swaps, layers)
+        notes.append("end to end the linears as they came were faster than in the dense forms that are faster alone")
+        times = measure()
     while slow := behind(times, kernels=True):
         if fused := [name for name in ("MLP", "normed linear") if name in swaps.sites]:
             swaps.drop_site(fused[0])  # what came last and gains least goes first
@@ -128,9 +134,11 @@ def guard(
         else:
             break
         times = measure()
-    original_behind = max(t.original_ms / t.dense_ms for t in times)
-    dense_behind = max(t.dense_ms / t.original_ms for t in times)
-    if behind(times) and original_behind < dense_behind:
+    if swaps.dense != swaps.original and _dense_loses(times):
+        _put_plain(swaps, layers)
+        notes.append("end to end the linears as they came were faster than in the dense forms that are faster alone")
+        times = measure()
+    if behind(times) and _dense_loses(times, 0.0):
         for layer in layers:
             layer.choice = dict.fromkeys(layer.tokens, PLAIN)
         for kernel in tuple(swaps.sites):
@@ -148,6 +156,12 @@ def _lag(times: EndToEnd, *, kernels: bool) -> float:
     if kernels and times.kernels_ms is not None:
         rivals.append(times.kernels_ms)
     return times.packed_ms / min(rivals) - 1
+
+
+def _dense_loses(times: Sequence[EndToEnd], least: float = GUARD_NOISE) -> bool:
+    """Whether the dense state loses more on its worst example than the original model does, and more than `least`."""
+    dense = max(t.dense_ms / t.original_ms for t in times)
+    return dense > max(1 + least, *(t.original_ms / t.dense_ms for t in times))
 
 
 def _means(looks: Sequence[Sequence[EndToEnd]]) -> list[EndToEnd]:
@@ -179,6 +193,21 @@ def _worst(swaps: Swaps, layers: Sequence[Layer], slow: Sequence[int]) -> tuple[
         return first.group.speedup({t: first.choice[t] for t in tokens}) if first.group is not None else 1.0
 
     return min(found.values(), key=gain, default=None)
+
+
+def _put_plain(swaps: Swaps, layers: Sequence[Layer]) -> None:
+    """The linears as they came in place of their dense forms, in the dense state and where the packed one has these."""
+    for group in {id(layer.group): layer.group for layer in layers if set(layer.dense.values()) != {PLAIN}}.values():
+        if group is not None:
+            group.notes.append("dense forms that are faster alone made the model slower end to end")
+    for layer in layers:
+        choice = {t: PLAIN if label == layer.dense[t] else label for t, label in layer.choice.items()}
+        layer.dense = dict.fromkeys(layer.dense, PLAIN)
+        swaps.put(swaps.dense, layer, None)
+        if choice != layer.choice and layer.name not in swaps.paired:
+            layer.choice = choice
+            swaps.put(swaps.packed, layer, pack_layer(layer, choice))
+    swaps.now = None
 
 
 def _put_back(swaps: Swaps, layers: Sequence[Layer], tokens: set[int]) -> str:
