@@ -42,7 +42,7 @@ def dense_linears(
     function, name, algorithm = ACTIVATIONS[activation]
     forms: dict[str, Callable[[Tensor], Tensor]] = {"dense torch": lambda x: function(F.linear(x, weight, bias))}
     if torch.backends.mkldnn.is_available():
-        onednn = torch.ops.mkldnn._linear_pointwise
+        onednn = torch.ops.mkldnn._linear_pointwise.default
         prepacked = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
         forms["dense onednn"] = lambda x: onednn(x, weight, bias, name, [], algorithm)
         forms["dense onednn prepacked"] = lambda x: onednn(x, prepacked, bias, name, [], algorithm)
