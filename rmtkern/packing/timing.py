@@ -56,8 +56,10 @@ def interleaved_samples(
         repeats[name] = repeats_of(1e3 * taken)
 
     def measure(name: str) -> tuple[float, float]:
+        begin = clock()
         if prepare := getattr(calls[name], "prepare", None):
             prepare()
+        prepared_ms = 1e3 * (clock() - begin)
         if settle:
             time.sleep(SETTLE)
             calls[name]()
@@ -65,7 +67,7 @@ def interleaved_samples(
         for _ in range(repeats[name]):
             calls[name]()
         taken_ms = 1e3 * (clock() - start)
-        return taken_ms / repeats[name], taken_ms
+        return taken_ms / repeats[name], taken_ms + prepared_ms
 
     return in_rounds(list(calls), measure, budget_ms)
 

@@ -18,7 +18,7 @@ from rmtkern.errors import PackedModelError
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.ops import linear
 from rmtkern.packing import guard, outputs, pack_, unpack_
-from rmtkern.packing.timing import interleaved_ms
+from rmtkern.packing.timing import interleaved_ms, interleaved_samples
 from rmtkern.testing import random_sparse
 
 
@@ -358,6 +358,20 @@ def test_what_ran_before_a_state_does_not_count(packed, monkeypatch):
     found = report.end_to_end[0]
     assert found.original_ms == found.dense_ms == pytest.approx(10.0)
     assert found.packed_ms == pytest.approx(min(10.0, 10.0 * packed)) and report.packed_layers == 2 * (packed < 1)
+
+
+def test_what_prepares_a_call_counts_in_the_budget_and_not_in_its_time():
+    now = 0.0
+
+    class Call:
+        def __call__(self):
+            nonlocal now
+            now += 0.01
+
+        prepare = __call__
+
+    samples = interleaved_samples({"a": Call()}, 399.0, lambda: now)
+    assert samples["a"] == pytest.approx([10.0] * 20)
 
 
 def test_a_candidate_is_timed_as_the_module_that_will_run():
