@@ -53,7 +53,7 @@ build/sanitize/.built: $(VENV)/.installed-dev $(SOURCES)
 sanitize: build/sanitize/.built  ## the kernels' tests under AddressSanitizer and UBSan, in a copy of the tree
 	$(COPY)
 	$(SANITIZED) -m pytest tests/layouts tests/test_extension.py tests/test_attention.py tests/test_layer_norm.py \
-		tests/test_mlp.py tests/test_normed_linear.py \
+		tests/test_mlp.py tests/test_normed_linear.py tests/test_gated.py \
 		-k "not extension_is_missing"
 
 fuzz: build/sanitize/.built  ## 100,000 mutated files and packed weights in the same copy; counts go to benchmarks/results/
@@ -65,8 +65,11 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-bench  ## kernel and model benchmarks; results go to benchmarks/results/
+bench: $(VENV)/.installed-bench  ## kernel, fused kernel and model benchmarks; results go to benchmarks/results/
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.run --level kernel
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.run --level mlp
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.run --level normed
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.run --level attention
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.run --level model
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.run --level growth
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m benchmarks.spectra

@@ -55,6 +55,8 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "haar": ("haar", float),
     "soft_threshold": ("soft_threshold", float),
     "theta": ("theta", str),
+    "legacy": ("legacy", lambda _: True),
+    "spikes": ("spikes", float),
 }
 """What may stand behind a method -> field of PruneConfig, and its value from what stands behind "="."""
 

@@ -1,7 +1,7 @@
 """Every case that is benchmarked: shapes, token counts, layouts, patterns, sparsities, dtypes and threads, once.
 
-It only names them. contenders.py makes the weights; kernel.py, mlp.py, growth.py and model.py measure, gpu_kernel.py
-and gpu_model.py on a GPU; run.py selects.
+It only names them. contenders.py makes the weights; kernel.py, mlp.py, normed.py, attention.py, growth.py and model.py
+measure, gpu_kernel.py and gpu_model.py on a GPU; run.py selects.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,19 @@ from dataclasses import dataclass, replace
 __all__ = [
     "DTYPES",
     "LAYERS",
+    "AttentionCase",
+    "Case",
     "KernelCase",
     "ModelCase",
     "Pruned",
+    "attention_cases",
     "gpu_kernel_cases",
     "gpu_model_cases",
     "growth_cases",
     "kernel_cases",
     "mlp_cases",
     "model_cases",
+    "normed_cases",
     "only",
 ]
 
@@ -72,6 +76,36 @@ class KernelCase:
 
 
 @dataclass(frozen=True)
+class AttentionCase:
+    """One interleaved run of attention within images: PyTorch's backends and our kernel.
+
+    Args:
+        heads: H.
+        head_dim: d.
+        batch: B, images.
+        tokens: T of an image.
+        dtype: of q, k and v, a name in DTYPES.
+        threads: of torch.
+        contenders: "no mask", and "bias" for an additive one for each head.
+        quick: whether `--quick` runs it.
+    """
+
+    heads: int
+    head_dim: int
+    batch: int
+    tokens: int
+    dtype: str = "float32"
+    threads: int = 1
+    contenders: tuple[str, ...] = ("no mask", "bias")
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as "12x64 B=8 T=197 float32 1t"."""
+        return f"{self.heads}x{self.head_dim} B={self.batch} T={self.tokens} {self.dtype} {self.threads}t"
+
+
+@dataclass(frozen=True)
 class Pruned:
     """A whole model pruned to a pattern and packed.
 
@@ -115,6 +149,8 @@ class ModelCase:
         """Such as "vit_base_patch16_224 B=8 1t"."""
         return f"{self.model} B={self.batch}" + (f" {self.threads}t" if self.threads else "")
 
+
+Case = KernelCase | AttentionCase | ModelCase
 
 SPARSITIES = (0.5, 0.7, 0.9)
 
@@ -179,6 +215,39 @@ def mlp_cases() -> Iterator[KernelCase]:
             for tokens in (IMAGE, BATCH):
                 quick = model == "vit_b" and tokens == IMAGE
                 yield KernelCase(f"{model}.mlp", tokens, MLP_FORMS[dtype], dtype, activation="gelu", quick=quick)
+
+
+NORMED_FORMS = {
+    "float32": ("dense own", *_at(["bitmask"], (0.5, 0.9)), "nofm 2:4"),
+    "bfloat16": ("dense own", *_at(["bitmask", "block 1x2"], (0.5, 0.9)), "block 4x2 0.5", "nofm 2:4"),
+}
+
+
+def normed_cases() -> Iterator[KernelCase]:
+    """The normed level: the linears of ViT-B, ViT-S and DeiT-T that follow a LayerNorm, an image and a batch of 8."""
+    for threads in (1, 2):
+        for model in ("vit_b", "vit_s", "vit_t"):
+            for role, activation in (("qkv", None), ("fc1", "gelu")):
+                for dtype, forms in NORMED_FORMS.items():
+                    for tokens in (IMAGE, BATCH):
+                        quick = model == "vit_b" and tokens == IMAGE and threads == 1
+                        yield KernelCase(f"{model}.{role}", tokens, forms, dtype, activation, threads, quick=quick)
+
+
+ATTENTION_SHAPES = (
+    *((heads, 64, batch, IMAGE) for heads in (12, 6, 3) for batch in (1, 8)),
+    *((12, head_dim, batch, IMAGE) for head_dim in (32, 80, 96, 128) for batch in (1, 8)),
+    (12, 64, 1, 577),
+)
+"""(H, d, B, T): ViT-B, ViT-S and DeiT-T; the other head dims that vision models have; ViT-B at 384 x 384."""
+
+
+def attention_cases() -> Iterator[AttentionCase]:
+    """The attention level: every shape in both dtypes, 1 and 2 threads."""
+    for threads in (1, 2):
+        for shape in ATTENTION_SHAPES:
+            for dtype in DTYPES:
+                yield AttentionCase(*shape, dtype, threads, quick=shape[:2] == (12, 64) and threads == 1)
 
 
 GROWTH_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, IMAGE, 2 * IMAGE, 4 * IMAGE, BATCH, 16 * IMAGE, 32 * IMAGE, 64 * IMAGE)
@@ -260,7 +329,7 @@ def gpu_model_cases() -> Iterator[ModelCase]:
             yield ModelCase(model, batch, GPU_PACKED, 0, quick=model.startswith("vit_base") and batch == 1)
 
 
-def only(case: KernelCase | ModelCase, wanted: Sequence[str]) -> KernelCase | ModelCase | None:
+def only(case: Case, wanted: Sequence[str]) -> Case | None:
     """The case with those contenders whose "<case name> <contender name>" contains one of `wanted`; None if none does.
 
     An empty `wanted` leaves the case as it is.

@@ -4,6 +4,7 @@ It measures one case of cases.py and returns its rows; run.py writes them.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from benchmarks.timing import clock_for, interleaved, quantiles
 from rmtkern.layouts import cpu
 from rmtkern.testing import accuracy_excess
 
-__all__ = ["KEYS", "SHOWN", "Layer", "dense_calls", "measure"]
+__all__ = ["KEYS", "SHOWN", "Layer", "dense_linears", "measure"]
 
 KEYS = ("layer", "T", "dtype", "activation", "form", "threads", "isa")
 """Columns that identify a row."""
@@ -33,19 +34,19 @@ ROUND_FLOPS = 4e8
 ACTIVATIONS = {None: (lambda y: y, "none", ""), "gelu": (F.gelu, "gelu", "none")}
 """activation -> torch's function, oneDNN's attribute and algorithm, for those of cases.py."""
 
-Calls = dict[str, Callable[[], Tensor]]
 
-
-def dense_calls(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None) -> Calls:
-    """Every dense form that torch offers for this layer, in the dtype of x."""
+def dense_linears(
+    weight: Tensor, bias: Tensor, activation: str | None, tokens: int
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Every dense form that torch offers for this layer, for x [tokens, K] of the dtype of the weight."""
     function, name, algorithm = ACTIVATIONS[activation]
-    calls: Calls = {"dense torch": lambda: function(F.linear(x, weight, bias))}
+    forms: dict[str, Callable[[Tensor], Tensor]] = {"dense torch": lambda x: function(F.linear(x, weight, bias))}
     if torch.backends.mkldnn.is_available():
-        onednn = torch.ops.mkldnn._linear_pointwise
-        prepacked = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
-        calls["dense onednn"] = lambda: onednn(x, weight, bias, name, [], algorithm)
-        calls["dense onednn prepacked"] = lambda: onednn(x, prepacked, bias, name, [], algorithm)
-    return calls
+        onednn = torch.ops.mkldnn._linear_pointwise.default
+        prepacked = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
+        forms["dense onednn"] = lambda x: onednn(x, weight, bias, name, [], algorithm)
+        forms["dense onednn prepacked"] = lambda x: onednn(x, prepacked, bias, name, [], algorithm)
+    return forms
 
 
 def relative_error(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor, activation: str | None) -> float:
@@ -74,7 +75,8 @@ class Layer:
         self.x, self.bias = torch.randn(case.tokens, n_cols).to(dtype), torch.randn(n_rows).to(dtype)
         weight = torch.randn(n_rows, n_cols).to(dtype)
         self.sample = torch.linspace(0, case.tokens - 1, min(case.tokens, CHECKED)).long()
-        self.calls = dense_calls(self.x, weight, self.bias, case.activation)
+        linears = dense_linears(weight, self.bias, case.activation, case.tokens)
+        self.calls: dict[str, Callable[[], Tensor]] = {name: partial(dense, self.x) for name, dense in linears.items()}
         self.baselines = tuple(self.calls)
         self.flops = 2.0 * case.tokens * n_rows * n_cols
         """Of the dense layer."""

@@ -130,6 +130,7 @@ class _Contest:
         error = self._check(pruned.name, pruned.dtype, model(self.images), original, exact)
         self.calls[pruned.name] = lambda: model(self.images)
         forms = Counter(layer.form for layer in report.layers)
+        kernels = {kernel: sum(site.used for site in sites) for kernel, sites in report.sites.items()}
         self.facts[pruned.name] = self._columns(
             pruned.dtype,
             pruned.pattern,
@@ -141,6 +142,7 @@ class _Contest:
             **self._memory(pruned.dtype, model),
             pack_seconds=seconds,
             forms="; ".join(f"{form} x{count}" for form, count in forms.most_common()),
+            kernels="; ".join(f"{kernel} x{count}" for kernel, count in kernels.items() if count),
             notes="; ".join(report.notes),
         )
 
@@ -163,7 +165,7 @@ class _Contest:
     def _columns(
         self, dtype: str, pattern: str | None, sparsity: float, error: float, flops: float, **packed: Any
     ) -> dict[str, Any]:
-        names = ("mib_before", "mib_after", "peak_mib", "peak_extra_mib", "pack_seconds", "forms", "notes")
+        names = ("mib_before", "mib_after", "peak_mib", "peak_extra_mib", "pack_seconds", "forms", "kernels", "notes")
         head = {"dtype": dtype, "pattern": pattern, "sparsity": sparsity, "max_rel_err": error, "flops": flops}
         return head | {name: packed.get(name) for name in names}
 

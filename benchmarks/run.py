@@ -3,6 +3,8 @@
     python -m benchmarks.run --level kernel                        # every layer, layout and dtype
     python -m benchmarks.run --level model --batches 8 --threads 1 # whole models against the peers that are installed
     python -m benchmarks.run --level mlp                           # two linears in one kernel against two kernels
+    python -m benchmarks.run --level normed                        # LayerNorm and a linear in one kernel against two
+    python -m benchmarks.run --level attention                     # against the backends of PyTorch's
     python -m benchmarks.run --level growth
     python -m benchmarks.run --level kernel --base HEAD~1          # this tree against an older revision
     python -m benchmarks.run --level kernel --quick --only "bitmask 0.5"
@@ -13,14 +15,14 @@ nothing. Run it on an idle machine: one thread is measured in CPU time, several 
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from benchmarks import cases, gpu, growth, kernel, mlp, model, revisions
-from benchmarks.cases import KernelCase, ModelCase
+from benchmarks import attention, cases, gpu, growth, kernel, mlp, model, normed, revisions
+from benchmarks.cases import Case, ModelCase
 from benchmarks.peak import fma_peak
 from benchmarks.record import read_rows, results_file, revision, write_rows
 from rmtkern.environment import cpu_model
@@ -28,13 +30,17 @@ from rmtkern.layouts.cpu import isas
 from rmtkern.peers import PEERS
 from rmtkern.tables import Table
 
-CASES = {
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "kernel": cases.kernel_cases,
     "mlp": cases.mlp_cases,
+    "normed": cases.normed_cases,
+    "attention": cases.attention_cases,
     "model": cases.model_cases,
     "growth": cases.growth_cases,
 }
-ROUNDS = {"kernel": 15, "mlp": 15, "model": 7, "growth": 7}
+MEASURE: dict[str, Any] = {"kernel": kernel, "mlp": mlp, "normed": normed, "attention": attention, "growth": growth}
+"""Level -> the module whose rows these are, of those that take a case, rounds and `say`."""
+ROUNDS = {"kernel": 15, "mlp": 15, "normed": 9, "attention": 15, "model": 7, "growth": 7}
 QUICK_ROUNDS = 3
 
 Rows = Sequence[Mapping[str, Any]]
@@ -60,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.device == "cuda":
         return _check_cuda(parser, args)
     if args.level is None:
-        parser.error("--level: say which on the CPU: kernel, mlp, model or growth")
+        parser.error(f"--level: say which on the CPU: {', '.join(CASES)}")
     if args.budget is not None:
         parser.error("--budget is for --device cuda")
     if args.base and args.level != "kernel":
@@ -85,10 +91,10 @@ def _check_cuda(parser: argparse.ArgumentParser, args: argparse.Namespace) -> ar
     return args
 
 
-def select(args: argparse.Namespace) -> Iterator[KernelCase | ModelCase]:
+def select(args: argparse.Namespace) -> Iterator[Case]:
     """The cases that the options leave."""
     for case in CASES[args.level]():
-        dtype = case.dtype if isinstance(case, KernelCase) else case.contenders[0].dtype
+        dtype = case.contenders[0].dtype if isinstance(case, ModelCase) else case.dtype
         wrong_batch = args.batches and isinstance(case, ModelCase) and case.batch not in args.batches
         wrong_threads = args.threads and case.threads not in args.threads
         if wrong_batch or wrong_threads or (args.quick and not case.quick) or (args.dtype and dtype != args.dtype):
@@ -138,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             elif tree is not None:
                 level, rows = revisions, revisions.measure(case, tree, args.base, rounds, say)
             else:
-                level = {"growth": growth, "mlp": mlp}.get(args.level, kernel)
+                level = MEASURE[args.level]
                 rows = level.measure(case, rounds, say)
             if not rows:
                 continue

@@ -1,6 +1,6 @@
 """Spikes above the Marchenko-Pastur edge as low rank plus a sparse rest, against plain patterns at equal measured time.
 
-    python -m benchmarks.spectral --path DIR --layers 'blocks.[27].*' --out FILE.csv
+    python -m benchmarks.spectral --path DIR --name vits14-imagenette --layers 'blocks.[27].*' --out FILE.csv
 
 Layer by layer, with the inputs that the dense model gives calibration images. Every form is pruned by "admm" and refit
 by least squares ("obs"), the rest of a spectral one to what its factors leave; `loss` is tr (V - W) H (V - W)ᵀ over
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.accuracy import load
-from benchmarks.record import stamped, write_rows
+from benchmarks.record import read_rows, stamped, write_rows
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.factors import factor
@@ -84,6 +84,22 @@ def equal_time(points: Iterable[tuple[float, float]], dense_ms: float, ms: float
     return float(np.exp(np.interp(ms, [taken for taken, _ in best], np.log([loss for _, loss in best]))))
 
 
+def ranks_of(matrix: Tensor, shares: Sequence[float]) -> tuple[int, list[int]]:
+    """How many spikes a matrix has, and the ranks that shares of them are, at least 1."""
+    spikes = fit_spectrum(matrix).n_spikes or 0
+    return spikes, sorted({max(1, round(share * spikes)) for share in shares})
+
+
+def known_rows(path: Path | None, head: Mapping[str, Any], wanted: Sequence[tuple[str, int, float]]) -> list[Any]:
+    """The rows that a file has of a layer, if it has all (form, rank, sparsity) that are wanted, else none."""
+    if path is None or not path.exists():
+        return []
+    named = {key: str(value) for key, value in {**head, "threads": torch.get_num_threads()}.items()}
+    rows = [row for row in read_rows(path) if all(row[key] == value for key, value in named.items())]
+    found = {(row["form"], row["rank"], row["sparsity"]) for row in rows}
+    return rows if found.issuperset(tuple(map(str, one)) for one in wanted) else []
+
+
 def compare(
     matrix: Tensor,
     bias: Tensor | None,
@@ -118,8 +134,8 @@ def compare(
         loss = relative_loss(matrix, value, moment)
         facts[name] = {"form": pattern, "rank": 0, "sparsity": sparsity, "loss": loss}
         forms[name] = list(_packed(value.to(dtype)))
-    spikes = fit_spectrum(matrix).n_spikes
-    for rank in sorted({max(1, round(share * spikes)) for share in shares}):
+    spikes, ranks = ranks_of(matrix, shares)
+    for rank in ranks:
         b, a = (part.float() for part in factor(matrix, rank))
         for sparsity in sparsities:
             rest, name = pruned(matrix - b @ a, solid, "unstructured", sparsity), f"spectral {rank} {sparsity}"
@@ -176,27 +192,37 @@ def main(timer: Timer = interleaved_ms) -> None:
     sys.path.insert(0, args.path)
     model = load(args.model)().eval()
     weights = prunable_weights(model, args.layers)
-    moments = moments_of(model, weights, load(args.images)("train", args.calibration)[0])
-    biases = dict(model.named_parameters())
-    every: list[dict[str, Any]] = []
+    plain = [(pattern, 0, sparsity) for pattern, sparsity in wanted_shares(args.patterns, args.sparsities)]
+    heads, known = {}, {}
     for weight in weights:
-        bias = biases.get(weight.name.removesuffix("weight") + "bias")
-        rows = compare(
-            weight.as_matrix(), None if bias is None else bias.detach(), moments[weight.name], args.tokens,
-            args.patterns, args.sparsities, args.spikes, getattr(torch, args.dtype), args.budget_ms, timer,
-        )  # fmt: skip
         head = {"model": args.name, "layer": weight.name, "dtype": args.dtype, "tokens": args.tokens}
-        head["calibration_images"] = args.calibration
-        rows = [stamped({**head, **row}) for row in rows]
-        if args.out:
-            write_rows(args.out, rows, KEYS)
+        heads[weight.name] = {**head, "calibration_images": args.calibration}
+        ranks = ranks_of(weight.as_matrix(), args.spikes)[1]
+        wanted = [*plain, *(("spectral", rank, sparsity) for rank in ranks for sparsity in args.sparsities)]
+        known[weight.name] = known_rows(args.out, heads[weight.name], wanted)
+    left = [weight for weight in weights if not known[weight.name]]
+    moments = moments_of(model, left, load(args.images)("train", args.calibration)[0]) if left else {}
+    biases = dict(model.named_parameters())
+    every: list[Mapping[str, Any]] = []
+    for weight in weights:
+        rows: Sequence[Mapping[str, Any]] = known[weight.name]
+        if not rows:
+            bias = biases.get(weight.name.removesuffix("weight") + "bias")
+            made = compare(
+                weight.as_matrix(), None if bias is None else bias.detach(), moments[weight.name], args.tokens,
+                args.patterns, args.sparsities, args.spikes, getattr(torch, args.dtype), args.budget_ms, timer,
+            )  # fmt: skip
+            rows = [stamped({**heads[weight.name], **row}) for row in made]
+            if args.out:
+                write_rows(args.out, rows, KEYS)
         columns = ("layer", "form", "rank", "sparsity", "ms", "dense_ms", "loss", "plain_loss")
         print(Table(columns, [tuple(row[name] for name in columns) for row in rows]).to_text(), flush=True)
         every += rows
-    both = [row for row in every if row["plain_loss"]]
+    both = [(float(row["loss"]), float(row["plain_loss"])) for row in every if row["plain_loss"] not in (None, "")]
+    both = [(loss, plain) for loss, plain in both if plain > 0]
     if both:
-        wins = sum(row["loss"] < row["plain_loss"] for row in both)
-        ratio = np.exp(np.mean([np.log(row["loss"] / row["plain_loss"]) for row in both]))
+        wins = sum(loss < plain for loss, plain in both)
+        ratio = np.exp(np.mean([np.log(loss / plain) for loss, plain in both]))
         print(f"spectral loses less in {wins} of {len(both)} points as fast as a plain one; its loss over theirs, "
               f"geometric mean: {ratio:.2f}")  # fmt: skip
 

@@ -121,6 +121,45 @@ def mlps() -> Table:
     return Table(columns, cells, [note])
 
 
+def _side_by_side(
+    found: Sequence[dict[str, str]], head: Sequence[str], beside: Callable[[dict[str, str]], str], ratios: Sequence[str]
+) -> tuple[list[str], list[list[str | None]]]:
+    """Columns and cells: a row for each value of the columns `head`, and the ratios of what `beside` tells apart."""
+    across = list(dict.fromkeys(map(beside, found)))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in found:
+        chosen = " / ".join(_ratio(row[ratio]) for ratio in ratios)
+        cells.setdefault(tuple(row[column] for column in head), {})[beside(row)] = chosen
+    return across, [[*key, *(chosen.get(name) for name in across)] for key, chosen in cells.items()]
+
+
+def normed_linears() -> Table:
+    """LayerNorm and the linear after it in one kernel against the two apart."""
+    found = rows(f"normed-{CPU}.csv")
+    head = ("layer", "K", "N", "dtype", "form")
+    across, cells = _side_by_side(
+        found, head, lambda row: f"T={row['T']}, {row['threads']}t", ("vs_separate", "vs_dense")
+    )
+    note = (
+        "Ratio to LayerNorm (PyTorch's or ours, the faster) and then the same kernel / and then the strongest dense"
+        f" linear; 1t, 2t: threads, in CPU and wall time. {_where(found[0])}"
+    )
+    return Table([*head, *across], cells, [note])
+
+
+def attentions() -> Table:
+    """Our attention kernel against the strongest backend of PyTorch's."""
+    found = rows(f"attention-{CPU}.csv")
+    head = ("heads", "head_dim", "batch", "T", "dtype")
+    across, cells = _side_by_side(found, head, lambda row: f"{row['form']}, {row['threads']}t", ("vs_torch",))
+    strongest = ", ".join(sorted({row["torch_by"].partition(",")[0] for row in found}))
+    note = (
+        "Times the strongest of PyTorch's own choice, its flash kernel and its composition of products (the strongest"
+        f" here: {strongest}); bias: one for each head; 1t, 2t: threads, in CPU and wall time. {_where(found[0])}"
+    )
+    return Table([*head, *across], cells, [note])
+
+
 FIXED = ("nofm 2:4", "nofm 2:4x4")
 """Forms whose pattern says the sparsity, 50 %."""
 
@@ -258,6 +297,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "kernels-2-threads": lambda: kernels(threads="2"),
     "kernels-other": other_kernels,
     "mlps": mlps,
+    "normed": normed_linears,
+    "attention": attentions,
     "models": lambda: models("vit_base_patch16_224", "8", "1"),
     "models-all": models,
     "growth": growth,

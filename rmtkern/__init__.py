@@ -23,6 +23,7 @@ from rmtkern.pruning.times import PatternTimes
 from rmtkern.report import PageReport, write_report
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.shrinking import shrink_
+from rmtkern.spectral_linear import SpectralLinear, merge_factors_
 from rmtkern.spectrum.fit import SpectralFit, SpectralFits, fit_spectra, fit_spectrum
 from rmtkern.speed import SpeedReport, prune_to_speed_
 from rmtkern.token_merging import TokenMerging, merge_tokens_, unmerge_tokens_
@@ -50,6 +51,7 @@ __all__ = [
     "ShrinkPlan",
     "SpectralFit",
     "SpectralFits",
+    "SpectralLinear",
     "SpeedReport",
     "TokenMerging",
     "advise",
@@ -65,6 +67,7 @@ __all__ = [
     "fit_spectrum",
     "load",
     "load_plan",
+    "merge_factors_",
     "merge_tokens_",
     "pack_",
     "prune_",

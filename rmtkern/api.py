@@ -19,15 +19,18 @@ from rmtkern.pruning.cycles import layer_weights, make_masks, masks_of_choices, 
 from rmtkern.pruning.held_out import hold_out, model_outputs, relative_change
 from rmtkern.pruning.layerwise import prune_layerwise
 from rmtkern.pruning.mixing import Choice, choose_patterns
-from rmtkern.pruning.pattern import coarsest, parse_pattern, unit_of, whole_units
+from rmtkern.pruning.pattern import SPIKES, coarsest, parse_pattern, unit_of, whole_units
 from rmtkern.pruning.permute import permute_
 from rmtkern.pruning.plan import GIVEN, PRIORS, Count, LayerPlan, PruneConfig, PrunePlan, mask_hash
 from rmtkern.pruning.presets import AUTO_NO_GRADIENTS, BEST, BEST_OF
 from rmtkern.pruning.pruned import Pruned
 from rmtkern.pruning.residual import permute_stream_
 from rmtkern.pruning.sensitivity import Sensitivity, sensitivities
+from rmtkern.pruning.spikes import divide_spikes_
 from rmtkern.pruning.target import Target, search
 from rmtkern.pruning.times import PatternTimes
+from rmtkern.ranks import Ranks
+from rmtkern.spectral_linear import put_, spectral_linears
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 from rmtkern.training.reallocate import reallocate
 
@@ -56,7 +59,8 @@ def analyze(
     """Fit the Marchenko-Pastur law to every weight matrix of a model.
 
     Weights on a GPU are decomposed there, by CuPy where it is installed, else by torch (docs/gpu.md). Beside the model
-    it holds copies and Gram matrices of one batch of weights, within `max_bytes` (docs/benchmarks.md, Memory).
+    it holds copies and Gram matrices of one batch of weights, within `max_bytes` (docs/benchmarks.md, Memory). With
+    several processes (torch.distributed) call it on every rank: each decomposes its share, all get all fits.
 
     Args:
         model: any module; not changed.
@@ -78,23 +82,36 @@ def analyze(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: nothing to analyse, a target that matches nothing, weights with NaN or Inf, or on the meta device.
+        ValueError: nothing to analyse, a target that matches nothing, weights with NaN or Inf, on the meta device, or
+            sharded.
         PackedModelError: the model is packed.
 
     Source: docs/math.md (1)-(15).
     """
     weights = prunable_weights(model, targets, ignore)
     _refuse_nothing(weights, "analyse")
+    _refuse_sharded(weights)
     check_values(weights)
     found = {
         label: weight.as_matrix()[rows]
         for weight in weights
         for label, rows in (weight.split() if split_qkv else weight.blocks()).items()
     }
-    return fit_spectra(
+    return _fit(
         found, alpha=alpha, edge=edge, beta=beta, k_hill=k_hill, legacy=legacy, max_bytes=max_bytes,
         show_progress=show_progress,
     )  # fmt: skip
+
+
+def _fit(found: Mapping[str, Tensor], **options: Any) -> SpectralFits:
+    """fit_spectra, each rank of torch.distributed its share of the matrices: the largest dealt out first."""
+    ranks = Ranks.current()
+    if ranks.world == 1:
+        return fit_spectra(found, **options)
+    names = sorted(found, key=lambda name: -found[name].numel() * min(found[name].shape))  # stable, so alike on all
+    own = {name: found[name] for name in names[ranks.rank :: ranks.world]}
+    fits = {name: fit for part in ranks.gather(dict(fit_spectra(own, **options))) for name, fit in part.items()}
+    return SpectralFits({name: fits[name] for name in found})
 
 
 def prune_(
@@ -118,12 +135,16 @@ def prune_(
     alpha_regime: bool = False,
     theta: str = "haar",
     soft_threshold: float = 0.0,
+    legacy: bool = False,
     seed: int = 0,
+    spikes: float = 1.0,
     timings: PatternTimes | None = None,
     linear_speedup: float | None = None,
     max_drop: float | None = None,
     evaluate: Any = None,
     tolerance: float = 0.01,
+    speedup: float | None = None,
+    example: Any = None,
     show_progress: bool | None = None,
 ) -> PrunePlan:
     """Set weights of a model to zero, in place and nothing else: it stays an ordinary, trainable module.
@@ -132,6 +153,11 @@ def prune_(
     towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those
     methods say. If anything fails, the model is bit for bit as it was. Without calibration images the default method
     holds at most four times the dense weights beside the model, "magnitude" twice (docs/benchmarks.md, Memory).
+
+    With several processes, call torch.distributed.init_process_group() first and this on every rank with the same
+    model, not sharded yet: spectra and calibration images are divided (a tensor or a pair here; a loader gives each
+    rank its own part, by a DistributedSampler), moments and gradients are summed, and all end with the same bits. If
+    one rank fails alone, as for a bad image in its part, the others wait for it.
 
     Args:
         model: any module with Linear, Conv2d or MultiheadAttention weights, float32, float16 or bfloat16.
@@ -142,9 +168,11 @@ def prune_(
             PruneConfig and PRESETS.
             "auto" with calibration images is "sensitivity", or "admm" for a model that cannot run backward.
         pattern: "unstructured", n:m such as "2:4", n:mxr such as "2:4x4" (shared by 4 outputs), or mini-blocks of
-            outputs x inputs such as "4x1". A list of them: each weight gets the one, and the share of zeros, at which
-            all lose least for the time that they take by `timings`; a layer that none makes faster stays dense. The
-            sparsity is then met to one mini-block in all.
+            outputs x inputs such as "4x1". "spectral" makes low-rank factors of the spikes above the edge and prunes
+            the rest: then every such nn.Linear is a SpectralLinear (new parameters, so make optimizers afterwards),
+            which finetune_ trains, pack_ stores as it is, and merge_factors_ takes back. A list of patterns: each
+            weight gets the one, and the share of zeros, at which all lose least for the time that they take by
+            `timings`; a layer that none makes faster stays dense. The sparsity is then met to one mini-block in all.
         targets: roles, groups ("attn", "mlp", "other"), globs, or "all"; None: attention and MLP projections.
         ignore: roles, groups or globs to leave out.
         calibration: images for methods that use them: a tensor [B, C, H, W], a pair (images, labels), or a loader of
@@ -178,7 +206,10 @@ def prune_(
         theta: "haar" or "legacy", the unit of the singular-vector thresholds of method "rmt".
         soft_threshold: by how many times the published amount the weights that stay shrink after each cycle of method
             "rmt", >= 0; 0: not at all.
+        legacy: budgets by the spectrum, and method "rmt" with its thresholds and its shrinking, as the published code
+            has them, defects included.
         seed: of score "random", and of the order of images with `restore`.
+        spikes: for pattern "spectral", the share of the spikes that become factors, the largest first, (0, 1].
         timings: how long each weight takes in each of several patterns, as `time_patterns(model, example)` measured it
             here or `PatternTimes.load` read it.
         linear_speedup: with several patterns and instead of a sparsity: prune until the selected weights are together
@@ -187,28 +218,35 @@ def prune_(
             point. By bisection, each trial pruned anew from the dense weights; one copy of the weights to return to and
             one of the best trial are held. Every trial is in the plan.
         evaluate: held-out images for `max_drop`, as evaluation.evaluate takes them: a loader of (x, y), a pair of
-            tensors, or an image folder; seen once for each trial, and never the images that you report on.
-        tolerance: width in sparsity at which that search stops, (0, 1).
+            tensors, or an image folder; seen once for each trial, and never the images that you report on. Of several
+            ranks each scores what it is given, all of it or its part.
+        tolerance: width in sparsity at which a search stops, (0, 1).
+        speedup: find the lowest sparsity at which the packed model is so many times as fast as the strongest dense form
+            here, > 0, by bisection with times of whole models; see speed.prune_to_speed_, which has more options and
+            also returns every trial.
+        example: inputs for `speedup`, as `pack_` takes them.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
         The plan: config, spectra, and what was decided for each layer, with a hash of its zeros.
 
     Raises:
-        TypeError: an argument of the wrong type, `max_drop` with a sparsity or without `evaluate`, several patterns
-            without `timings`, or `linear_speedup` with a sparsity.
+        TypeError: an argument of the wrong type, `max_drop` with a sparsity or without `evaluate`, `speedup` with one
+            of these or without `example`, several patterns without `timings`, or `linear_speedup` with a sparsity.
         ValueError: a value out of range or an unknown name; nothing to prune; NaN or Inf weights; weights on the meta
-            device; K not divisible by m; calibration images missing; `max_drop` with an n:m pattern, no images to
-            evaluate, a model that has no more accuracy than `max_drop`, or a drop that no sparsity keeps; a score that
-            needs an n:m pattern, a prior that it does not take, or tensors that do not fit the model; timings without
-            one of the weights, or by which the patterns do not get as far as asked.
+            device, or sharded; K not divisible by m; calibration images missing, or not what the model takes;
+            `max_drop` with an n:m pattern, no images to evaluate, a model that has no more accuracy than `max_drop`, or
+            a drop that no sparsity keeps; a score that needs an n:m pattern, a prior that it does not take, or tensors
+            that do not fit the model; timings without one of the weights, or by which the patterns do not get as far
+            as asked; a speed-up that is not reached.
         PackedModelError: the model is packed.
     """
     given = {
         "sparsity": sparsity, "method": method, "pattern": pattern, "targets": targets, "ignore": ignore,
         "budget": budget, "score": score, "haar": haar, "alpha_regime": alpha_regime, "theta": theta, "seed": seed,
         "repair": repair, "restore": restore, "permute": permute, "prior": prior, "alpha": alpha,
-        "soft_threshold": soft_threshold, "linear_speedup": linear_speedup,
+        "soft_threshold": soft_threshold, "linear_speedup": linear_speedup, "spikes": spikes,
+        "legacy": legacy,
     }  # fmt: skip
     tensors = None if prior is None or isinstance(prior, str) else prior
     if tensors is not None:
@@ -216,15 +254,34 @@ def prune_(
     config = _config(given, config)
     _check_prior(config, tensors)
     _check_timings(config, timings)
+    if speedup is not None or example is not None:
+        _check_speed(sparsity, config, speedup, example, max_drop, evaluate)
+        from rmtkern.speed import prune_to_speed_  # which packs and times: this file knows no storage
+
+        found = prune_to_speed_(
+            model, speedup or 0, example, config, calibration, tolerance=tolerance, show_progress=show_progress
+        )
+        return found.plan
+    target = None
     if max_drop is not None:
         target = Target(max_drop, tolerance, accuracy=0.0, images=0)
         _check_search(sparsity, config, calibration, evaluate)
-        return _search_(model, config, calibration, target, evaluate, timings, show_progress)
-    if evaluate is not None or tolerance != 0.01:
+    elif evaluate is not None or tolerance != 0.01:
         raise TypeError("prune_: evaluate= and tolerance= are for the search with max_drop=; pass max_drop too")
     if config.linear_speedup is not None and isinstance(sparsity, int | float):
         raise TypeError("prune_: got a sparsity and linear_speedup, which finds the sparsity; pass one of them")
-    return _prune_(model, config, calibration, timings, show_progress, tensors)
+    divided: dict[str, nn.Module] = {}
+    if config.pattern == SPIKES and calibration is not None:
+        weights = _selected(model, config.resolve(calibration is not None))
+        calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+        divided = divide_spikes_(model, weights, config.spikes, calibration, show_progress=show_progress)
+    try:
+        if target is not None:
+            return _search_(model, config, calibration, target, evaluate, timings, show_progress)
+        return _prune_(model, config, calibration, timings, show_progress, tensors)
+    except BaseException:
+        put_(model, divided)
+        raise
 
 
 def _prune_(
@@ -275,13 +332,14 @@ def _best_(
     held_out: Any, model: nn.Module, weights: Sequence[PrunableWeight], config: PruneConfig, *how: Any
 ) -> PrunePlan:
     """`_choose_` with the budget that changes the outputs on held-out images least."""
-    dense, wanted = _values(model), model_outputs(model, held_out)
+    ranks = Ranks.current()
+    dense, wanted = _values(model), model_outputs(model, held_out, ranks=ranks)
     changes: dict[str, float] = {}
     try:
         for budget in BEST_OF:
             _set_(model, dense)
             plan = _choose_(model, weights, replace(config, budget=budget), *how)
-            changes[budget] = relative_change(wanted, model_outputs(model, held_out))
+            changes[budget] = relative_change(wanted, model_outputs(model, held_out, ranks=ranks))
             if min(changes, key=changes.__getitem__) == budget:
                 best, values = plan, _values(model)
     except BaseException:
@@ -336,6 +394,7 @@ def _choose_(
             patterns=None if choices is None else {name: choice.pattern for name, choice in choices.items()},
             sensitivities=costs, priors=priors, show_progress=show_progress,
         )  # fmt: skip
+    pruned = [one.shared(Ranks.current()) for one in pruned]
     plan = _plan(model, config, weights, pruned, fits, images, choices)
     _write_(weights, pruned)
     return plan
@@ -363,7 +422,8 @@ def _masks_of(
         return chosen, SpectralFits({}), moments.images
 
     def fit(found: Mapping[str, Tensor]) -> SpectralFits:
-        return fit_spectra(found, k_hill=HILL.get(config.budget or "", 20), show_progress=show_progress)
+        k_hill = HILL.get(config.budget or "", 20)
+        return _fit(found, k_hill=k_hill, legacy=config.legacy, show_progress=show_progress)
 
     fits = fit(matrices(weights)) if config.needs_fits else SpectralFits({})
     masks_of = partial(
@@ -381,7 +441,12 @@ def _prior_masks(
 ) -> list[Pruned]:
     """What the method that a config names as prior would remove, without a pattern, at the same sparsity."""
     asked = PruneConfig(
-        config.sparsity, config.prior or "", alpha_regime=config.alpha_regime, theta=config.theta, seed=config.seed
+        config.sparsity,
+        config.prior or "",
+        alpha_regime=config.alpha_regime,
+        theta=config.theta,
+        seed=config.seed,
+        legacy=config.legacy,
     ).resolve(True)
     masks_of, _, _ = _masks_of(model, weights, asked, calibration, None, show_progress)
     zeros = sum(int((weight.parameter == 0).sum()) for weight in weights)
@@ -424,6 +489,7 @@ def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:
     """The weights that a config asks for, checked."""
     weights = prunable_weights(model, config.targets, config.ignore)
     _refuse_nothing(weights, "prune")
+    _refuse_sharded(weights)
     check_values(weights)
     if not config.mixed:
         _check_divisible(weights, config.patterns[0])
@@ -465,6 +531,18 @@ def _check_search(sparsity: Any, config: PruneConfig, calibration: Any, images: 
             )
 
 
+def _check_speed(sparsity: Any, config: PruneConfig, speedup: Any, example: Any, max_drop: Any, evaluate: Any) -> None:
+    """Refuse what a search for a speed-up does not take, before anything is computed."""
+    if speedup is None or example is None:
+        raise TypeError("prune_: speedup= and example= go together: how many times as fast, on which inputs")
+    if isinstance(sparsity, int | float) or config.sparsity != _DEFAULTS["sparsity"]:
+        raise TypeError("prune_: got a sparsity and speedup, which finds the sparsity; pass one of them")
+    if max_drop is not None or evaluate is not None:
+        raise TypeError("prune_: got max_drop or evaluate, and speedup; pass one of the two searches")
+    if config.prior == GIVEN:
+        raise TypeError("prune_: a prior that is given as tensors has one sparsity; pass prior= a method")
+
+
 def _search_(
     model: nn.Module,
     config: PruneConfig,
@@ -475,11 +553,17 @@ def _search_(
     show_progress: bool | None,
 ) -> PrunePlan:
     weights = _selected(model, config.resolve(calibration is not None))
-    before = evaluation.evaluate(model, images, show_progress=show_progress)
-    target = replace(target, accuracy=before.top1, images=before.count)
-    if before.top1 <= target.max_drop:
+
+    def score() -> tuple[float, int]:
+        found = evaluation.evaluate(model, images, show_progress=show_progress)
+        hits, count = Ranks.current().total([round(found.top1 * found.count), found.count])
+        return hits / count, int(count)
+
+    accuracy, number = score()
+    target = replace(target, accuracy=accuracy, images=number)
+    if accuracy <= target.max_drop:
         raise ValueError(
-            f"the model scores {before.top1:.2%} before pruning, no more than max_drop={target.max_drop:g} may lose; "
+            f"the model scores {accuracy:.2%} before pruning, no more than max_drop={target.max_drop:g} may lose; "
             "check that the labels of evaluate= are numbered as the model's classes are"
         )
     zeros = sum(int((weight.parameter == 0).sum()) for weight in weights)
@@ -490,12 +574,12 @@ def _search_(
     def attempt(sparsity: float) -> float:
         _set_(model, dense)
         plans.append(_prune_(model, replace(config, sparsity=sparsity), calibration, timings, show_progress))
-        found = evaluation.evaluate(model, images, show_progress=show_progress)
-        if found.count != before.count:
+        found, count = score()
+        if count != number:
             raise ValueError(
-                f"evaluate: gave {before.count} images at first and {found.count} for a trial; pass the same every time"
+                f"evaluate: gave {number} images at first and {count} for a trial; pass the same every time"
             )
-        return found.top1
+        return found
 
     try:
         (plan, pruned), target = search(target, least, attempt, lambda: (plans[-1], _values(model)))
@@ -547,6 +631,15 @@ def _refuse_nothing(weights: Sequence[PrunableWeight], verb: str) -> None:
         )
 
 
+def _refuse_sharded(weights: Sequence[PrunableWeight]) -> None:
+    for weight in weights:
+        if hasattr(weight.parameter, "to_local"):
+            raise ValueError(
+                f"{weight.name} is sharded (a DTensor), and scores and spectra need whole weights; call this before "
+                "fully_shard, on every rank"
+            )
+
+
 def _check_divisible(weights: Sequence[PrunableWeight], pattern: str) -> None:
     _, params = parse_pattern(pattern)
     r, c = unit_of(params)
@@ -572,9 +665,14 @@ def _plan(
     images: int,
     choices: Mapping[str, Choice] | None = None,
 ) -> PrunePlan:
+    divided = spectral_linears(model)
+
     def layer_plan(weight: PrunableWeight, mask: Tensor) -> LayerPlan:
         choice = None if choices is None else choices[weight.name]
         _, params = parse_pattern(config.patterns[0] if choice is None else choice.pattern)
+        owner = divided.get(weight.name.rpartition(".")[0])
+        if owner is not None and not params:
+            params = {"rank": owner.rank}
         times = {} if choice is None else {"ms": choice.ms, "dense_ms": choice.dense_ms}
         zeros, found = int(mask.sum()), mask_hash(mask)
         return LayerPlan(weight.name, weight.role, weight.shape, zeros, found, params, **times)

@@ -34,6 +34,11 @@ CYCLE = FinetuneConfig(
 """The published fine-tuning of one cycle (SGD, momentum 0.9, label smoothing 0.1, clipped at 1, cosine to 1 %)."""
 
 
+FURTHER = ("budget", "score", "repair", "restore", "permute", "haar", "alpha_regime", "theta", "soft_threshold",
+           "legacy", "spikes")  # fmt: skip
+"""The fields of a PruneConfig that `prune_gradually_` passes on."""
+
+
 @dataclass(frozen=True)
 class Cycle:
     """One sparsity.
@@ -109,6 +114,7 @@ def prune_gradually_(
     finetune: FinetuneConfig | None = None,
     seed: int = 0,
     show_progress: bool | None = None,
+    **fields: Any,
 ) -> Gradual:
     """Prune to one sparsity after another, in place, fine-tuning the survivors after each; zeros only grow.
 
@@ -133,13 +139,17 @@ def prune_gradually_(
         finetune: of every cycle; None: CYCLE, the published one.
         seed: as prune_ takes it.
         show_progress: progress bar; None: only on a terminal.
+        fields: further fields of PruneConfig, for every cycle, such as repair="obs"; but `haar` is for the first cycle
+            alone, as published: method "seb" with haar=0.5 and alpha_regime=True is what the tables of arXiv 2606.02608
+            call Classical RMT (method "rmt" is the cycles of arXiv 2503.01922).
 
     Returns:
         The report of all cycles, with the last plan.
 
     Raises:
-        TypeError, ValueError: as prune_, finetune_ and evaluate raise them; sparsities that do not rise; a method
-            "drop-threshold" without held-out images; data that can be read once only. All before anything is changed.
+        TypeError, ValueError: as prune_, finetune_ and evaluate raise them; an unknown field; sparsities that do not
+            rise; a method "drop-threshold" without held-out images; data that can be read once only. All before
+            anything is changed.
 
     Source: arXiv 2606.02608, Hybrid Magnitude-SER and its drop-threshold variant; there, validation labels decide.
     """
@@ -157,8 +167,13 @@ def prune_gradually_(
             )
     calibration = train_loader if calibration is None else calibration
 
+    unknown = [name for name in fields if name not in FURTHER]
+    if unknown:
+        raise TypeError(f"prune_gradually_: unknown field {unknown[0]!r}; expected one of {', '.join(FURTHER)}")
+
     def config(sparsity: float, name: str) -> PruneConfig:
-        return PruneConfig(sparsity, name, pattern=pattern, targets=targets, ignore=ignore, seed=seed)  # type: ignore[arg-type]
+        more = {**fields, **({} if sparsity == steps[0] else {"haar": 0.0})}
+        return PruneConfig(sparsity, name, pattern=pattern, targets=targets, ignore=ignore, seed=seed, **more)  # type: ignore[arg-type]
 
     for sparsity in steps:  # refuse before anything is changed
         for name in ("magnitude", "ser") if adaptive else (method,):

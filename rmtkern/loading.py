@@ -19,6 +19,7 @@ from rmtkern.foreign import plain_state
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.shards import INDEX, SUFFIX, read_metadata, read_tensors
 from rmtkern.shrink_plan import ShrinkPlan
+from rmtkern.spectral_linear import divide_as_, put_
 from rmtkern.storage import write_tensors
 
 __all__ = [
@@ -168,7 +169,8 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
     """Load a checkpoint strictly into a model.
 
     Args:
-        model: not changed if the checkpoint does not fit; made as small as the checkpoint is if `shrink_` made that.
+        model: not changed if the checkpoint does not fit; made as small as the checkpoint is if `shrink_` made that,
+            and divided as it is where `prune_` made factors.
         checkpoint: as `read_checkpoint` takes it; low-precision tensors are cast.
         name: of the model, for messages.
 
@@ -179,9 +181,11 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
     state = read_checkpoint(path)
     shrunk = read_metadata(path).get(SHRUNK) if is_safetensors(path) else None
     take_back = None if shrunk is None else ShrinkPlan.from_json(shrunk).apply_(model)
+    whole = divide_as_(model, state)
     try:
         _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
     except ValueError:
+        put_(model, whole)
         if take_back is not None:
             take_back()
         raise

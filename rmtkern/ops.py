@@ -210,23 +210,35 @@ def _call(
         raise ValueError(f"x has shape {tuple(x.shape)} but the packed weight expects [..., {k}]")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; valid: {', '.join(map(str, ACTIVATIONS))}")
-    for name, row, size in (("bias", bias, rows), ("scale", scale, n)):
-        if row is not None and (row.shape != (size,) or row.dtype != x.dtype):
-            raise ValueError(f"{name}: expected [{size}] {x.dtype}, got {list(row.shape)} {row.dtype}")
+    if bias is not None:
+        _check_row("bias", bias, rows, x)
+    if scale is not None:
+        _check_row("scale", scale, n, x)
     lead = x.shape[:-1]
-    if residual is not None and (residual.shape != (*lead, n) or residual.dtype != x.dtype):
-        raise ValueError(f"residual: expected {[*lead, n]} {x.dtype}, got {list(residual.shape)} {residual.dtype}")
-    for name, tensor in (("bias", bias), ("scale", scale), ("residual", residual)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {tensor.device}; move it")
+    if residual is not None:
+        if residual.shape != (*lead, n) or residual.dtype != x.dtype:
+            raise ValueError(f"residual: expected {[*lead, n]} {x.dtype}, got {list(residual.shape)} {residual.dtype}")
+        _check_device("residual", residual, x)
     kernel = _select(x, w, backend)
     if 0 in lead:
         return x.new_empty((*lead, n))
     tokens = x.detach().reshape(-1, k).contiguous()
     added = None if residual is None else residual.detach().reshape(-1, n).contiguous()
-    bias, scale = (None if row is None else row.detach().contiguous() for row in (bias, scale))
+    bias = None if bias is None else bias.detach().contiguous()
+    scale = None if scale is None else scale.detach().contiguous()
     y = kernel.linear(tokens, w, bias, activation, added, scale, gated)
     return y.reshape(*lead, n)
+
+
+def _check_row(name: str, row: Tensor, size: int, x: Tensor) -> None:
+    if row.shape != (size,) or row.dtype != x.dtype:
+        raise ValueError(f"{name}: expected [{size}] {x.dtype}, got {list(row.shape)} {row.dtype}")
+    _check_device(name, row, x)
+
+
+def _check_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected a tensor on {x.device} like x, got {tensor.device}; move it")
 
 
 @dataclass(frozen=True)

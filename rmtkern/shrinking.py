@@ -18,6 +18,7 @@ from rmtkern.pruning.repair import damped
 from rmtkern.pruning.stages import Call, Stage, find_stages
 from rmtkern.pruning.units import loss_share, norm_units, remove_units
 from rmtkern.pruning.visit import visit_stages
+from rmtkern.ranks import Ranks
 from rmtkern.shrink_plan import BlockPlan, ShrinkPlan
 from rmtkern.token_merging import merging_of
 
@@ -154,12 +155,12 @@ def _calibrated(
     stages = find_stages(model, [weight for name, weight in weights.items() if name in by_consumer])
     steps = iter(progress(range(len(blocks)), "shrink block by block", show=show_progress))
     chosen: dict[str, Choice] = {}
-    seen = 0
+    seen, ranks = 0, Ranks.current()
     batches: list[Callable[[], Any]] = []
 
     def runs() -> Iterator[Any]:
         nonlocal seen
-        for run, count in forward_passes(model, calibration):
+        for run, count in forward_passes(model, calibration, ranks=ranks):
             seen += count
             batches[:] = batches or [run]
             yield run
@@ -173,7 +174,7 @@ def _calibrated(
 
     visit_stages(stages, runs(), visit)
     next(steps, None)
-    return chosen, seen, batches[0]
+    return chosen, int(ranks.total([seen])[0]), batches[0]
 
 
 def _bias(model: nn.Module, block: Block) -> nn.Parameter | None:

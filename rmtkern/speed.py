@@ -18,6 +18,7 @@ from rmtkern.packing import pack_
 from rmtkern.packing.decisions import Decisions
 from rmtkern.packing.report import EndToEnd
 from rmtkern.packing.timing import Timer
+from rmtkern.pruning.pattern import SPIKES
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.tables import Table, Tabulated
 
@@ -177,6 +178,11 @@ def _check(speedup: float, config: PruneConfig, calibration: Any, highest: float
         raise ValueError(
             f"pattern: prune_to_speed_ takes one, got {', '.join(config.patterns)}; prune_(pattern=[...], timings=, "
             "linear_speedup=) chooses among several"
+        )
+    if config.pattern == SPIKES:
+        raise ValueError(
+            f"pattern {SPIKES!r}: the search times stand-ins, which have no factors; take another pattern, or "
+            "prune_ to sparsities of your choice and pack_"
         )
     if config.one_sparsity:
         raise ValueError(

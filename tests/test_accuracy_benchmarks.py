@@ -158,6 +158,21 @@ def test_more_lost_than_another_method(tmp_path, monkeypatch):
     assert [cells[3] and cells[3].split()[0] for cells in table.rows] == [None, "+25.0"]
 
 
+def test_spectral_against_plain_at_equal_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    common = {"layer": "blocks.2.mlp.fc1.weight", "sparsity": 0.7, "dense_ms": 3.0, "spikes": 8, "dtype": "bfloat16",
+              "tokens": 520, "threads": 1, "cpu": "a cpu", "calibration_images": 128}  # fmt: skip
+    plain = {**common, "form": "4x2", "rank": 0, "ms": 1.0, "loss": 0.3, "plain_loss": None}
+    rows = [{**common, "form": "spectral", "rank": rank, "ms": ms, "loss": 0.1, "plain_loss": loss}
+            for rank, ms, loss in ((2, 1.5, 0.2), (4, 2.0, 0.05), (6, 3.5, 0.0), (8, 0.5, None))]  # fmt: skip
+    record.write_rows(tmp_path / "spectral-vits14-imagenette.csv", [plain, *rows])
+    table = accuracy_tables.spectral()
+    assert [cells[-1] for cells in table.rows] == ["0.50", "2.00", None, None]
+    assert [cells[-2] for cells in table.rows] == ["0.2000", "0.0500", "dense", "none as fast"]
+    assert table.rows[0][4] == "2.00"
+    assert "geometric mean 1.00, below 1 in 1 of 2" in table.notes[0] and "of 4x2 in the same" in table.notes[0]
+
+
 def test_negative_controls(toy, tmp_path, capsys):
     out = tmp_path / "controls-vits14-imagenette.csv"
     for _ in range(2):

@@ -48,7 +48,7 @@ def test_spectrum_knows_only_mathematics():
 
 
 def test_what_anyone_may_import_knows_nothing_of_ours():
-    for name in ("gpu.py", "triton_target.py", "activations.py", "errors.py"):
+    for name in ("gpu.py", "triton_target.py", "activations.py", "errors.py", "ranks.py", "spectral_linear.py"):
         assert offenders(name, (*TOP, *LEFT, *RIGHT)) == []
 
 
@@ -72,7 +72,7 @@ def test_the_files_of_packing_import_only_what_is_below_them():
         ("device", "sites"),
         ("attention", "norm", "mlp", "layers"),
         ("normed", "swaps"),
-        ("trials", "pairs", "guard", "summary", "unpack"),
+        ("trials", "pairs", "fusing", "guard", "summary", "unpack"),
         ("pack",),
     )
     assert {name for row in rows for name in row} | {"__init__"} == {p.stem for p in (PACKAGE / "packing").glob("*.py")}

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import (
     accuracy,
+    attention,
     cases,
     contenders,
     footprint,
@@ -20,13 +21,15 @@ from benchmarks import (
     kernel,
     memory,
     mlp,
+    normed,
+    pruning,
     record,
     run,
     spectral,
     tables,
     timing,
 )
-from benchmarks.cases import KernelCase
+from benchmarks.cases import AttentionCase, KernelCase
 from rmtkern import comparison, load, peers, prune_, save
 from rmtkern.layouts import LAYOUTS
 from rmtkern.nn import PackedLinear
@@ -45,7 +48,7 @@ def test_case_names_are_unique():
 
 
 def test_every_contender_of_every_case_is_a_name_and_fits_the_layer():
-    for case in (*cases.kernel_cases(), *cases.growth_cases()):
+    for case in (*cases.kernel_cases(), *cases.normed_cases(), *cases.growth_cases()):
         n_rows, n_cols = cases.LAYERS[case.layer]
         for name in case.contenders:
             numbers = contenders.parse(name).numbers
@@ -136,6 +139,66 @@ def test_mlp_rows_and_their_table(tmp_path, monkeypatch):
     assert tables.mlps().rows[0][1:5] == ["256 -> 1024 -> 256", "16", "float32", "bitmask 0.5"]
 
 
+def test_normed_rows_and_their_table(tmp_path, monkeypatch):
+    said = []
+    case = KernelCase("demo.fc1", 16, ("bitmask 0.5", "nofm 2:4", "block 4x2 0.5"), activation="gelu")
+    rows = [row for threads in (1, 2) for row in normed.measure(replace(case, threads=threads), 2, said.append)]
+    assert [row["form"] for row in rows] == ["bitmask 0.5", "nofm 2:4"] * 2 and "block 4x2 0.5" in said[0]
+    assert {*normed.KEYS, *normed.SHOWN, "p20_ms", "p80_ms", "cpu", "revision", "date"} <= set(rows[0])
+    for row in rows:
+        assert (row["K"], row["N"]) == (256, 1024) and row["max_rel_err"] < 1e-5
+        for kind in ("separate", "dense"):
+            assert row[f"vs_{kind}"] == pytest.approx(row[f"{kind}_ms"] / row["p50_ms"])
+        assert row["separate_by"].endswith(f"norm, {row['form']}") and "norm, dense " in row["dense_by"]
+    record.write_rows(tmp_path / f"normed-{tables.CPU}.csv", rows, normed.KEYS)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    table = tables.normed_linears()
+    assert list(table.columns) == ["layer", "K", "N", "dtype", "form", "T=16, 1t", "T=16, 2t"]
+    shown = [f"{row['vs_separate']:.2f} / {row['vs_dense']:.2f}" for row in rows]
+    assert [tuple(cells) for cells in table.rows] == [
+        ("demo.fc1", "256", "1024", "float32", form, shown[i], shown[i + 2])
+        for i, form in enumerate(("bitmask 0.5", "nofm 2:4"))
+    ]
+
+
+def test_attention_rows_and_their_table(tmp_path, monkeypatch):
+    case = AttentionCase(2, 32, 2, 300, "bfloat16")
+    rows = attention.measure(case, rounds=2) + attention.measure(replace(case, batch=1, contenders=("bias",)), rounds=1)
+    assert [(row["form"], row["batch"]) for row in rows] == [("no mask", 2), ("bias", 2), ("bias", 1)]
+    assert {*attention.KEYS, *attention.SHOWN, "p20_ms", "p80_ms", "cpu", "revision", "date"} <= set(rows[0])
+    for row in rows:
+        assert row["vs_torch"] == pytest.approx(row["torch_ms"] / row["p50_ms"])
+        assert row["torch_by"].startswith("torch") and row["torch_by"].endswith(row["form"])
+        assert row["gflops"] == pytest.approx(4e-6 * row["batch"] * 2 * 300**2 * 32 / row["p50_ms"])
+    record.write_rows(tmp_path / f"attention-{tables.CPU}.csv", rows, attention.KEYS)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    table = tables.attentions()
+    assert list(table.columns)[5:] == ["no mask, 1t", "bias, 1t"]
+    first, second, third = (f"{row['vs_torch']:.2f}" for row in rows)
+    assert [tuple(cells)[2:] for cells in table.rows] == [
+        ("2", "300", "bfloat16", first, second),
+        ("1", "300", "bfloat16", None, third),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("level", "kernel", "case"),
+    [
+        (mlp, "mlp", KernelCase("demo.mlp", 16, ("bitmask 0.5",), activation="gelu")),
+        (normed, "normed_linear", KernelCase("demo.qkv", 16, ("bitmask 0.5",))),
+        (attention, "attention", AttentionCase(1, 8, 1, 16)),
+    ],
+)
+def test_a_fused_kernel_that_is_wrong_has_no_rows(level, kernel, case, monkeypatch):
+    right = getattr(level, kernel)
+    monkeypatch.setattr(level, kernel, lambda *args, **options: right(*args, **options) * 1.001)
+    with pytest.raises(RuntimeError, match=r"times the error that is allowed"):
+        level.measure(case, rounds=1)
+    monkeypatch.setattr(level, "reason_against", lambda *args: "no such luck")
+    said = []
+    assert level.measure(case, 1, said.append) == [] and all("no such luck" in line for line in said)
+
+
 def test_flat_is_judged_within_a_series():
     one = {"sweep": "tokens", "dtype": "float32", "threads": 1, "isa": "x", "clock": "c", "form": "f", "layer": "l"}
     rows = [{**one, "ps_per_kept_product": ps} for ps in (30.0, 10.0, 12.0)]
@@ -206,6 +269,9 @@ def test_options_select_cases():
     assert {case.contenders for case in chosen} == {("bitmask 0.5",)} and len(chosen) > 5
     models = list(run.select(parsed("--level", "model", "--batches", "1", "--dtype", "bfloat16")))
     assert models and all(c.batch == 1 and c.contenders[0].dtype == "bfloat16" for c in models)
+    (chosen,) = run.select(parsed("--level", "attention", "--only", "12x64 B=1 T=197 bfloat16 2t bias"))
+    assert (chosen.heads, chosen.threads, chosen.contenders) == (12, 2, ("bias",))
+    assert len(list(run.select(parsed("--level", "normed", "--dtype", "float32", "--threads", "1")))) == 12
 
 
 @pytest.mark.parametrize(
@@ -214,6 +280,7 @@ def test_options_select_cases():
         (["--level", "model", "--base", "HEAD"], "use it with --level kernel"),
         (["--level", "kernel", "--batches", "1"], "use it with --level model"),
         (["--level", "kernel", "--rounds", "0"], "expected at least 1, got 0"),
+        ([], "say which on the CPU: kernel, mlp, normed, attention, model, growth"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(capsys, options, message):
@@ -292,11 +359,25 @@ def test_spectral_against_plain_patterns(tmp_path, monkeypatch, capsys):
         assert (row["plain_loss"] == "") == (row["form"] != "spectral") and 0 < float(row["loss"]) < 1
         if row["form"] == "spectral":
             assert float(row["loss"]) < 0.5 * float(row["plain_loss"])
-    assert "geometric mean" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "geometric mean" in said
+    spectral.main(lambda calls, budget_ms: pytest.fail("measured again"))
+    assert capsys.readouterr().out.splitlines()[-1] == said.splitlines()[-1] and record.read_rows(out) == rows
+    record.write_rows(out, rows[:-1])  # an interrupted run: one layer is not whole
+    measured = []
+    spectral.main(lambda calls, budget_ms: measured.append(1) or timer(calls, budget_ms))
+    assert len(measured) == 1 and len(record.read_rows(out)) == len(rows)
     points = [(2.0, 0.4), (4.0, 0.1), (3.0, 0.5)]  # the last is slower and loses more than the first
     assert spectral.equal_time(points, 10.0, 3.0) == pytest.approx(0.2)
     assert spectral.equal_time(points, 10.0, 8.0) == pytest.approx(0.1)
     assert spectral.equal_time(points, 10.0, 1.0) is None and spectral.equal_time(points, 10.0, 10.0) == 0
+
+
+def test_calibrated_pruning_by_a_named_method(monkeypatch):
+    monkeypatch.setattr(pruning, "CASES", {"calibrated": ("vit_tiny_patch16_224", "auto")})
+    threads = torch.get_num_threads()
+    row = pruning.measure("calibrated", threads, images=2, depth=1, by="obs")
+    assert (row["method"], row["images"], row["sparsity"]) == ("obs", 2, 0.5) and float(row["extra_mib"]) > 0
 
 
 def test_methods_patterns_and_goals_are_read():

@@ -205,6 +205,20 @@ def test_prune_takes_a_method_apart(work, images, capsys):
     assert [config[name] for name in ("score", "prior", "alpha", "permute")] == ["cast", "row", 0.2, True]
 
 
+def test_prune_makes_factors_of_spikes(work, images, capsys):
+    argv = ["prune", "clitoys:toy", "--calibration", "images", "--calibration-images", "4", "-o", "p.safetensors", *FC]
+    assert main([*argv, "--pattern", "spectral", "--spikes", "0.5", "--method", "obs", "--json"]) == 0
+    plan = strict_json(capsys.readouterr().out)["plan"]
+    assert [plan["config"][name] for name in ("pattern", "spikes")] == ["spectral", 0.5]
+    ranks = {layer["name"]: layer["params"]["rank"] for layer in plan["layers"] if layer["params"]}
+    written = load_file(work / "p.safetensors")
+    assert {key for key in written if "factor" in key} == {
+        name.replace("weight", factor) for name in ranks for factor in ("factor_a", "factor_b")
+    }
+    PrunePlan.from_json(json.dumps(plan)).verify(load_model("clitoys:toy", checkpoint="p.safetensors"))
+    fails(capsys, [*argv, "--spikes", "0.5"], 2, "spikes: goes with pattern 'spectral'")
+
+
 def test_prune_in_cycles_takes_their_options(work, capsys):
     argv = ["prune", "clitoys:toy", "--method", "rmt", "--sparsity", "0.3", "-o", "p.safetensors", *FC]
     weights = []
@@ -215,6 +229,15 @@ def test_prune_in_cycles_takes_their_options(work, capsys):
         assert config["soft_threshold"] == (20 if "--soft-threshold" in more else 0)
         weights.append(load_file(work / "p.safetensors")["fc1.weight"])
     assert weights[2].abs().sum() < weights[0].abs().sum() and not torch.equal(weights[1], weights[0])
+    seb = ["--method", "seb", "--sparsity", "0.1", "--haar", "0.5", "--alpha-regime", "--seed", "3", "--json"]
+    assert main([*argv, *seb]) == 0
+    config = strict_json(capsys.readouterr().out)["plan"]["config"]
+    assert [config[name] for name in ("haar", "alpha_regime", "seed")] == [0.5, True, 3]
+    dense, after = load_model("clitoys:toy").state_dict(), load_file(work / "p.safetensors")
+    kept = after["fc1.weight"] != 0
+    assert not torch.equal(after["fc1.weight"][kept], dense["fc1.weight"][kept])  # its singular vectors have changed
+    assert main([*argv, "--soft-threshold", "1", "--legacy", "--json"]) == 0
+    assert strict_json(capsys.readouterr().out)["plan"]["config"]["legacy"] is True
     assert main([*argv, "--soft-threshold", "-1"]) == 2
     assert "soft_threshold: expected a finite number >= 0" in capsys.readouterr().err
 

@@ -70,6 +70,18 @@ def test_one_method_without_held_out_images():
     assert equal(model, other) and "before the first" not in str(found)
 
 
+def test_the_haar_step_is_for_the_first_cycle_and_other_fields_for_all():
+    model, other = net(), net()
+    options = {"alpha_regime": True, "targets": ("0", "2")}
+    found = prune_gradually_(model, TRAIN, (0.1, 0.5), "seb", finetune=QUICK, haar=0.5, **options)
+    for sparsity, haar in ((0.1, 0.5), (0.5, 0.0)):
+        finetune_(other, prune_(other, sparsity, "seb", haar=haar, **options), TRAIN, config=QUICK)
+    assert equal(model, other) and found.plan.config.alpha_regime and found.plan.config.haar == 0
+    plain = net()
+    prune_gradually_(plain, TRAIN, (0.1, 0.5), "seb", finetune=QUICK, targets=("0", "2"))
+    assert not equal(plain, model)
+
+
 @pytest.mark.parametrize(("scores", "methods", "note"), [
     # before, then for each cycle pruned and fine-tuned; a drop of exactly 0.01 is allowed
     ([0.9, 0.5, 0.9, 0.5, 0.889, 0.5, 0.9, 0.5, 0.9], ["magnitude", "magnitude", "ser", "ser"], "at 0.2"),
@@ -101,6 +113,8 @@ def test_the_published_cycle():
     ({"sparsities": ()}, ValueError, r"expected one or more rising fractions in \[0, 1\), got \[\]"),
     ({"sparsities": (0.5, 1.0)}, ValueError, r"sparsity: expected a fraction in \[0, 1\), got 1.0"),
     ({"sparsities": (0.1, 0.5), "pattern": "2:4"}, ValueError, "pattern '2:4' takes only sparsity 0.5, got 0.1"),
+    ({"haar": -1}, ValueError, "haar: expected a finite number >= 0, got -1"),
+    ({"method": "seb", "har": 1}, TypeError, "unknown field 'har'; expected one of budget, score"),
     ({"drop": 1}, ValueError, r"drop: expected a fraction in \[0, 1\), got 1"),
     ({"drop": "1"}, TypeError, "drop: expected a number, got str"),
     ({"finetune": {}}, TypeError, "finetune: expected a FinetuneConfig, got dict"),
@@ -142,5 +156,7 @@ def test_the_command_line(work, images, capsys):  # noqa: F811
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "ser" in out and "before the first" in out and "wrote steps.safetensors" in out
+    assert main([*argv, "--method", "seb", "--haar", "0.5", "--alpha-regime", "--json"]) == 0
+    assert strict_json(capsys.readouterr().out)["plan"]["config"]["alpha_regime"] is True
     fails(capsys, [*argv, "--method", "half"], 2, "unknown method 'half'")
     fails(capsys, [*argv, "--lr", "0"], 2, "lr: expected a finite number > 0")

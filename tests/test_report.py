@@ -17,6 +17,7 @@ from torch import nn
 
 import rmtkern
 from rmtkern import shards
+from rmtkern.certificates import Certificate
 from rmtkern.cli import main
 from rmtkern.evaluation import Evaluation
 from rmtkern.packing import pack_
@@ -250,6 +251,30 @@ def test_what_was_measured_is_on_the_page(pruned, out, tmp_path):
     pictures = [page.all("title", id=f"curve-0-{kind}-title") for kind in ("a", "l", "s")]
     assert [len(found) for found in pictures] == [1, 0, 0]
     assert "row: from 90 at 0 to 80 at 50." in page.all("desc", id="curve-0-a-desc")[0][1]
+
+
+def test_a_certificate_is_on_the_page_with_its_slack(pruned, out):
+    model, plan = pruned
+    x = torch.randn(6, 48, generator=torch.Generator().manual_seed(0))
+    found = rmtkern.certify(model, net(), (x, net()(x).argmax(1)), show_progress=False)
+    again = Certificate.from_json(found.to_json())
+    assert again.to_json() == found.to_json() and again.steps == found.steps
+    write_report(model, out, plan, certificate=found)
+    page, text = read(out), out.read_text()
+    assert [cells[0] for cells in page.table("bounds")[1:]] == [bound.name for bound in found.bounds]
+    columns = page.table("bounds")[0]
+    assert "slack" in columns and "labels certified %" in columns
+    assert [cells[0] for cells in page.table("steps")[1:]] == [step.name for step in found.steps]
+    cards = dict(zip((t for _, t in page.all("dt")), (t for _, t in page.all("dd", **{"class": "value"})), strict=True))
+    proofs = [bound.certified for bound in found.bounds if bound.holds != "estimate, no proof"]
+    assert cards["Labels certified to stay"] == f"{max(proofs):.2%}"
+    assert "estimate, no proof: the local estimate" in text
+    write_report(model, out, plan)
+    assert "Labels certified" not in out.read_text()
+    with pytest.raises(TypeError, match="certificate: expected a Certificate, got dict"):
+        write_report(model, out, plan, certificate={})
+    with pytest.raises(ValueError, match="not the JSON of a Certificate"):
+        Certificate.from_json("{}")
 
 
 def test_of_several_forms_the_fastest_at_a_token_count_runs_there(pruned):
@@ -516,6 +541,13 @@ def test_a_dense_checkpoint_on_the_command_line(work, capsys):
     assert main(["report", "p.safetensors", "-o", "m.html", "--model", "reporttoys:toy", "--title", "T"]) == 0
     assert "wrote m.html: 3 layers" in capsys.readouterr().out
     assert read(work / "m.html").table("layer-table") == read(work / "r.html").table("layer-table")
+    import reporttoys
+
+    dense = reporttoys.toy().eval()
+    found = rmtkern.certify(load_checkpoint("reporttoys:toy", work / "p.safetensors"), dense, torch.randn(4, 32))
+    (work / "c.json").write_text(found.to_json())
+    assert main(["report", "p.safetensors", "-o", "c.html", "--certificate", "c.json"]) == 0
+    assert len(read(work / "c.html").table("bounds")) == len(found.bounds) + 1
 
 
 def test_a_packed_checkpoint_and_its_report(work, capsys, monkeypatch):
@@ -541,6 +573,7 @@ def test_a_packed_checkpoint_and_its_report(work, capsys, monkeypatch):
         (["--evaluate", "images"], "--evaluate needs a model to run: give --model NAME too"),
         (["--packing", "gone.json"], "gone.json: no such file; expected what rmtkern bench --json printed"),
         (["--packing", "bad.json"], "bad.json: not the JSON of a PackReport"),
+        (["--certificate", "bad.json"], "bad.json: not the JSON of a Certificate"),
         (["--sweep", "bad.json"], "bad.json: expected a CSV with the columns"),
         (["-o", "no/r.html"], "no: no such folder"),
     ],

@@ -349,7 +349,7 @@ def test_failures_leave_the_model_as_it_was(where, monkeypatch):
         monkeypatch.setattr(shrinking, "remove_units", fail)
     else:
         x = [x[:4], torch.randn(2, 3, 5, 5)]
-    with pytest.raises((OSError, AssertionError), match=r"injected|Wrong image"):
+    with pytest.raises((OSError, ValueError), match=r"injected|Wrong image"):
         shrink_(model, 0.5, 0.25, x)
     assert unchanged(model, before) and [module.training for module in model.modules()] == modes
     assert {name: id(module) for name, module in model.named_modules()} == modules
@@ -500,6 +500,10 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "blocks.1.attn" in capsys.readouterr().out
     assert main(["shrink", spec, "--mlp", "0.5", "-o", str(tmp_path / "again.safetensors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["mlp"] == 0.5
+    fine = ["shrink", spec, "--mlp", "0.3", "--multiple", "1", "-o", str(tmp_path / "fine.safetensors"), "--json"]
+    assert main(fine) == 0
+    blocks = json.loads(capsys.readouterr().out)["plan"]["blocks"]
+    assert all(len(block["removed"]) == round(0.3 * block["units"]) for block in blocks)
     pruned = tmp_path / "pruned.safetensors"
     arguments = ["prune", spec, "--checkpoint", str(file), "--sparsity", "0.5", "-o", str(pruned)]
     assert main(arguments) == 0

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import rmtkern.speed
+from rmtkern.api import prune_
 from rmtkern.cli import main
 from rmtkern.loading import load_plan
 from rmtkern.pruning.plan import PruneConfig
@@ -73,6 +74,27 @@ def test_the_lowest_sparsity_that_is_fast_enough(method, speeds):
     assert len(set(map(str, speeds))) == 1  # every trial uses the decisions of those before
     assert f"asked: 2x; packed, the model pruned to {last.sparsity:g} ran {last.speedup:.2f}x" in str(report)
     model.train()(X).sum().backward()  # pruned, not packed
+
+
+def test_prune_finds_it_too(speeds):
+    model, other = net(), net()
+    plan = prune_(model, method="uniform", targets="linear", speedup=2.0, example=X, tolerance=0.05)
+    report = prune_to_speed_(other, 2.0, X, PruneConfig(method="uniform", targets="linear"), tolerance=0.05)
+    assert plan == report.plan and unchanged(model, other.state_dict())
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"speedup": 2.0}, "speedup= and example= go together"),
+    ({"example": X}, "speedup= and example= go together"),
+    ({"speedup": 2.0, "example": X, "sparsity": 0.3}, "got a sparsity and speedup, which finds the sparsity"),
+    ({"speedup": 2.0, "example": X, "max_drop": 0.1}, "got max_drop or evaluate, and speedup"),
+    ({"speedup": 2.0, "example": X, "method": "cast", "prior": {"w": X}}, "a prior that is given as tensors has one"),
+])  # fmt: skip
+def test_prune_refuses_half_a_request(options, message):
+    model = net()
+    with pytest.raises(TypeError, match=message):
+        prune_(model, **options)
+    assert unchanged(model, net().state_dict())
 
 
 def test_a_stand_in_that_was_too_fast_is_made_up_for(speeds, monkeypatch):

@@ -27,6 +27,7 @@ from rmtkern.certificates.walk import Seen, Step, Walk, join, unfused
 from rmtkern.models import prunable_weights
 from rmtkern.progress import progress
 from rmtkern.pruning.plan import PrunePlan
+from rmtkern.spectral_linear import spectral_linears
 
 __all__ = ["certify"]
 
@@ -115,6 +116,11 @@ def _check_penalty(name: str, penalty: Any) -> None:
 def _walk(model: nn.Module, reference: Any, dtype: torch.dtype | None) -> Walk:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if any(spectral_linears(one) for one in (model, reference) if isinstance(one, nn.Module)):
+        raise ValueError(
+            "model: it has low-rank plus sparse linears, and certificates compare whole weights; call "
+            "rmtkern.merge_factors_ on a copy of it"
+        )
     if isinstance(reference, PrunePlan):
         return Walk(model, _state(model), _state(_repeat(model, reference)), dtype)
     if isinstance(reference, nn.Module):

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from rmtkern.tables import Table, Tabulated
 
@@ -207,6 +207,23 @@ class Certificate(Tabulated):
     def to_json(self) -> str:
         """Everything, as a JSON object; what is infinite or unknown is null."""
         return json.dumps(_finite(asdict(self)), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`; what it wrote as null because it was infinite is None.
+
+        Raises:
+            ValueError: not the JSON of a certificate.
+        """
+        try:
+            data = json.loads(text)
+            data["measured"] = Measured(**data["measured"])
+            data["bounds"] = tuple(Bound(**bound) for bound in data["bounds"])
+            for step in data["steps"]:
+                step["shape"] = None if step["shape"] is None else tuple(step["shape"])
+            return cls(**{**data, "steps": tuple(StepCertificate(**step) for step in data["steps"])})
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not the JSON of a Certificate ({error!r}); expected what to_json wrote") from error
 
 
 def _finite(value: Any) -> Any:

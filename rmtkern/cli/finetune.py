@@ -35,6 +35,7 @@ def _run(args: argparse.Namespace) -> int:
         model,
         plan,
         data,
+        held_out=None if args.held_out is None else images_and_labels(args.held_out, model),
         teacher=args.teacher,
         config=config,
         checkpoint=args.run,

@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 
 from rmtkern.cli.inputs import check_folder, images_and_labels, metadata_of, model_of
-from rmtkern.cli.options import model_options, settings_of, settings_options, train_options
+from rmtkern.cli.options import (
+    SPECTRAL,
+    model_options,
+    settings_of,
+    settings_options,
+    spectral_options,
+    train_options,
+)
 from rmtkern.cli.outputs import print_made
 from rmtkern.cli.verb import Verb
 from rmtkern.evaluation import evaluate
@@ -18,7 +25,6 @@ __all__ = ["VERB"]
 def _options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     train_options(parser)
-    parser.add_argument("--held-out", type=Path, help="folder of further training images that score every cycle")
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(GRID), help="rising, each [0, 1)")
     parser.add_argument(
         "--method", default="hybrid", help=f"hybrid, {DROP_THRESHOLD} (needs --held-out), {', '.join(PRESETS)}"
@@ -27,6 +33,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", default="unstructured", help="unstructured, or mini-blocks such as 4x1")
     parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
+    spectral_options(parser)
     settings_options(parser, CYCLE)
     parser.add_argument("-o", "--output", type=Path, required=True, help="the new safetensors file")
 
@@ -51,6 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         finetune=config,
         seed=args.seed,
         show_progress=False if args.json else None,
+        **{name: getattr(args, name) for name in SPECTRAL},
     )
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, found.plan.to_json(), metadata_of(args.checkpoint, SHRUNK))

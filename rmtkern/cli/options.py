@@ -4,10 +4,17 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
+from rmtkern.pruning.plan import THETAS
 from rmtkern.pruning.presets import PRESETS
 from rmtkern.training.config import FinetuneConfig
 
-__all__ = ["model_options", "prune_options", "settings_of", "settings_options", "train_options"]
+__all__ = [
+    "SPECTRAL", "model_options", "prune_options", "settings_of", "settings_options", "spectral_options",
+    "train_options",
+]  # fmt: skip
+
+SPECTRAL = ("haar", "alpha_regime", "theta", "soft_threshold", "legacy")
+"""The fields of a PruneConfig that `spectral_options` asks for."""
 
 SETTINGS = {field.name: field for field in fields(FinetuneConfig)}
 """Field -> what the dataclass says of it; each is an option of `rmtkern finetune` and `gradual`."""
@@ -36,10 +43,40 @@ def prune_options(parser: argparse.ArgumentParser) -> None:
         "--pattern",
         nargs="+",
         default=["unstructured"],
-        help="unstructured, n:m such as 2:4 or 2:4x4, or blocks such as 4x1 or 32x32; prune chooses among several",
+        help="unstructured, n:m such as 2:4 or 2:4x4, blocks such as 4x1 or 32x32, spectral; prune chooses of several",
     )
     parser.add_argument("--targets", nargs="+", help="roles, groups or globs; default: attention and MLP projections")
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs to leave out")
+
+
+def spectral_options(parser: argparse.ArgumentParser) -> None:
+    """What the published methods do to singular vectors and weights beside setting weights to zero."""
+    parser.add_argument(
+        "--haar",
+        type=float,
+        default=0.0,
+        metavar="Z",
+        help="first set small coordinates of singular vectors below the edge to zero, by Z deviations of a random "
+        "vector's, >= 0; published for method seb: 0.5; default 0: no such step",
+    )
+    parser.add_argument(
+        "--alpha-regime",
+        action="store_true",
+        help="methods seb and ser: to 20 %% go by Hill exponents, as published, instead of by plain magnitude",
+    )
+    parser.add_argument("--theta", choices=THETAS, default="haar", help="method rmt: unit of its thresholds")
+    parser.add_argument(
+        "--soft-threshold",
+        type=float,
+        default=0.0,
+        help="method rmt: shrink what stays after each cycle by so many times the published amount, >= 0; default 0",
+    )
+
+    parser.add_argument(
+        "--legacy",
+        action="store_true",
+        help="spectra, thresholds and the shrinking of method rmt as the published code has them, defects included",
+    )
 
 
 def train_options(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +85,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         "--train", type=Path, required=True, help="folder of images, a sub-folder per class; held in memory"
     )
     parser.add_argument("--train-images", type=int, help="at most so many of them, evenly over the classes")
+    parser.add_argument("--held-out", type=Path, help="folder of further training images that choose the best state")
     parser.add_argument("--teacher", type=Path, help="safetensors of the dense model to distil from")
     parser.add_argument("--evaluate", type=Path, help="folder of images to score before and after")
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from rmtkern.api import prune_
 from rmtkern.cli.inputs import calibration_of, check_batch, check_folder, images_for, metadata_of, model_of
-from rmtkern.cli.options import model_options, prune_options
+from rmtkern.cli.options import SPECTRAL, model_options, prune_options, spectral_options
 from rmtkern.cli.outputs import print_made
 from rmtkern.cli.verb import Verb
 from rmtkern.evaluation import evaluate
 from rmtkern.loading import SHRUNK, save_dense
 from rmtkern.pattern_timing import time_patterns
 from rmtkern.pruning.budget import BUDGETS
-from rmtkern.pruning.plan import PRIORS, THETAS, PruneConfig
+from rmtkern.pruning.plan import PRIORS, PruneConfig
 from rmtkern.pruning.presets import BEST, RESTORES
 from rmtkern.pruning.repair import REPAIRS
 from rmtkern.pruning.score import SCORES
@@ -29,7 +29,7 @@ __all__ = ["VERB"]
 HOW = {"budget": [*BUDGETS, BEST], "score": list(SCORES), "repair": list(REPAIRS), "restore": list(RESTORES)}
 """The parts of a method that `rmtkern prune` lets replace -> their names."""
 
-FIELDS = ("prior", "alpha", "permute", "theta", "soft_threshold")
+FIELDS = (*SPECTRAL, "prior", "alpha", "permute", "seed", "spikes")
 """The other fields of a PruneConfig that it has options for."""
 
 
@@ -44,13 +44,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", choices=choices, help="default: the method's")
     parser.add_argument("--prior", choices=PRIORS, help="method cast: a mask to stay close to, by this method")
     parser.add_argument("--alpha", type=float, default=0.5, help="how close, >= 0; default 0.5")
-    parser.add_argument("--theta", choices=THETAS, default="haar", help="method rmt: unit of its thresholds")
+    spectral_options(parser)
     parser.add_argument(
-        "--soft-threshold",
-        type=float,
-        default=0.0,
-        help="method rmt: shrink what stays after each cycle by so many times the published amount, >= 0; default 0",
+        "--spikes", type=float, default=1.0, help="pattern spectral: share of the spikes that become factors, (0, 1]"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of score random and of the order of images in ser")
     parser.add_argument(
         "--permute",
         action=argparse.BooleanOptionalAction,

@@ -18,6 +18,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     parser.add_argument("--mlp", type=float, default=0.0, help="share of the hidden features of each MLP, [0, 1)")
     parser.add_argument("--heads", type=float, default=0.0, help="share of the heads of each attention, [0, 1)")
+    parser.add_argument("--multiple", type=int, default=16, help="hidden features stay in multiples of so many")
     parser.add_argument("--ignore", nargs="+", default=[], help="roles, groups or globs whose blocks stay whole")
     parser.add_argument("--calibration", type=Path, help="folder of images; without one, norms choose")
     parser.add_argument("--calibration-images", type=int, default=128, help="how many of them")
@@ -32,7 +33,7 @@ def _run(args: argparse.Namespace) -> int:
     model = model_of(args)
     calibration = calibration_of(args, model)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
-    plan = shrink_(model, args.mlp, args.heads, calibration, ignore=tuple(args.ignore))
+    plan = shrink_(model, args.mlp, args.heads, calibration, ignore=tuple(args.ignore), multiple=args.multiple)
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, None, plan.to_json())
     print_made(args, "plan", plan, before, after)

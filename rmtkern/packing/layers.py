@@ -5,15 +5,18 @@ Layers of equal shape and similar sparsity share a measurement. It knows no whol
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rmtkern.activations import apply_activation
 from rmtkern.errors import KernelUnavailable
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
+from rmtkern.layouts.spectral import SpectralWeight
 from rmtkern.nn import PackedLinear
 from rmtkern.ops import linear
 from rmtkern.packing.decisions import DecisionLog
@@ -24,7 +27,8 @@ from rmtkern.packing.lent import LendingLinear
 from rmtkern.packing.multihead import Split, in_projection
 from rmtkern.packing.timing import Timer
 from rmtkern.packing.watch import Seen, reason_to_leave
-from rmtkern.testing import accuracy_excess
+from rmtkern.spectral_linear import SpectralLinear
+from rmtkern.testing import accuracy_excess, excess_over
 
 __all__ = [
     "LIBRARY",
@@ -61,6 +65,7 @@ class Layer:
         calls: how many calls of it there were after each example.
         choice: token count -> label of the form that runs.
         dense: the same, of dense forms only.
+        parts: where the linear stands for a SpectralLinear, its B, A and S.
         group: the layers that it shares a measurement with; None before that, and where it stays.
         note: what happened to its choice, for the report.
     """
@@ -73,6 +78,7 @@ class Layer:
     calls: list[int] = field(default_factory=list)
     choice: dict[int, str] = field(default_factory=dict)
     dense: dict[int, str] = field(default_factory=dict)
+    parts: tuple[Tensor, Tensor, Tensor] | None = None
     group: "Group | None" = None
     note: str | None = None
 
@@ -85,6 +91,28 @@ class Layer:
         """The token counts of some examples."""
         starts = [0, *self.calls]
         return {tokens for index in examples for tokens in self.seen.tokens[starts[index] : self.calls[index]]}
+
+    def form(self, layout: str, params: dict[str, int]) -> PackedWeight:
+        """Its weight in a layout; in "spectral" its own parts, which an SVD of their sum would not find again."""
+        weight = self.module.weight.detach()
+        if self.parts is not None and layout == SpectralWeight.layout:
+            return SpectralWeight.from_parts(*(part.to(weight.dtype) for part in self.parts))
+        return LAYOUTS[layout].pack(weight, **params)
+
+    def excess(self, form: PackedWeight, y: Tensor, x: Tensor) -> float:
+        """The error of y [T, N] over what the accuracy rule allows; of parts over twice that of PyTorch's products."""
+        module, activation = self.module, self.seen.activation
+        bias = None if module.bias is None else module.bias.detach()
+        if self.parts is None or form.layout != SpectralWeight.layout:
+            return accuracy_excess(y, x, module.weight.detach(), bias, activation)
+
+        def product(dtype: torch.dtype) -> Tensor:
+            b, a, s = (part.to(x.dtype).to(dtype) for part in self.parts or ())
+            whole = F.linear(x.to(dtype), s, None if bias is None else bias.to(dtype))
+            return apply_activation(whole + F.linear(F.linear(x.to(dtype), a), b), activation)
+
+        with torch.no_grad():
+            return excess_over(y, product(x.dtype), product(torch.float64))
 
     @property
     def sparsity_step(self) -> int:
@@ -118,13 +146,16 @@ class Group:
         return min(best_form(self.ms[t], dense=True)[1] / self.ms[t][label] for t, label in choice.items())
 
 
-def find_layers(model: nn.Module, split: Split, device: Device) -> list[Layer]:
+def find_layers(
+    model: nn.Module, split: Split, device: Device, divided: Mapping[str, SpectralLinear] | None = None
+) -> list[Layer]:
     """Every nn.Linear of a model, with the reason why it stays as it is, where its kind or its parameters say so.
 
     Args:
         model: with the nn.MultiheadAttentions of `split` taken apart.
         split: which these are, and why others were left whole.
         device: where the model lies.
+        divided: the low-rank plus sparse linears for which plain ones stand in the model, by name.
 
     Raises:
         ValueError: a weight has NaN or Inf entries.
@@ -142,6 +173,10 @@ def find_layers(model: nn.Module, split: Split, device: Device) -> list[Layer]:
         weight = layer.module.weight.detach()
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}.weight has NaN or Inf entries; repair the checkpoint before packing")
+        if divided and name in divided:
+            one = divided[name]
+            layer.parts = (one.factor_b.detach(), one.factor_a.detach(), one.weight.detach())
+            weight = one.weight.detach()  # the zeros are those of the rest
         layer.sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
         layers.append(layer)
     return layers
@@ -153,6 +188,9 @@ def group_layers(layers: Sequence[Layer], layouts: Sequence[str], device: Device
     for layer in layers:
         weight = layer.module.weight.detach()
         recipes = device.recipes(weight, layouts)
+        if layer.parts is not None and SpectralWeight.layout in layouts and weight.dtype in SpectralWeight.dtypes:
+            rank = layer.parts[1].shape[0]
+            recipes[f"{SpectralWeight.layout} parts of rank {rank}"] = (SpectralWeight.layout, {"rank": rank})
         bias = layer.module.bias is not None
         epilogue = (bias, layer.seen.activation)
         key = (weight.shape, weight.dtype, *epilogue, layer.tokens, layer.sparsity_step, tuple(recipes))
@@ -180,7 +218,7 @@ def measure_group(group: Group, budget_ms: float, timer: Timer, log: DecisionLog
     for layout, params in group.recipes.values():
         if layout == "dense":
             params = {**params, "tokens": int(median(group.first.tokens))}
-        form = LAYOUTS[layout].pack(weight, **params)
+        form = group.first.form(layout, params)
         if layout != "dense" and form.nbytes >= weight.nbytes:
             group.notes.append(f"{form.label} would be larger than the dense weight")
             continue
@@ -208,11 +246,11 @@ def measure_group(group: Group, budget_ms: float, timer: Timer, log: DecisionLog
             except KernelUnavailable as error:
                 group.notes.append(str(error))
                 continue
-            excess = 0.0 if label in LIBRARY else accuracy_excess(y, x[:32], weight, bias, name)
+            excess = 0.0 if label in LIBRARY else group.first.excess(form, y, x[:32])
             if excess > 1:
                 group.notes.append(f"{label} misses the accuracy rule by a factor {excess:.2g}")
                 continue
-            calls[label] = lambda x=x, form=form: linear(x, form, bias, activation=name)  # type: ignore[misc]
+            calls[label] = partial(PackedLinear(form, bias, name), x)  # what will run, with what a module costs
         times = known.get(tokens, {})
         if calls.keys() <= times.keys():
             group.ms[tokens] = {label: times[label] for label in calls}
@@ -263,11 +301,11 @@ def pack_layer(layer: Layer, choice: Mapping[int, str]) -> PackedLinear | None:
     forms = {}
     for label in labels:
         layout, params = layer.group.recipes[label]
-        forms[label] = LAYOUTS[layout].pack(weight, **params)
+        forms[label] = layer.form(layout, params)
         if label not in LIBRARY:
             x = torch.randn(32, module.in_features, generator=torch.Generator().manual_seed(1)).to(weight)
             y = linear(x, forms[label], bias, activation=layer.seen.activation)
-            if (excess := accuracy_excess(y, x, weight, bias, layer.seen.activation)) > 1:
+            if (excess := layer.excess(forms[label], y, x)) > 1:
                 layer.note = f"{label} misses the accuracy rule by a factor {excess:.2g}"
                 if label in layer.dense.values():
                     layer.dense = dict.fromkeys(layer.tokens, PLAIN)

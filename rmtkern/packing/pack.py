@@ -1,8 +1,8 @@
 """pack_: the verb, what it refuses, and the order of its steps. Each step is a file beside this one."""
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,21 +11,20 @@ from torch import Tensor, nn
 from rmtkern.errors import PackedModelError
 from rmtkern.examples import Example, as_examples
 from rmtkern.layouts import LAYOUTS
-from rmtkern.packing.attention import AttentionForward, watch_attention
+from rmtkern.packing.attention import AttentionCall, AttentionForward, watch_attention
 from rmtkern.packing.decisions import DecisionLog, Decisions
 from rmtkern.packing.device import Device, device_of
 from rmtkern.packing.dtype import DTYPES, cast_
-from rmtkern.packing.gated import find_pairs, fuse
+from rmtkern.packing.fusing import find_fusible, put_fused
+from rmtkern.packing.gated import GatedPair, find_pairs
 from rmtkern.packing.guard import guard
 from rmtkern.packing.layers import Layer, choose_forms, find_layers, group_layers, measure_group, pack_layer
-from rmtkern.packing.mlp import Chain, MlpForward, find_chains, mlp_calls
 from rmtkern.packing.multihead import Split, find_multiheads, watch_calls
 from rmtkern.packing.norm import NormCall, NormForward, watch_norms
-from rmtkern.packing.normed import LeavingForward, find_normed, normed_calls
-from rmtkern.packing.outputs import outputs_on, tolerance_of
+from rmtkern.packing.outputs import outputs_on
 from rmtkern.packing.pairs import measure_pairs
 from rmtkern.packing.report import EndToEnd, GatedReport, PackReport, SiteReport
-from rmtkern.packing.sites import disable, enable, measure_sites
+from rmtkern.packing.sites import KernelForward, measure_sites
 from rmtkern.packing.summary import layer_reports, site_reports
 from rmtkern.packing.swaps import Swaps, place_, verify
 from rmtkern.packing.timing import Timer
@@ -33,6 +32,7 @@ from rmtkern.packing.trials import leave_lenders, leave_whole, split_multiheads
 from rmtkern.packing.unpack import is_packed
 from rmtkern.packing.watch import watch
 from rmtkern.progress import progress
+from rmtkern.spectral_linear import SpectralLinear, spectral_linears
 
 __all__ = ["pack_"]
 
@@ -58,7 +58,8 @@ def pack_(
     is called for self-attention, masked or not. Where code gives the weight of a linear to F.linear, as attention with
     biases of its own does, the kernel runs there, with the bias of the call; code may also ask for the weight's shape,
     dtype and device, as nn.TransformerEncoderLayer does. A linear whose weight is used in another way, such as a part
-    of it, stays dense.
+    of it, stays dense. A SpectralLinear (of `prune_(pattern="spectral")`) is tried in the layout "spectral" with its
+    own parts, and else counts as a linear with the weight B A + S, which `unpack_` also makes of it.
 
     Each linear's candidates are its dense forms (nn.Linear, oneDNN, oneDNN with a reordered weight, our own) and the
     layouts that hold it in less memory. They are timed in interleaved rounds at the token counts that the examples
@@ -119,16 +120,18 @@ def pack_(
     time_calls = timer or device.timer
     log = DecisionLog(decisions, device.keys(time_calls))
     split = find_multiheads(model)
+    divided = spectral_linears(model)
+    place_(model, {name: module.merged() for name, module in divided.items()})
     restore = cast_(model, dtype) if dtype == torch.bfloat16 else None
-    kernels = attention and device.kernels, norms and device.kernels, mlps and device.kernels
+    attention, norms, mlps = (wanted and device.kernels for wanted in (attention, norms, mlps))
+    ask = _Ask(layouts, attention, norms, mlps, margin, budget_ms, time_calls, show_progress, log)
     try:
-        return _pack(
-            model, device, split, examples, layouts, kernels, margin, budget_ms, time_calls, show_progress, log
-        )
+        return _pack(model, device, split, divided, examples, ask)
     except BaseException:
         place_(model, dict(split.whole))
         if restore is not None:
             restore()
+        place_(model, dict(divided))
         raise
 
 
@@ -157,28 +160,129 @@ def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float, dtype
     return [name for name in names if name != "dense"]
 
 
+@dataclass(frozen=True)
+class _Ask:
+    """What pack_ was asked for; `attention`, `norms` and `mlps` also need kernels on the device."""
+
+    layouts: Sequence[str]
+    attention: bool
+    norms: bool
+    mlps: bool
+    margin: float
+    budget_ms: float
+    timer: Timer
+    show_progress: bool | None
+    log: DecisionLog
+
+    @property
+    def timing(self) -> tuple[float, float, Timer, bool | None]:
+        """As what measures takes it."""
+        return self.margin, self.budget_ms, self.timer, self.show_progress
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the forward passes on the examples showed.
+
+    Args:
+        layers: every linear, with the reason of those that stay.
+        attention: module name -> its calls of attention; of an nn.MultiheadAttention, those of it whole.
+        apart: the same of the nn.MultiheadAttentions that were taken apart, as they are then.
+        norms: name of a LayerNorm -> its calls.
+        outputs: of the model with these apart.
+        expected: of the model as it came.
+    """
+
+    layers: Sequence[Layer]
+    attention: Mapping[str, Sequence[AttentionCall]]
+    apart: Mapping[str, Sequence[AttentionCall]]
+    norms: Mapping[str, Sequence[NormCall]]
+    outputs: Sequence[Sequence[Tensor]]
+    expected: Sequence[Sequence[Tensor]]
+
+    @property
+    def movable(self) -> list[Layer]:
+        """The layers that may be swapped."""
+        return [layer for layer in self.layers if layer.reason is None]
+
+
+@dataclass(frozen=True)
+class _Sites:
+    """The reports on attention, on that in nn.MultiheadAttentions taken apart, and on LayerNorm."""
+
+    attention: list[SiteReport]
+    apart: list[SiteReport]
+    norms: list[SiteReport]
+
+
 def _pack(
     model: nn.Module,
     device: Device,
     split: Split,
+    divided: Mapping[str, SpectralLinear],
     examples: list[Example],
-    layouts: Sequence[str],
-    kernels: tuple[bool, bool, bool],
-    margin: float,
-    budget_ms: float,
-    time_calls: Timer,
-    show_progress: bool | None,
-    log: DecisionLog,
+    ask: _Ask,
 ) -> PackReport:
     """The steps in order: try what can move, choose per linear, site, pair and MLP, judge the whole, report.
 
-    `kernels` says whether attention, LayerNorms and MLPs may use ours.
+    `divided` has the parts of linears that stand merged in the model.
     """
-    attention, norms, mlps = kernels
+    found = _find(model, device, split, divided, examples)
+    movable = found.movable
+    by_name = {layer.name: layer for layer in movable}
+    called = {layer.name: layer for layer in movable if not layer.seen.lent}
+    pairs = find_pairs(model, {name: layer.module for name, layer in called.items()})
+    pairs = [pair for pair in pairs if len({tuple(by_name[path].seen.tokens) for path in pair.paths}) == 1]
+    fusible = find_fusible(model, called, found.norms, split, examples, found.outputs, norms=ask.norms, mlps=ask.mlps)
+    _measure_layers(movable, device, ask)
+    swaps = Swaps(model, movable, split)
+    sites = _measure_sites(found, swaps, ask)
+    end_to_end: list[EndToEnd] = []
+    notes: list[str] = []
+    gated: list[GatedReport] = []
+    fused: dict[str, list[SiteReport]] = {}
+    try:
+        _put_layers(movable, swaps, ask.show_progress)
+        if movable or swaps.sites:
+            verify(swaps, examples, found.expected, swaps.dense)
+            verify(swaps, examples, found.expected, swaps.packed)
+            gated = _put_pairs(pairs, by_name, swaps, device, examples, found.expected, ask)
+            fused = put_fused(fusible, by_name, swaps, examples, found.expected, ask.timing)
+            end_to_end, notes = guard(swaps, movable, examples, 5 * ask.budget_ms, ask.timer, ask.show_progress)
+            gated = [
+                replace(pair, form=None, reason=f"{pair.reason}; put back: the model was slower end to end")
+                if pair.form is not None and pair.name not in swaps.pairs
+                else pair
+                for pair in gated
+            ]
+        report = PackReport(
+            layer_reports(found.layers, swaps, gated, ask.margin),
+            tuple(end_to_end),
+            torch.get_num_threads(),
+            (*([f"on {device.name}"] if device.name else []), *notes),
+            site_reports(swaps.standing(sites.attention, sites.apart), swaps, "attention"),
+            ask.log.new,
+            ask.log.measured,
+            ask.log.reused if ask.log.given else None,
+            tuple(gated),
+            site_reports(sites.norms, swaps, "LayerNorm"),
+            *(site_reports(fused.get(kernel, []), swaps, kernel) for kernel in ("MLP", "normed linear")),
+        )
+        ask.log.save()
+    except BaseException:
+        swaps.leave_original()
+        raise
+    swaps.leave_packed()
+    return report
+
+
+def _find(
+    model: nn.Module, device: Device, split: Split, divided: Mapping[str, SpectralLinear], examples: list[Example]
+) -> _Found:
+    """Run the model on the examples; what cannot be swapped gets its reason, and stays whole."""
     whole_outputs, whole_calls = split_multiheads(model, split, examples)
-    layers = find_layers(model, split, device)
+    layers = find_layers(model, split, device, divided)
     movable = [layer for layer in layers if layer.reason is None]
-    linears = {layer.name: layer.module for layer in movable}
 
     def count_calls() -> None:
         for layer in movable:
@@ -186,7 +290,7 @@ def _pack(
 
     with (
         watch_calls(split.apart) as unlike,
-        watch(model, linears) as watched,
+        watch(model, {layer.name: layer.module for layer in movable}) as watched,
         watch_attention(model) as calls,
         watch_norms(model) as norm_calls,
     ):
@@ -197,164 +301,64 @@ def _pack(
     leave_whole(model, split, layers, unlike)
     outputs = leave_lenders(model, layers, examples, outputs)
     leave_whole(model, split, layers, {})
-    expected = whole_outputs or outputs
-    movable = [layer for layer in movable if layer.reason is None]
-
-    by_name = {layer.name: layer for layer in movable}
-    called = {layer.name: layer.module for layer in movable if not layer.seen.lent}
-    pairs, chains = find_pairs(model, called), find_chains(model, called) if mlps else []
-    normed = _find_normed(model, norm_calls, called, split, examples, outputs) if norms else {}
-    chains = [chain for chain in chains if len({tuple(by_name[path].seen.tokens) for path in chain.paths}) == 1]
-    pairs = [pair for pair in pairs if len({tuple(by_name[path].seen.tokens) for path in pair.paths}) == 1]
-    groups = group_layers(movable, layouts, device)
-    for group in progress(groups, "timing", show=show_progress):
-        measure_group(group, budget_ms, time_calls, log)
-        for layer in group.layers:
-            layer.choice = choose_forms(group.ms, margin)
-            layer.dense = choose_forms(group.ms, margin, dense_only=True)
-
     apart_calls = {name: calls[name] for name in split.apart if name in calls}
-    calls = {**calls, **whole_calls}
-    timing = (margin, budget_ms, time_calls, show_progress)
-    sites = measure_sites("attention", calls, *timing) if attention else []
-    apart_sites = measure_sites("attention", apart_calls, *timing) if attention else []
-    norm_sites = measure_sites("layer_norm", norm_calls, *timing) if norms else []
-    swaps = Swaps(model, movable, split)
-    for kernel, kind, found in (("attention", AttentionForward, sites), ("LayerNorm", NormForward, norm_sites)):
-        if any(site.used for site in found):
-            modules = {**dict(model.named_modules()), **split.whole}
-            swaps.sites[kernel] = [kind(modules[site.name]) for site in found if site.used]
-    if used := [AttentionForward(split.apart[site.name]) for site in apart_sites if site.used]:
-        swaps.sites["attention"] = [*swaps.sites.get("attention", []), *used]
-    end_to_end: list[EndToEnd] = []
-    notes: list[str] = []
-    gated: list[GatedReport] = []
-    fused: dict[str, list[SiteReport]] = {}
-    try:
-        for layer in progress(movable, "packing", show=show_progress):
-            swaps.put(swaps.dense, layer, pack_layer(layer, layer.dense))
-            if layer.choice == layer.dense:
-                swaps.copy(swaps.packed, layer, swaps.dense)
-            else:
-                swaps.put(swaps.packed, layer, pack_layer(layer, layer.choice))
-        if movable or swaps.sites:
-            verify(swaps, examples, expected, swaps.dense)
-            verify(swaps, examples, expected, swaps.packed)
-            gated = measure_pairs(pairs, by_name, swaps, layouts, device, *timing)
-            if swaps.pairs:
-                try:
-                    verify(swaps, examples, expected, swaps.packed)
-                except PackedModelError as error:  # a forward that does not always compute what was tried
-                    swaps.drop_pairs()
-                    gated = [replace(pair, form=None, reason=str(error)) for pair in gated]
-            fused["normed linear"] = _put_normed(normed, by_name, swaps, *timing)
-            fused["MLP"] = _put_mlps(chains, by_name, swaps, *timing)
-            if fused.keys() & swaps.sites.keys():
-                try:
-                    verify(swaps, examples, expected, swaps.packed)
-                except PackedModelError as error:  # as above
-                    for kernel, found in fused.items():
-                        if kernel in swaps.sites:
-                            swaps.drop_site(kernel)
-                            fused[kernel] = [replace(site, used=False, reason=str(error)) for site in found]
-            end_to_end, notes = guard(swaps, movable, examples, 5 * budget_ms, time_calls, show_progress)
-            gated = [
-                replace(pair, form=None, reason=f"{pair.reason}; put back: the model was slower end to end")
-                if pair.form is not None and pair.name not in swaps.pairs
-                else pair
-                for pair in gated
-            ]
-        report = PackReport(
-            layer_reports(layers, swaps, gated, margin),
-            tuple(end_to_end),
-            torch.get_num_threads(),
-            (*([f"on {device.name}"] if device.name else []), *notes),
-            site_reports(swaps.standing(sites, apart_sites), swaps, "attention"),
-            log.new,
-            log.measured,
-            log.reused if log.given else None,
-            tuple(gated),
-            site_reports(norm_sites, swaps, "LayerNorm"),
-            *(site_reports(fused.get(kernel, []), swaps, kernel) for kernel in ("MLP", "normed linear")),
-        )
-        log.save()
-    except BaseException:
-        place_(model, split.arranged(swaps.original))
-        disable(swaps.forwards)
-        swaps.unfuse()
-        raise
-    place_(model, split.arranged(swaps.packed))
-    disable(swaps.forwards)
-    standing = set(model.modules())
-    enable(forward for forward in swaps.forwards if forward.module in standing)
-    fuse(model, [pair for pair, _ in swaps.pairs.values()])
-    return report
+    return _Found(layers, {**calls, **whole_calls}, apart_calls, norm_calls, outputs, whole_outputs or outputs)
 
 
-def _put_mlps(
-    chains: Sequence[Chain],
-    layers: Mapping[str, Layer],
-    swaps: Swaps,
-    margin: float,
-    budget_ms: float,
-    timer: Timer,
-    show_progress: bool | None,
-) -> list[SiteReport]:
-    """Time each chain of linears in one kernel against its linears, and let those that are faster use it."""
-    calls = mlp_calls(chains, swaps.packed, *_of(layers))
-    sites = measure_sites("mlp", calls, margin, budget_ms, timer, show_progress, rival="the two linears'")
-    used = {site.name for site in sites if site.used}
-    if used:
-        modules = dict(swaps.model.named_modules())
-        swaps.sites["MLP"] = [MlpForward(modules[chain.name], chain) for chain in chains if chain.name in used]
-        swaps.now = None
-    return sites
+def _measure_layers(layers: Sequence[Layer], device: Device, ask: _Ask) -> None:
+    """Choose the forms of each layer, the strongest of all and the strongest dense ones."""
+    for group in progress(group_layers(layers, ask.layouts, device), "timing", show=ask.show_progress):
+        measure_group(group, ask.budget_ms, ask.timer, ask.log)
+        for layer in group.layers:
+            layer.choice = choose_forms(group.ms, ask.margin)
+            layer.dense = choose_forms(group.ms, ask.margin, dense_only=True)
 
 
-def _find_normed(
-    model: nn.Module,
-    calls: Mapping[str, Sequence[NormCall]],
-    linears: Mapping[str, nn.Linear],
-    split: Split,
-    examples: Sequence[Example],
-    outputs: Sequence[Sequence[Tensor]],
-) -> dict[str, str]:
-    """As find_normed, but for linears in nn.MultiheadAttentions, which are whole in some states of the model."""
-    fixed = {name: linear for name, linear in linears.items() if name.rpartition(".")[0] not in split.apart}
-    good = [name for name, found in calls.items() if all(call.reason is None for call in found)]
-    norms = {name: norm for name in good if isinstance(norm := model.get_submodule(name), nn.LayerNorm)}
-    return find_normed(model, norms, fixed, examples, outputs, tolerance_of(model))
-
-
-def _put_normed(
-    found: Mapping[str, str],
-    layers: Mapping[str, Layer],
-    swaps: Swaps,
-    margin: float,
-    budget_ms: float,
-    timer: Timer,
-    show_progress: bool | None,
-) -> list[SiteReport]:
-    """Time each LayerNorm and the linear after it in one kernel against both, and let those that are faster use it."""
-    modules = dict(swaps.model.named_modules())
-    ours = {
-        name for name, module in modules.items() if any(f.module is module for f in swaps.sites.get("LayerNorm", []))
+def _measure_sites(found: _Found, swaps: Swaps, ask: _Ask) -> _Sites:
+    """Time attention and LayerNorm where they run, and put our kernels in where they are faster."""
+    sites = _Sites(
+        measure_sites("attention", found.attention, *ask.timing) if ask.attention else [],
+        measure_sites("attention", found.apart, *ask.timing) if ask.attention else [],
+        measure_sites("layer_norm", found.norms, *ask.timing) if ask.norms else [],
+    )
+    split = swaps.split
+    modules = {**dict(swaps.model.named_modules()), **split.whole}
+    forwards: dict[str, list[KernelForward]] = {
+        "attention": [
+            *(AttentionForward(modules[site.name]) for site in sites.attention if site.used),
+            *(AttentionForward(split.apart[site.name]) for site in sites.apart if site.used),
+        ],
+        "LayerNorm": [NormForward(modules[site.name]) for site in sites.norms if site.used],
     }
-    calls = normed_calls(found, modules, swaps.packed, *_of(layers), ours)
-    rival = "LayerNorm and linear apart"
-    sites = measure_sites("normed", calls, margin, budget_ms, timer, show_progress, rival=rival)
-    used = [site.name for site in sites if site.used]
-    if used:
-        places = {name: found[name].rpartition(".") for name in used}
-        swaps.sites["normed linear"] = [
-            LeavingForward(modules[name], swaps.model.get_submodule(parent), child)
-            for name, (parent, _, child) in places.items()
-        ]
-        swaps.now = None
+    swaps.sites |= {kernel: standing for kernel, standing in forwards.items() if standing}
     return sites
 
 
-def _of(layers: Mapping[str, Layer]) -> tuple[dict[str, tuple[int, ...]], dict[str, Hashable]]:
-    """Name of a linear -> its token counts, and -> what is equal where its time is."""
-    tokens = {name: layer.tokens for name, layer in layers.items()}
-    return tokens, {name: (id(layer.group), *layer.choice.items()) for name, layer in layers.items()}
+def _put_layers(layers: Sequence[Layer], swaps: Swaps, show_progress: bool | None) -> None:
+    """Pack each layer for the dense state and for the packed one."""
+    for layer in progress(layers, "packing", show=show_progress):
+        swaps.put(swaps.dense, layer, pack_layer(layer, layer.dense))
+        if layer.choice == layer.dense:
+            swaps.copy(swaps.packed, layer, swaps.dense)
+        else:
+            swaps.put(swaps.packed, layer, pack_layer(layer, layer.choice))
+
+
+def _put_pairs(
+    pairs: Sequence[GatedPair],
+    layers: Mapping[str, Layer],
+    swaps: Swaps,
+    device: Device,
+    examples: Sequence[Example],
+    expected: Sequence[Sequence[Tensor]],
+    ask: _Ask,
+) -> list[GatedReport]:
+    """Let the gate-up pairs that are faster so run in one kernel, unless the model then computes something else."""
+    gated = measure_pairs(pairs, layers, swaps, ask.layouts, device, *ask.timing)
+    if swaps.pairs:
+        try:
+            verify(swaps, examples, expected, swaps.packed)
+        except PackedModelError as error:  # a forward that does not always compute what was tried
+            swaps.drop_pairs()
+            gated = [replace(pair, form=None, reason=str(error)) for pair in gated]
+    return gated

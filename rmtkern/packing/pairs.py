@@ -5,6 +5,7 @@ gated.py finds the pairs and says how a module runs one.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
@@ -14,7 +15,6 @@ from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import interleave
 from rmtkern.nn import PackedLinear
-from rmtkern.ops import gated_linear
 from rmtkern.packing.device import Device
 from rmtkern.packing.events import how
 from rmtkern.packing.gated import GatedPair
@@ -109,8 +109,8 @@ def _measure_pair(
 ) -> None:
     """Fill a group's times from its first pair."""
     pair, layers = group.pairs[0], group.linears[0]
-    gate, up, bg, bu = pair.weight([layer.module for layer in layers])
-    both, bias = interleave(gate, up), None if bg is None or bu is None else interleave(bg, bu)
+    gate, up, *_ = pair.weight([layer.module for layer in layers])
+    both = interleave(gate, up)
     separate = [swaps.packed[path] for path in pair.paths]
     absorbed = isinstance(separate[0], PackedLinear) and separate[0].activation is not None
     activation = None if absorbed else pair.activation
@@ -138,9 +138,7 @@ def _measure_pair(
             "separate": lambda x=x: pair.combine([module(x) for module in separate], activation)  # type: ignore[misc]
         }
         for label, form in forms.items():
-            calls[label] = lambda x=x, form=form: gated_linear(  # type: ignore[misc]
-                x, form, bias, activation=pair.activation, features=gate.shape[0]
-            )
+            calls[label] = partial(pair.module(form, [layer.module for layer in layers]), x)
         with torch.no_grad():
             group.ms[tokens] = dict(timer(calls, budget_ms))
         group.notes += [f"timed {way}"] if (way := how(timer)) else []

@@ -165,6 +165,16 @@ class PackReport(Tabulated):
         return sum(size for size, packed in sizes if packed) / sum(size for size, _ in sizes)
 
     @property
+    def sites(self) -> dict[str, tuple[SiteReport, ...]]:
+        """The modules that may use a kernel of ours beside the linears', by kernel."""
+        return {
+            "attention": self.attention,
+            "LayerNorm": self.norms,
+            "MLP": self.mlps,
+            "normed linear": self.normed,
+        }
+
+    @property
     def nbytes_before(self) -> int:
         """Bytes of all linear weights before."""
         return sum(layer.nbytes_before for layer in self.layers)
@@ -205,12 +215,7 @@ class PackReport(Tabulated):
                 f"times of {self.groups_reused} groups of alike layers reused from saved decisions,"
                 f" {self.groups_measured} measured"
             )
-        for kernel, sites in (
-            ("attention", self.attention),
-            ("LayerNorm", self.norms),
-            ("MLP", self.mlps),
-            ("normed linear", self.normed),
-        ):
+        for kernel, sites in self.sites.items():
             if sites:
                 used = sum(site.used for site in sites)
                 why = "; ".join(dict.fromkeys(site.reason for site in sites))

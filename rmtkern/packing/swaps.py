@@ -112,8 +112,8 @@ class Swaps:
         disable(self.sites.pop(kernel))
         self.now = None
 
-    def run(self, slots: Slots, example: Example, *, kernels: bool = False) -> list[Tensor]:
-        """The model's output in one of the states; with the kernels of `sites` in the packed one, or where asked."""
+    def place(self, slots: Slots, *, kernels: bool = False) -> None:
+        """Let one of the states stand; with the kernels of `sites` in the packed one, or where asked."""
         kernels = kernels or slots is self.packed
         if self.now is None or self.now[0] is not slots or self.now[1] != kernels:
             place_(self.model, self.split.arranged(slots))
@@ -122,7 +122,25 @@ class Swaps:
             if slots is self.packed:
                 fuse(self.model, [pair for pair, _ in self.pairs.values()])
             self.now = slots, kernels
+
+    def run(self, slots: Slots, example: Example, *, kernels: bool = False) -> list[Tensor]:
+        """The model's output in one of the states, as `place` has it."""
+        self.place(slots, kernels=kernels)
         return run_model(self.model, example)
+
+    def leave_original(self) -> None:
+        """Leave the model as it came."""
+        place_(self.model, self.split.arranged(self.original))
+        disable(self.forwards)
+        self.unfuse()
+
+    def leave_packed(self) -> None:
+        """Leave the model packed."""
+        place_(self.model, self.split.arranged(self.packed))
+        disable(self.forwards)
+        standing = set(self.model.modules())
+        enable(forward for forward in self.forwards if forward.module in standing)
+        fuse(self.model, [pair for pair, _ in self.pairs.values()])
 
 
 def verify(swaps: Swaps, examples: Sequence[Example], expected: Sequence[Sequence[Tensor]], slots: Slots) -> None:

@@ -19,15 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from rmtkern.errors import NoGradientsError
+from rmtkern.errors import NoGradientsError, PackedModelError
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.stages import Call, Stage
+from rmtkern.ranks import Ranks
 
 __all__ = [
-    "Moments", "calibrate", "evaluating", "forward_passes", "output_gradients", "second_moment", "second_moments",
-    "tensors_of", "weights_in_order",
+    "LABELS", "Moments", "calibrate", "checked", "evaluating", "forward_passes", "output_gradients", "second_moment",
+    "second_moments", "tensors_of", "weights_in_order",
 ]  # fmt: skip
+
+LABELS = ("labels", "label")
+"""The keys of a mapping under which a batch has its labels, which the model does not get."""
 
 _BATCH, _BATCH_ENTRIES = 32, 8 * 3 * 224 * 224  # at most; what a block computes of one batch should fit beside a model
 _GRADIENT_BATCH, _GRADIENT_IMAGES = 2, 128  # a backward pass holds all activations
@@ -58,13 +62,15 @@ def calibrate(
 ) -> Moments:
     """Measure the second moments of the inputs of `weights` over some images.
 
-    The model runs in eval mode without gradients and is left as it was, mode of every module included.
+    The model runs in eval mode without gradients and is left as it was, mode of every module included. Of several
+    processes of torch.distributed each sees its part, and all get the moments over all of them.
 
     Args:
         model: takes one batch of images as its first argument.
         weights: from models.prunable_weights(model, ...).
-        images: [B, C, H, W] tensor, a pair (images, labels), or an iterable (a loader) of batches: tensors, tuples
-            whose first item is the images, or mappings of keyword arguments. Labels are not used.
+        images: [B, C, H, W] tensor, a pair (images, labels), or an iterable (a loader) of batches: tensors, mappings of
+            keyword arguments, or tuples whose first item is one of these. Labels, in a mapping those of LABELS, are not
+            used.
         show_progress: progress bar; None: only on a terminal.
 
     Returns:
@@ -72,20 +78,22 @@ def calibrate(
 
     Raises:
         TypeError: a batch of another type.
-        ValueError: no image, inputs with NaN or Inf, or a weight that no image reached.
+        ValueError: no image, images that the model does not take, inputs with NaN or Inf, or a weight that no image
+            reached.
     """
-    watch = _Watch(weights)
+    watch, ranks = _Watch(weights), Ranks.current()
     seen = 0
     with evaluating(model):
-        for run, count in progress(forward_passes(model, images), "calibrate", show=show_progress):
+        for run, count in progress(forward_passes(model, images, ranks=ranks), "calibrate", show=show_progress):
             with watch:
                 run()
             seen += count
-    return Moments({weight.name: watch.moment(weight) for weight in weights}, seen, watch.inputs(weights))
+    features = {weight.name: watch.moment(weight, ranks) for weight in weights}
+    return Moments(features, int(ranks.total([seen])[0]), watch.inputs(weights, ranks))
 
 
 def forward_passes(
-    model: nn.Module, images: Tensor | Iterable[Any], size: int | None = None
+    model: nn.Module, images: Tensor | Iterable[Any], size: int | None = None, *, ranks: Ranks | None = None
 ) -> Iterator[tuple[Callable[[], Any], int]]:
     """For each batch of calibration images: the model applied to it, as a function to call, and the number of images.
 
@@ -93,21 +101,58 @@ def forward_passes(
         model: takes one batch of images as its first argument.
         images: as for `calibrate`; a loader is read batch by batch.
         size: images in a batch, if they are one tensor; None: 32, or fewer large ones (8 of 3 x 224 x 224).
+        ranks: of one tensor, or a pair, each takes its own part; a loader must do that itself (DistributedSampler).
+            None: one process.
 
     Raises:
         TypeError: a batch of another type.
-        ValueError: no image in all.
+        ValueError: no image in all; what is yielded raises it where the model does not take the batch.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     seen = 0
-    for batch in _batches(images, size):
+    for batch in _batches(images, size, ranks or Ranks()):
         call, count = _inputs(batch, device, dtype)
         if count:
-            yield partial(model, **call) if isinstance(call, dict) else partial(model, call), count
+            run = checked(model)
+            yield partial(run, **call) if isinstance(call, dict) else partial(run, call), count
         seen += count
     if seen == 0:
         raise ValueError("calibration: expected at least one image, got none")
+
+
+_REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What models raise for inputs that they do not take."""
+
+
+def checked(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model as a function that says what the batch was where the model does not take it.
+
+    Raises:
+        ValueError: from it, instead of what a model raises for inputs of another shape, dtype or name.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return model(*args, **kwargs)
+        except (PackedModelError, NotImplementedError, torch.OutOfMemoryError):
+            raise
+        except _REFUSALS as error:
+            parts = [*(("", value) for value in args), *kwargs.items()]
+            batch = ", ".join(f"{name} {_shape(value)}".strip() for name, value in parts)
+            raise ValueError(
+                f"calibration: the model does not take a batch of {batch} ({type(error).__name__}: {error}); pass "
+                "images as the model is called with them, [B, C, H, W] of floating point, or mappings of its keyword "
+                "arguments"
+            ) from error
+
+    return run
+
+
+def _shape(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def weights_in_order(stage: Stage, call: Call) -> list[tuple[PrunableWeight, int]]:
@@ -120,7 +165,7 @@ def weights_in_order(stage: Stage, call: Call) -> list[tuple[PrunableWeight, int
     with watch:
         stage.module(*call.args, **call.kwargs)
     for weight in stage.weights:
-        watch.moment(weight)  # refuses a weight that was not used, or only in part
+        watch.starts(weight)  # refuses a weight that was not used, or only in part
     by_name = {weight.name: weight for weight in stage.weights}
     return [(by_name[name], uses) for name, uses in watch.uses.items()]
 
@@ -128,7 +173,7 @@ def weights_in_order(stage: Stage, call: Call) -> list[tuple[PrunableWeight, int
 def second_moment(
     stage: Stage, weight: PrunableWeight, uses: int, calls: Iterable[Call], *, constant: bool = False
 ) -> Tensor:
-    """E x xᵀ over the inputs x of a weight, [G, K, K], in float32, or float64 for a float64 model.
+    """E x xᵀ over the inputs x of a weight, on all ranks, [G, K, K], in float32, or float64 for a float64 model.
 
     Args:
         stage: owns the weight; each call runs until it has used the weight `uses` times.
@@ -151,7 +196,7 @@ def second_moment(
                 stage.module(*call.args, **call.kwargs)
         except _Enough:
             pass
-    return watch.moment(weight)
+    return watch.moment(weight, Ranks.current())
 
 
 def second_moments(
@@ -162,7 +207,8 @@ def second_moments(
     Args:
         stage: owns the weights.
         calls: one for each batch.
-        enough: no more calls once every weight has seen so many inputs x for each entry of x.
+        enough: no more calls once every weight has seen so many inputs x for each entry of x; of several ranks each
+            sees its share of them.
 
     Returns:
         The moments, and what the stage returned for each call that was made.
@@ -170,13 +216,13 @@ def second_moments(
     Raises:
         ValueError: inputs with NaN or Inf, or a weight that no call uses.
     """
-    watch, outputs = _Watch(stage.weights, products=True), []
+    watch, outputs, ranks = _Watch(stage.weights, products=True), [], Ranks.current()
     for call in calls:
         with watch:
             outputs.append(stage.module(*call.args, **call.kwargs))
-        if all(watch.seen(weight) >= enough * weight.shape[1] for weight in stage.weights):
+        if all(watch.seen(weight) * ranks.world >= enough * weight.shape[1] for weight in stage.weights):
             break
-    return {weight.name: watch.moment(weight) for weight in stage.weights}, outputs
+    return {weight.name: watch.moment(weight, ranks) for weight in stage.weights}, outputs
 
 
 def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images: Tensor | Iterable[Any]) -> Moments:
@@ -200,19 +246,20 @@ def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images
 
     Source: Hutchinson 1990, the squared Frobenius norm of a Jacobian from random signs.
     """
-    watch, seen = _Outputs(weights), 0
-    generator = torch.Generator().manual_seed(0)
+    watch, seen, ranks = _Outputs(weights), 0, Ranks.current()
+    generator = torch.Generator().manual_seed(ranks.rank)
     with evaluating(model):
-        for run, count in forward_passes(model, images, _GRADIENT_BATCH):
+        for run, count in forward_passes(model, images, _GRADIENT_BATCH, ranks=ranks):
             with torch.enable_grad():
                 with watch:
                     found = run()
                 watch.add([one for one in tensors_of(found) if one.requires_grad], generator)
             seen += count
-            if seen >= _GRADIENT_IMAGES:
+            if seen * ranks.world >= _GRADIENT_IMAGES:
                 break
-    energies = {weight.name: watch.energy(weight)[None] / seen for weight in weights}
-    return Moments(energies, seen, watch.inputs(weights))
+    seen = int(ranks.total([seen])[0])
+    energies = {weight.name: watch.energy(weight, ranks)[None] / seen for weight in weights}
+    return Moments(energies, seen, watch.inputs(weights, ranks))
 
 
 def tensors_of(found: Any) -> list[Tensor]:
@@ -223,15 +270,18 @@ def tensors_of(found: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors_of(part)]
 
 
-def _batches(images: Tensor | Iterable[Any], size: int | None) -> Iterator[Any]:
+def _batches(images: Tensor | Iterable[Any], size: int | None, ranks: Ranks) -> Iterator[Any]:
     if isinstance(images, tuple) and len(images) == 2 and isinstance(images[0], Tensor) and images[0].ndim > 1:
         labels = images[1]
         if not isinstance(labels, Tensor) or labels.ndim <= 1:
             images = images[0]
     if isinstance(images, Tensor):
+        if 0 < len(images) < ranks.world:
+            raise ValueError(f"calibration: expected at least one image for each process, got {len(images)}")
+        images = images[ranks.rank :: ranks.world]
         entries = max(1, images[:1].numel())
         return iter(images.split(size or max(1, min(_BATCH, _BATCH_ENTRIES // entries))))
-    if isinstance(images, str | bytes) or not isinstance(images, Iterable):
+    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
         raise TypeError(f"calibration: expected a tensor or an iterable of batches, got {type(images).__name__}")
     return iter(images)
 
@@ -242,14 +292,14 @@ def _inputs(batch: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
             return value
         return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-    if isinstance(batch, Mapping):
-        call = {name: move(value) for name, value in batch.items()}
-        return call, max([len(value) for value in call.values() if isinstance(value, Tensor) and value.ndim], default=0)
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(first, Tensor):
+    if isinstance(first, Mapping):
+        call = {name: move(value) for name, value in first.items() if name not in LABELS}
+        return call, max([len(value) for value in call.values() if isinstance(value, Tensor) and value.ndim], default=0)
+    if not isinstance(first, Tensor) or first.ndim == 0:
         raise TypeError(
             "calibration: expected batches that are tensors of images, (images, labels) or mappings, "
-            f"got {type(batch).__name__}"
+            f"got {type(batch).__name__}" + (f" of {type(first).__name__}" if first is not batch else "")
         )
     return move(first), len(first)
 
@@ -395,24 +445,29 @@ class _Watch(TorchFunctionMode):
         """How many inputs the rows of the weight that have seen the fewest have seen."""
         return min(self.counts[weight.name].values(), default=0)
 
-    def inputs(self, weights: Sequence[PrunableWeight]) -> dict[str, int]:
-        """`seen` of each, by name."""
-        return {weight.name: self.seen(weight) for weight in weights}
+    def inputs(self, weights: Sequence[PrunableWeight], ranks: Ranks) -> dict[str, int]:
+        """`seen` of each, on all ranks together, by name."""
+        counts = ranks.total([self.seen(weight) for weight in weights])
+        return {weight.name: int(count) for weight, count in zip(weights, counts, strict=True)}
 
-    def moment(self, weight: PrunableWeight) -> Tensor:
-        """[G, K] or [G, K, K]: one entry for each block of the weight's rows that saw inputs of its own."""
-        sums, counts = self.sums[weight.name], self.counts[weight.name]
-        starts = sorted({edge for rows in sums for edge in rows})
+    def starts(self, weight: PrunableWeight) -> list[int]:
+        """Where blocks of the weight's rows begin and end that saw inputs of their own; refuses rows that saw none."""
+        starts = sorted({edge for rows in self.sums[weight.name] for edge in rows})
         if starts[:1] != [0] or starts[-1] != weight.shape[0]:
             raise ValueError(
                 f"calibration: no image reached {weight.name}; add it to ignore=, or use a method without calibration"
             )
-        block = min(stop - start for start, stop in pairwise(starts))
+        return starts
+
+    def moment(self, weight: PrunableWeight, ranks: Ranks) -> Tensor:
+        """[G, K] or [G, K, K] over all ranks: one entry for each block of rows that saw inputs of its own."""
+        sums, counts = self.sums[weight.name], self.counts[weight.name]
+        block = min(stop - start for start, stop in pairwise(self.starts(weight)))
         moments = []
         for at in range(0, weight.shape[0], block):
             seen = [rows for rows in sums if rows[0] <= at < rows[1]]
-            total = reduce(torch.add, (sums[rows] for rows in seen))
-            moments.append(total / sum(counts[rows] for rows in seen))
+            total = ranks.sum(reduce(torch.add, (sums[rows] for rows in seen)))
+            moments.append(total / ranks.total([sum(counts[rows] for rows in seen)])[0])
         moment = torch.cat(moments) if len(moments) > 1 else moments[0]
         if not bool(torch.isfinite(moment).all()):
             raise ValueError(
@@ -496,13 +551,13 @@ class _Outputs(_Watch):
                 places = [i for i in range(y.ndim) if i != axis % y.ndim]
                 total[slice(*rows)] += gradient.double().square().sum(places).cpu()
 
-    def energy(self, weight: PrunableWeight) -> Tensor:
-        """[N] float64."""
+    def energy(self, weight: PrunableWeight, ranks: Ranks) -> Tensor:
+        """[N] float64, the sum over all ranks."""
         if not self.uses[weight.name]:
             raise ValueError(
                 f"calibration: no image reached {weight.name}; add it to ignore=, or use a method without calibration"
             )
-        energy = self.energies[weight.name]
+        energy = ranks.sum(self.energies[weight.name])
         if not bool(torch.isfinite(energy).all()):
             raise ValueError(
                 f"calibration: the gradients at {weight.name} have NaN or Inf; check the images and the model, or take "

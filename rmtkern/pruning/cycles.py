@@ -28,7 +28,13 @@ from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.pruned import Pruned
 from rmtkern.pruning.score import LAYERWISE, SCORES
 from rmtkern.pruning.sensitivity import Sensitivity
-from rmtkern.spectrum.denoise import legacy_shrinkage, legacy_theta, sparsify_haar, sparsify_singular_vectors
+from rmtkern.spectrum.denoise import (
+    legacy_shrinkage,
+    legacy_stage,
+    legacy_theta,
+    sparsify_haar,
+    sparsify_singular_vectors,
+)
 from rmtkern.spectrum.fit import SpectralFit
 
 __all__ = ["layer_weights", "make_masks", "masks_of_choices", "matrices"]
@@ -106,7 +112,8 @@ def make_masks(
         if cycle > 1:
             fits = fit(matrices(weights, values))
         if config.budget == "cycle" and cycle % 2 == 0:
-            values = _by_block(weights, values, masks, fits, _sparsify(config.theta, cycle))
+            theta = "legacy" if config.legacy else config.theta
+            values = _by_block(weights, values, masks, fits, _sparsify(theta, cycle))
         layers = _layers(weights, values, masks, fits, moments, sensitivities or {}, config, kind, params)
         left = goal - sum(layer.zeros for layer in layers)
         if kind == "n:m":
@@ -121,7 +128,7 @@ def make_masks(
         if changes:
             values = [value.masked_fill(mask, 0) for value, mask in zip(values, masks, strict=True)]
         if config.budget == "cycle" and config.soft_threshold > 0:
-            values = [_keep_zeros(value, mask, _shrunk(weight, value, fits, config.soft_threshold, cycle))
+            values = [_keep_zeros(value, mask, _shrunk(weight, value, fits, config, cycle))
                       for weight, value, mask in zip(weights, values, masks, strict=True)]  # fmt: skip
         if take == left:
             break
@@ -327,14 +334,18 @@ def _sparsify(theta: str, cycle: int) -> Step:
     return step
 
 
-def _shrunk(weight: PrunableWeight, value: Tensor, fits: Fits, strength: float, cycle: int) -> Tensor:
+def _shrunk(weight: PrunableWeight, value: Tensor, fits: Fits, config: PruneConfig, cycle: int) -> Tensor:
     """The soft threshold sign(w) max(|w| - strength delta, 0), block by block, with the delta of `legacy_shrinkage`.
 
-    A block without a fit counts as noise, mu = 0.
+    Legacy: with that of each entry, of `legacy_stage`. A block without a fit counts as noise, mu = 0.
     """
+    strength = config.soft_threshold
     out = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
     for label, rows in weight.blocks().items():
         fit = fits.get(label)
         mu = 0.0 if fit is None or fit.mu is None else fit.mu
-        out[rows] = F.softshrink(out[rows], strength * legacy_shrinkage(cycle, mu))
+        if config.legacy:
+            out[rows] = legacy_stage(out[rows], cycle, mu, strength)
+        else:
+            out[rows] = F.softshrink(out[rows], strength * legacy_shrinkage(cycle, mu))
     return out

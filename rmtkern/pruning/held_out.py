@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rmtkern.pruning.calibrate import evaluating, forward_passes, tensors_of
+from rmtkern.ranks import Ranks
 
 __all__ = ["hold_out", "model_outputs", "relative_change"]
 
@@ -28,7 +29,7 @@ def hold_out(images: Tensor | Iterable[Any]) -> tuple[Any, Any]:
     """
     if isinstance(images, Tensor) or _is_pair(images):
         return _rows(images)
-    if isinstance(images, str | bytes) or not isinstance(images, Iterable):
+    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
         raise TypeError(f"calibration: expected a tensor or an iterable of batches, got {type(images).__name__}")
     batches: Sequence[Any] = list(images)
     if len(batches) == 1:
@@ -47,36 +48,43 @@ def _is_pair(images: Any) -> bool:
 
 
 def _rows(batch: Any) -> tuple[Any, Any]:
-    """The same for one batch: a tensor, a sequence or a mapping; what has no rows goes to both."""
-    several = isinstance(batch, tuple | list)
-    parts = list(batch.values()) if isinstance(batch, Mapping) else list(batch) if several else [batch]
-    count = max((len(one) for one in parts if isinstance(one, Tensor) and one.ndim), default=0)
+    """The same for one batch: a tensor, a sequence or a mapping, of these too; what has no rows goes to both."""
+    count = max((len(one) for one in _tensors(batch) if one.ndim), default=0)
     at = count - max(1, round(_SHARE * count))
     if at < 1:
         raise ValueError(f"calibration: expected at least 2 images, one of them to hold out, got {count}")
 
-    def take(rows: slice) -> Any:
-        cut = [one[rows] if isinstance(one, Tensor) and one.ndim and len(one) == count else one for one in parts]
-        if isinstance(batch, Mapping):
-            return dict(zip(batch, cut, strict=True))
-        return tuple(cut) if several else cut[0]
+    def take(part: Any, rows: slice) -> Any:
+        if isinstance(part, Mapping):
+            return {name: take(one, rows) for name, one in part.items()}
+        if isinstance(part, tuple | list):
+            return tuple(take(one, rows) for one in part)
+        return part[rows] if isinstance(part, Tensor) and part.ndim and len(part) == count else part
 
-    return take(slice(at)), take(slice(at, None))
+    return take(batch, slice(at)), take(batch, slice(at, None))
 
 
-def model_outputs(model: nn.Module, images: Tensor | Iterable[Any]) -> list[Tensor]:
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def model_outputs(model: nn.Module, images: Tensor | Iterable[Any], *, ranks: Ranks | None = None) -> list[Tensor]:
     """All floating-point outputs of a model in eval mode, batch by batch.
 
     Args:
         model: takes one batch of images as its first argument.
         images: as for calibrate.calibrate.
+        ranks: each runs its part; None: one process.
     """
     with evaluating(model):
-        return [tensor.clone() for run, _ in forward_passes(model, images) for tensor in tensors_of(run())]
+        return [tensor.clone() for run, _ in forward_passes(model, images, ranks=ranks) for tensor in tensors_of(run())]
 
 
 def relative_change(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """|found - wanted|^2 / |wanted|^2, the squares summed over all outputs, >= 0.
+    """|found - wanted|^2 / |wanted|^2, the squares summed over all outputs on all ranks, >= 0.
 
     The square is what the measured sensitivity and the layers' losses are about (docs/calibrated.md).
 
@@ -87,9 +95,10 @@ def relative_change(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     for old, new in zip(wanted, found, strict=True):
         change += float((new.double() - old.double()).square().sum())
         total += float(old.double().square().sum())
+    change, total = Ranks.current().total([change, total])
     if not (total > 0 and math.isfinite(total) and math.isfinite(change)):
         raise ValueError(
-            "budget 'best': the model's outputs on the held-out calibration images are all zero, NaN or Inf, so no "
-            "budget can be chosen by them; check the images, or name a budget"
+            "the model's outputs on (held-out) calibration images are all zero, NaN or Inf, so nothing can be told by "
+            "them; check the images, or name a budget instead of 'best'"
         )
     return change / total

@@ -25,6 +25,7 @@ from rmtkern.pruning.score import GROUPED
 from rmtkern.pruning.sensitivity import Sensitivity
 from rmtkern.pruning.stages import Call, Stage, find_stages
 from rmtkern.pruning.visit import visit_stages
+from rmtkern.ranks import Ranks
 
 __all__ = ["MASKS", "prune_layerwise"]
 
@@ -80,11 +81,11 @@ def prune_layerwise(
     found: dict[str, Pruned] = {}
     stages = find_stages(model, weights)
     steps = iter(progress(range(len(weights)), "prune layer by layer", show=show_progress))
-    seen = 0
+    seen, ranks = 0, Ranks.current()
 
     def runs() -> Iterator[Any]:
         nonlocal seen
-        for run, count in forward_passes(model, images):
+        for run, count in forward_passes(model, images, ranks=ranks):
             seen += count
             yield run
 
@@ -119,7 +120,7 @@ def prune_layerwise(
 
         visit_stages(stages, runs(), visit, leave)
         next(steps, None)
-    return [found[weight.name] for weight in weights], seen
+    return [found[weight.name] for weight in weights], int(ranks.total([seen])[0])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rmtkern.pruning.pattern import PATTERNS, smallest_units, unit_entries, unit_of, unit_scores, whole_units
+from rmtkern.pruning.repair import definite
 
 __all__ = ["obs_mask"]
 
@@ -39,12 +40,8 @@ def obs_mask(
     Source: Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1; units of two columns as in Hassibi and Stork 1993.
     """
     unit, columns = unit_of(params), matrix.shape[1]
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-        upper = torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError as error:
-        raise ValueError("the second moments are singular; pass more calibration images") from error
-    del inverse
+    with definite():
+        upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
     weight = matrix.to(moment.dtype, copy=True)
     mask = start.clone()
     step = params.get("m", unit[1])

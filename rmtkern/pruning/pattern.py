@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "PATTERNS", "coarsest", "divides", "kth_smallest", "parse_pattern", "pattern_name", "smallest_units",
+    "PATTERNS", "SPIKES", "coarsest", "divides", "kth_smallest", "parse_pattern", "pattern_name", "smallest_units",
     "unit_entries", "unit_of", "unit_scores", "whole_units",
 ]  # fmt: skip
 
@@ -42,6 +42,9 @@ PATTERNS: dict[str, Callable[[Tensor, dict[str, int]], Tensor]] = {
     "rxc": unstructured,
 }
 """Name -> function(score of the units, params) -> the units that may go, bool. A unit is an entry, or a mini-block."""
+
+SPIKES = "spectral"
+"""In the place of a pattern: spikes become low-rank factors, and what they leave is pruned without a pattern."""
 
 _SIDES = (16, 32, 64, 128)
 """Outputs and inputs of the blocks that are larger than mini-blocks: what GPU kernels multiply as tiles."""
@@ -147,7 +150,9 @@ def parse_pattern(pattern: str) -> tuple[str, dict[str, int]]:
 
 
 def pattern_name(params: Mapping[str, int]) -> str:
-    """The inverse of `parse_pattern`: the name of the pattern with these parameters."""
+    """The inverse of `parse_pattern`: the name of the pattern with these parameters; {"rank": R}: SPIKES."""
+    if "rank" in params:
+        return SPIKES
     if "n" in params:
         return f"{params['n']}:{params['m']}" + (f"x{params['r']}" if "r" in params else "")
     return f"{params['r']}x{params['c']}" if params else "unstructured"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rmtkern.models import ROLES, PrunableWeight, block_name, prunable_weights
 from rmtkern.pruning.budget import BUDGETS, MEASURED, SPECTRAL
-from rmtkern.pruning.pattern import parse_pattern, pattern_name, unit_of
+from rmtkern.pruning.pattern import SPIKES, parse_pattern, pattern_name, unit_of
 from rmtkern.pruning.presets import AUTO, AUTO_CALIBRATED, AUTO_NM, BEST, HYBRID_UNTIL, PRESETS, RESTORES, Preset
 from rmtkern.pruning.repair import CALIBRATED_REPAIRS, REPAIRS
 from rmtkern.pruning.score import CALIBRATED, GROUPED, LAYERWISE, SCORES
@@ -79,6 +79,10 @@ class PruneConfig:
             or stay whole (the sparsity is then met to one mini-block), or larger blocks such as "32x32". Several of
             them: each weight gets the one, and the share of zeros, at which all lose least for the time that they take
             (see mixing.choose_patterns), by times that `prune_` is given; with calibration images.
+            Or "spectral": each nn.Linear becomes a SpectralLinear, factors of its spikes plus a rest, and only the rest
+            is pruned, without a pattern; the sparsity is of the rests, and images are needed (pruning/spikes.py).
+        spikes: for pattern "spectral", the share of the spikes above the edge, the largest first, that become factors,
+            (0, 1]; at least one where there is any.
         linear_speedup: with several patterns, how many times as fast as dense the selected weights shall be by those
             times, >= 1; `sparsity` is then what came of it. None: the sparsity says how far it goes.
         targets: roles, groups or globs (see models.prunable_weights); None: attention and MLP projections.
@@ -89,6 +93,9 @@ class PruneConfig:
             (theta grows with N K, as published).
         soft_threshold: after each cycle of budget "cycle" the weights that stay shrink by this many times the published
             amount (docs/math.md (23)), >= 0; none of them to zero. 0: no such step; 1: as published.
+        legacy: spectra, thresholds and, with `soft_threshold`, the shrinking of each cycle as the published code has
+            them, defects included: fits with `legacy` (see spectrum.fit.fit_spectrum), `theta` "legacy", and the stage
+            of AdamW entry by entry (spectrum.denoise.legacy_stage) instead of one soft threshold.
         seed: of score "random", and of the order of the images with `restore`.
         restore: one of RESTORES, by what entries come back after 3 % more than asked were removed: "movement" (training
             these alone) or "gradient" (|g W|); both need calibration images with labels. None: the method's.
@@ -120,6 +127,8 @@ class PruneConfig:
     alpha: float = 0.5
     soft_threshold: float = 0.0
     linear_speedup: float | None = None
+    spikes: float = 1.0
+    legacy: bool = False
 
     def __post_init__(self) -> None:
         _number("sparsity", self.sparsity)
@@ -150,8 +159,9 @@ class PruneConfig:
         _number("haar", self.haar)
         if not (math.isfinite(self.haar) and self.haar >= 0):
             raise ValueError(f"haar: expected a finite number >= 0, got {self.haar}")
-        if not isinstance(self.alpha_regime, bool):
-            raise TypeError(f"alpha_regime: expected a bool, got {type(self.alpha_regime).__name__}")
+        for name in ("alpha_regime", "legacy"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
         if not isinstance(self.permute, bool | str | None):
             raise TypeError(f"permute: expected a bool, {BLOCKS!r} or None, got {type(self.permute).__name__}")
         if isinstance(self.permute, str) and self.permute != BLOCKS:
@@ -175,6 +185,11 @@ class PruneConfig:
         if not (math.isfinite(self.soft_threshold) and self.soft_threshold >= 0):
             raise ValueError(f"soft_threshold: expected a finite number >= 0, got {self.soft_threshold}")
         _one_of("theta", self.theta, THETAS)
+        _number("spikes", self.spikes)
+        if not 0 < self.spikes <= 1:
+            raise ValueError(f"spikes: expected a share in (0, 1], got {self.spikes}")
+        if self.spikes != 1 and self.pattern != SPIKES:
+            raise ValueError(f"spikes: goes with pattern {SPIKES!r}, got pattern {self.pattern!r}; pass one or neither")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed: expected an int, got {type(self.seed).__name__}")
 
@@ -207,7 +222,9 @@ class PruneConfig:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The pattern, or those to choose among."""
+        """In what shapes entries go: the pattern, or those to choose among; of "spectral" those of the rest."""
+        if self.pattern == SPIKES:
+            return ("unstructured",)
         return (self.pattern,) if not isinstance(self.pattern, tuple) else self.pattern
 
     @property
@@ -267,6 +284,10 @@ class PruneConfig:
             raise ValueError(
                 f"prior {self.prior!r}: score {resolved.score!r} takes no prior; take score='cast' or prior=None"
             )
+        if resolved.pattern == SPIKES and not calibrated:
+            raise ValueError(
+                f"pattern {SPIKES!r} needs images, at least to see that the model computes the same; pass calibration="
+            )
         if resolved.needs_calibration and not calibrated:
             what = "permute=True" if resolved.permute else f"restore {resolved.restore!r}"
             if resolved.score in CALIBRATED:
@@ -285,7 +306,7 @@ class PruneConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether a resolved config needs calibration images."""
-        return _uses_images(self) or bool(self.permute)
+        return _uses_images(self) or bool(self.permute) or self.pattern == SPIKES
 
     @property
     def needs_labels(self) -> bool:
@@ -339,7 +360,7 @@ class LayerPlan:
         shape: (N, K) of the matrix.
         zeros: pruned entries.
         mask_hash: SHA-256 of the zero pattern; see `mask_hash`.
-        params: of the pattern, such as {"n": 2, "m": 4}.
+        params: of the pattern, such as {"n": 2, "m": 4}; {"rank": R} of a SpectralLinear, whose rest this is about.
         ms: predicted time where the pattern was chosen by times [ms], else None.
         dense_ms: in its fastest dense form, by the same times [ms], or None.
     """
@@ -499,11 +520,17 @@ class PrunePlan(Tabulated):
             f"method {config.method} (budget {config.budget}, score {config.score}, repair {config.repair}"
             f"{f', restore {config.restore}' if config.needs_labels else ''}"
             f"{f', prior {config.prior} x {config.alpha:g}' if config.prior else ''}), "
-            f"pattern {' or '.join(config.patterns)}, asked "
+            f"pattern {' or '.join(config.patterns) if config.mixed else config.pattern}, asked "
             + (f"sparsity {config.sparsity:g}" if config.linear_speedup is None else f"{config.linear_speedup:g}x"),
             *self._mix(),
             *(f"over {what}: {100 * n.sparsity:.2f} % ({n.zeros:,} of {n.total:,})" for what, n in lines),
         ]
+        if ranks := [layer.params["rank"] for layer in self.layers if "rank" in layer.params]:
+            beside = sum(layer.params.get("rank", 0) * sum(layer.shape) for layer in self.layers)
+            notes.append(
+                f"{len(ranks)} weights stand beside factors of rank {min(ranks)} to {max(ranks)}: "
+                f"{beside:,} numbers more"
+            )
         if self.budgets:
             tried = ", ".join(f"{name} {loss:.4g}" for name, loss in self.budgets.items())
             notes.append(f"budgets tried, relative change of the outputs on held-out images: {tried}")

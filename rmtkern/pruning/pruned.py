@@ -3,11 +3,14 @@
 It knows a mask and a matrix, and neither how they were chosen nor where they go.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from rmtkern.ranks import Ranks
 
 __all__ = ["Pruned"]
 
@@ -58,3 +61,17 @@ class Pruned:
             return None
         whole = self.values.new_zeros(self.shape)
         return whole.masked_scatter_(~self.mask(), self.values)
+
+    def shared(self, ranks: Ranks) -> "Pruned":
+        """What rank 0 has, on every rank, where roundings of other machines may have chosen otherwise."""
+        if ranks.world == 1:
+            return self
+        bits = self.bits.clone()
+        ranks.share_(bits)
+        first = Pruned(self.shape, bits)
+        if self.values is None:
+            return first
+        stay = math.prod(self.shape) - int(first.mask().sum())
+        values = self.values.clone() if len(self.values) == stay else self.values.new_zeros(stay)
+        ranks.share_(values.view(torch.uint8))  # no dtype that a backend might not know
+        return Pruned(self.shape, bits, values)

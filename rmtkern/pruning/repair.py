@@ -1,13 +1,14 @@
 """What the weights that stay become once the others have gone. Knows a mask, and no budget, score or pattern."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from rmtkern.pruning.products import product
 
-__all__ = ["CALIBRATED_REPAIRS", "REPAIRS", "damped"]
+__all__ = ["CALIBRATED_REPAIRS", "REPAIRS", "damped", "definite"]
 
 _DAMPING = 0.01
 _STEPS = 100
@@ -93,3 +94,16 @@ def damped(moment: Tensor) -> Tensor:
     mean = torch.where(mean > 0, mean, 1.0)
     diagonal.add_(torch.where(diagonal <= 0, mean, _DAMPING * mean))
     return moment
+
+
+@contextmanager
+def definite() -> Iterator[None]:
+    """Around decompositions of second moments that have to be positive definite, to the rounding of their dtype.
+
+    Raises:
+        ValueError: they are not; see `damped`.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise ValueError("the second moments are singular; pass more calibration images") from error

@@ -14,9 +14,10 @@ from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.calibrate import evaluating, forward_passes, output_gradients, second_moments
 from rmtkern.pruning.memory import give_memory_back
-from rmtkern.pruning.repair import damped
+from rmtkern.pruning.repair import damped, definite
 from rmtkern.pruning.stages import Call, Stage, find_stages
 from rmtkern.pruning.visit import visit_stages
+from rmtkern.ranks import Ranks
 
 __all__ = ["Sensitivity", "sensitivities"]
 
@@ -73,10 +74,11 @@ def sensitivities(
         TypeError: a batch of another type.
         NoGradientsError: the model's outputs have no gradients.
         ValueError: no image, inputs or gradients with NaN or Inf, a weight that no image reaches, batches that the
-            model treats differently.
+            model treats differently, or second moments that stay singular.
 
     Source: docs/calibrated.md; one entry's loss w^2 / [H^-1]_kk is Hassibi and Stork 1993.
     """
+    ranks = Ranks.current()
     gradients = output_gradients(model, weights, images)
     give_memory_back()
     rows = {name: found[0] for name, found in gradients.features.items()}
@@ -87,10 +89,10 @@ def sensitivities(
 
     def runs() -> Iterator[Any]:
         seen = 0
-        for run, count in forward_passes(model, images):
+        for run, count in forward_passes(model, images, ranks=ranks):
             yield run
             seen += count
-            if seen >= wanted:
+            if seen * ranks.world >= wanted:
                 return
 
     def visit(stage: Stage, calls: list[Call]) -> list[Any]:
@@ -105,7 +107,11 @@ def sensitivities(
     with torch.no_grad(), evaluating(model):
         visit_stages(find_stages(model, weights), runs(), visit)
     next(steps, None)
-    return {name: Sensitivity(_floored(one, least).to(columns[name]), columns[name]) for name, one in rows.items()}
+    found = {name: Sensitivity(_floored(one, least).to(columns[name]), columns[name]) for name, one in rows.items()}
+    for one in found.values():  # where roundings of other machines may differ, and budgets go by every bit
+        ranks.share_(one.rows)
+        ranks.share_(one.columns)
+    return found
 
 
 def _floored(rows: Tensor, least: float) -> Tensor:
@@ -115,5 +121,6 @@ def _floored(rows: Tensor, least: float) -> Tensor:
 
 def _columns(moments: Tensor) -> Tensor:
     """1 / [H^-1]_kk of each [K, K], float32."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    with definite():
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     return 1 / inverse.diagonal(dim1=-2, dim2=-1).float()

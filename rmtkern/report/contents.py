@@ -6,6 +6,7 @@ It gathers and computes; it knows no HTML and draws nothing.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rmtkern.certificates.report import Certificate
 from rmtkern.evaluation import Evaluation
 from rmtkern.models import PrunableWeight, check_values, layer_type
 from rmtkern.packing.decisions import DecisionKey, Decisions
@@ -93,6 +94,7 @@ class Contents:
         decisions: times of layers, if known without the choices.
         sweeps: accuracy and latency over sparsity.
         scores: name of a state of the model, such as "pruned" -> what it scored.
+        certificate: what can be guaranteed about the pruning, if it was computed.
         notes: what a reader should know of the page, in words.
     """
 
@@ -109,6 +111,7 @@ class Contents:
     decisions: Decisions | None = None
     sweeps: tuple[Sweep, ...] = ()
     scores: Mapping[str, Evaluation] = field(default_factory=dict)
+    certificate: Certificate | None = None
     notes: tuple[str, ...] = ()
 
     def zeros(self, *groups: str) -> Count:

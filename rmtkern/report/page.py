@@ -62,7 +62,7 @@ def summary(contents: Contents) -> list[Fact]:
     elif contents.packing is not None:
         before, after = contents.packing.nbytes_before, contents.packing.nbytes_after
         facts.append(Fact("Bytes of linears, packed", _bytes(after), f"{_bytes(before)} before"))
-    return facts + _accuracy(contents) + _latency(contents)
+    return facts + _accuracy(contents) + _certified(contents) + _latency(contents)
 
 
 def _file(contents: Contents) -> str:
@@ -83,6 +83,19 @@ def _accuracy(contents: Contents) -> list[Fact]:
             detail = f"{target.accuracy:.2%} before, {target.images:,} images, while the sparsity was searched"
             facts.append(Fact("Top-1, held out", f"{best.accuracy:.2%}", detail))
     return facts or [Fact("Accuracy", "not measured", "give images to score, or a sweep")]
+
+
+def _certified(contents: Contents) -> list[Fact]:
+    """The most labels that a proof for the images keeps; nothing without a certificate."""
+    found = contents.certificate
+    if found is None:
+        return []
+    proofs = [bound for bound in found.bounds if bound.holds.startswith("proof")]
+    best = max(proofs, key=lambda bound: bound.certified, default=None)
+    if best is None:
+        return []
+    detail = f"{best.holds} ({best.name}); {found.measured.kept:.2%} did stay on {found.images:,} images"
+    return [Fact("Labels certified to stay", f"{best.certified:.2%}", detail)]
 
 
 def _latency(contents: Contents) -> list[Fact]:
@@ -139,6 +152,7 @@ def to_html(contents: Contents, version: str) -> str:
         ("summary", "Summary", _summary(contents)),
         ("map", "Sparsity by block and layer type", _map(contents.layers)),
         ("curves", "Accuracy and latency against sparsity", _curves(contents.sweeps)),
+        ("certificate", "What pruning can have done to the outputs", _certificate(contents)),
         ("packing", "What runs each layer, and what was timed", _packing(contents)),
         ("layers", "Layers", _layers(contents)),
         ("spectra", "Spectra", _spectra(contents.layers)),
@@ -272,7 +286,8 @@ def _cells(row: Sequence[Any]) -> Iterable[str]:
         if index == 0:
             yield f'<th scope="row">{text}</th>'
         elif value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-            yield f'<td class="number" data-value="{"" if value is None else repr(value)}">{text}</td>'
+            number = "" if value is None else repr(value).replace("inf", "Infinity")  # as JavaScript reads it
+            yield f'<td class="number" data-value="{number}">{text}</td>'
         else:
             long = ' class="long"' if len(text) > 40 else ""
             yield f"<td{long}>{text}</td>"
@@ -323,6 +338,21 @@ def _packing(contents: Contents) -> str:
             rows, columns = [row[:-1] for row in rows], columns[:-1]
         parts += _sortable(Table(columns, rows), "timings", "Times of every form")
     return parts
+
+
+def _certificate(contents: Contents) -> str:
+    """The bounds with their slack, what each kind of number is worth, and the steps."""
+    found = contents.certificate
+    if found is None:
+        return ""
+    bounds, steps = found.table(), found.step_table()
+    return (
+        _paragraphs(bounds.notes)
+        + _sortable(bounds, "bounds", "Bounds and their slack")
+        + "<h3>Weight by weight, in the order in which the model uses them</h3>\n"
+        + _paragraphs(steps.notes)
+        + _sortable(steps, "steps", "Steps from dense to pruned")
+    )
 
 
 RUNS = {True: "yes", False: "no", None: "-"}

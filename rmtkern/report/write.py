@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from rmtkern.certificates.report import Certificate
 from rmtkern.evaluation import Evaluation
 from rmtkern.packing.decisions import Decisions
 from rmtkern.packing.report import PackReport
@@ -61,6 +62,7 @@ def write_report(
     decisions: Decisions | PathLike | None = None,
     sweeps: Sweep | PathLike | Iterable[Sweep | PathLike] = (),
     scores: Mapping[str, Evaluation] | None = None,
+    certificate: Certificate | None = None,
     title: str | None = None,
     show_progress: bool | None = None,
 ) -> PageReport:
@@ -68,8 +70,8 @@ def write_report(
 
     The page holds its own style, script and pictures, and loads nothing. It has a summary, a map of sparsity by block
     and layer type, a table of layers that sorts and filters, and each layer's spectrum under its fitted
-    Marchenko-Pastur law; and, where they are given, accuracy, latency, curves of a sweep, and the decisions of `pack_`
-    with their timings. What is not given is named as not measured.
+    Marchenko-Pastur law; and, where they are given, accuracy, latency, curves of a sweep, what a certificate bounds,
+    and the decisions of `pack_` with their timings. What is not given is named as not measured.
 
     Args:
         model: dense, pruned or packed, not changed (a packed one is copied and unpacked to see its weights); or a
@@ -82,6 +84,7 @@ def write_report(
         decisions: times of layers that `pack_` kept, or the file of them.
         sweeps: what `sweep` returned, or its CSV; several too.
         scores: name of a state of the model, such as "dense" or "pruned" -> what `evaluate` returned.
+        certificate: what `certify` returned for this model.
         title: of the page; default, the name of the checkpoint or the model's class.
         show_progress: progress bar; None: only on a terminal.
 
@@ -99,6 +102,7 @@ def write_report(
     target, file = Path(path), None if checkpoint is None else Path(checkpoint)
     _check("packing", packing, PackReport)
     _check("plan", plan, PrunePlan)
+    _check("certificate", certificate, Certificate)
     states = _checked_scores(scores)
     curves = _checked_sweeps(sweeps)
     times = decisions if decisions is None or isinstance(decisions, Decisions) else Decisions.load(decisions)
@@ -124,6 +128,7 @@ def write_report(
         decisions=times,
         sweeps=curves,
         scores=states,
+        certificate=certificate,
         notes=() if plan is None else (plan_note(plan, source.weights),),
     )
     page = to_html(contents, __version__).encode()

@@ -20,6 +20,7 @@ __all__ = [
     "debias_singular_values",
     "hard_threshold",
     "legacy_shrinkage",
+    "legacy_stage",
     "legacy_theta",
     "shrink",
     "shrink_singular_values",
@@ -93,6 +94,39 @@ def legacy_shrinkage(cycle: int, mu: float) -> float:
         raise ValueError(f"need cycle >= 1 and mu in [0, 1]; got {cycle!r}, {mu!r}")
     gradient = 5e-7 / (1 + 1e4 * mu / cycle)
     return 2.5e-8 * (4000 + 1000 * cycle) * gradient / (gradient + 1e-8)
+
+
+def legacy_stage(matrix: torch.Tensor, cycle: int, mu: float, strength: float = 1.0) -> torch.Tensor:
+    """One published stage of training on the regulariser alone, entry by entry, as AdamW carries it out.
+
+    The objective 5e-7 sum |w| + 2e-7 sum w^2 + 1e-6 h ||W||_F with h = 1 / (1 + 1e4 mu / i), gradients times h once
+    more, moves no entry far enough to change its own gradient g, which Adam divides by its size: each shrinks by
+    S g / (g + 1e-8) with S = 2.5e-8 (K + 1), the sum of the rates of K = 5000 + 1000 (i - 1) steps, and by the decay
+    2e-7 S |w|.
+    `legacy_shrinkage` is this without the terms that grow with |w|.
+
+    Args:
+        matrix: [N, K] of a floating-point dtype.
+        cycle: i >= 1.
+        mu: fit error of the layer, [0, 1].
+        strength: factor of what each entry shrinks by, >= 0.
+
+    Returns:
+        [N, K] in the dtype of `matrix`; what would change sign is 0.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Source: reference code of arXiv 2503.01922; docs/math.md (23).
+    """
+    if not (cycle >= 1 and 0 <= mu <= 1 and strength >= 0):
+        raise ValueError(f"need cycle >= 1, mu in [0, 1] and strength >= 0; got {cycle!r}, {mu!r}, {strength!r}")
+    size = matrix.detach().abs().double()
+    h, rates = 1 / (1 + 1e4 * mu / cycle), 2.5e-8 * (5001 + 1000 * (cycle - 1))
+    norm = float(size.square().sum().sqrt())
+    gradient = h * (5e-7 + 4e-7 * size + (1e-6 * h / norm) * size if norm > 0 else torch.zeros_like(size))
+    less = strength * rates * (gradient / (gradient + 1e-8) + 2e-7 * size)
+    return ((size - less).clamp_min_(0) * matrix.detach().sign()).to(matrix.dtype)
 
 
 def sparsify_singular_vectors(

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler, Subset
 
 from rmtkern.evaluation import logits_of
-from rmtkern.training.ranks import Ranks
+from rmtkern.pruning.calibrate import LABELS
+from rmtkern.ranks import Ranks
 
 __all__ = ["Batch", "Source", "read_batch", "rng_kept", "seed_epoch", "split"]
-
-_LABELS = ("labels", "label")
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ def read_batch(batch: Any, device: torch.device, dtype: torch.dtype) -> Batch:
     if isinstance(batch, tuple | list) and len(batch) in (1, 2):
         inputs, labels = batch[0], batch[1] if len(batch) == 2 else None
     if isinstance(inputs, Mapping):
-        call: Tensor | dict[str, Any] = {key: move(value) for key, value in inputs.items() if key not in _LABELS}
-        labels = next((inputs[key] for key in _LABELS if inputs.get(key) is not None), labels)
+        call: Tensor | dict[str, Any] = {key: move(value) for key, value in inputs.items() if key not in LABELS}
+        labels = next((inputs[key] for key in LABELS if inputs.get(key) is not None), labels)
         sizes = [len(value) for value in call.values() if isinstance(value, Tensor) and value.ndim]
     elif isinstance(inputs, Tensor) and inputs.ndim:
         call, sizes = move(inputs), [len(inputs)]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmtkern.ranks import Ranks
 from rmtkern.storage import read_metadata, read_tensors, write_tensors
-from rmtkern.training.ranks import Ranks, distribute_, full
+from rmtkern.training.ranks import distribute_, full
 
 __all__ = ["optimizer_tensors", "read_run", "restore_", "restore_optimizer_", "save_run"]
 

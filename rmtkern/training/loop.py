@@ -22,13 +22,15 @@ from rmtkern.models import PrunableWeight, check_values, prunable_weights
 from rmtkern.progress import progress
 from rmtkern.pruning.bulk import cut_bulk, share_kept
 from rmtkern.pruning.plan import PrunePlan
+from rmtkern.ranks import Ranks
+from rmtkern.spectral_linear import merge_factors_
 from rmtkern.training.batches import Batch, read_batch, rng_kept, seed_epoch, split
 from rmtkern.training.checkpoint import optimizer_tensors, read_run, restore_, restore_optimizer_, save_run
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.ema import Ema
 from rmtkern.training.loss import REGULARISERS, objective
 from rmtkern.training.masks import Masks
-from rmtkern.training.ranks import Ranks, full, gradients_travel, is_sharded, local, reshard, wrap
+from rmtkern.training.ranks import full, gradients_travel, is_sharded, local, reshard, wrap
 from rmtkern.training.report import Epoch, FinetuneReport
 from rmtkern.training.schedule import learning_rate
 
@@ -442,6 +444,7 @@ def _teacher(teacher: nn.Module | str | Path | None, model: nn.Module) -> nn.Mod
                 "teacher: a sharded model cannot be copied to read a file into it; pass the dense model as a module"
             )
         made = deepcopy(model)
+        merge_factors_(made)  # the file may hold whole weights, or factors again
         load_state_(made, teacher, "the teacher")
         return made.eval()
     if not isinstance(teacher, nn.Module):

@@ -1,19 +1,17 @@
-"""What torch.distributed adds: who we are, sums over ranks, sharded tensors (DTensor), and when gradients travel.
+"""What torch.distributed adds to training: sharded tensors (DTensor), DistributedDataParallel, when gradients travel.
 
 It knows no optimizer and no loss. Without torch.distributed everything here is the identity.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Ranks", "distribute_", "full", "gradients_travel", "is_sharded", "local", "reshard", "wrap"]
+from rmtkern.ranks import Ranks
+
+__all__ = ["distribute_", "full", "gradients_travel", "is_sharded", "local", "reshard", "wrap"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -41,53 +39,6 @@ def distribute_(target: Tensor, whole: Tensor) -> None:
         spec: Any = target
         whole = local(distribute_tensor(whole.to(local(target).device), spec.device_mesh, spec.placements))
     local(target).copy_(local(whole))
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that train together.
-
-    Args:
-        rank: from 0; rank 0 writes files and shows progress.
-        world: processes.
-    """
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def current(cls) -> Self:
-        """As torch.distributed says; one process if it was not initialised.
-
-        Raises:
-            ValueError: torchrun started several processes and torch.distributed is not initialised.
-        """
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"torchrun started {os.environ['WORLD_SIZE']} processes, but torch.distributed is not initialised; "
-                "call torch.distributed.init_process_group() before finetune_"
-            )
-        return cls()
-
-    def total(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """Elementwise sums over all ranks, float64 where the device has it."""
-        if self.world == 1:
-            return list(values)
-        sums = torch.tensor(values, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        dist.all_reduce(sums)
-        return sums.tolist()
-
-    def share_(self, tensor: Tensor) -> None:
-        """Give every rank the values that rank 0 has."""
-        if self.world > 1:
-            dist.broadcast(tensor, 0)
-
-    def differ(self, value: int, device: torch.device) -> bool:
-        """Whether the ranks hold different values."""
-        total, square = self.total([value, value * value], device)
-        return total * total != square * self.world
 
 
 def wrap(model: nn.Module, ranks: Ranks) -> tuple[nn.Module, nn.Module]:

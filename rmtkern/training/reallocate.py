@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
 from rmtkern.pruning.budget import take_smallest
-from rmtkern.pruning.calibrate import evaluating
+from rmtkern.pruning.calibrate import checked, evaluating
 from rmtkern.pruning.pattern import unit_entries, unit_scores, whole_units
 from rmtkern.pruning.pruned import Pruned
+from rmtkern.ranks import Ranks
 from rmtkern.training.batches import Batch, read_batch, split
 from rmtkern.training.loss import objective
-from rmtkern.training.ranks import Ranks
 
 __all__ = ["SELECTIONS", "reallocate"]
 
@@ -63,13 +63,17 @@ def reallocate(
 
     Raises:
         TypeError: data of another kind.
-        ValueError: no labels, labels outside the classes, or a loss that is NaN or infinite.
+        ValueError: no labels, labels outside the classes, images that the model does not take, or a loss that is NaN or
+            infinite.
 
     Source: arXiv 2606.02608, algorithm SER; docs/math.md (25).
     """
     start = [weight.as_matrix() == 0 for weight in weights]
     candidates = [one.mask() & ~zero for one, zero in zip(removed, start, strict=True)]
-    source, _ = split(data, None, fraction=0, batch_size=_BATCH, seed=seed, ranks=Ranks())
+    ranks = Ranks.current()
+    source, _ = split(data, None, fraction=0, batch_size=_BATCH, seed=seed, ranks=ranks)
+    if ranks.differ(len(source)):
+        raise ValueError(f"calibration: the processes have different numbers of batches (this one {len(source)})")
     first = weights[0].parameter
     steps, seen = len(source), 0
 
@@ -85,7 +89,7 @@ def reallocate(
             yield batch
 
     with evaluating(model), torch.enable_grad():
-        evidence = SELECTIONS[restore](_Pruned(model, weights, removed, candidates), batches(), steps)
+        evidence = SELECTIONS[restore](_Pruned(model, weights, removed, candidates, ranks), batches(), steps)
     left = count - sum(int(whole_units(zero, unit).sum()) for zero in start)
     open_ = [whole_units(one, unit) for one in candidates]
     keys = [(unit_scores(found, unit) * rho).masked_fill_(~one, torch.inf)
@@ -93,7 +97,7 @@ def reallocate(
     masks = [zero | unit_entries(one, unit) for zero, one in zip(start, take_smallest(keys, left), strict=True)]
     after = [None if (matrix := one.matrix()) is None else torch.where(may & ~mask, weight.as_matrix(), matrix)
              for weight, mask, may, one in zip(weights, masks, candidates, removed, strict=True)]  # fmt: skip
-    return [Pruned.of(mask, matrix) for mask, matrix in zip(masks, after, strict=True)], seen
+    return [Pruned.of(mask, matrix) for mask, matrix in zip(masks, after, strict=True)], int(ranks.total([seen])[0])
 
 
 class _Pruned:
@@ -105,8 +109,9 @@ class _Pruned:
         weights: Sequence[PrunableWeight],
         removed: Sequence[Pruned],
         candidates: Sequence[Tensor],
+        ranks: Ranks,
     ) -> None:
-        self.model, self.weights, self.candidates = model, weights, candidates
+        self.model, self.weights, self.candidates, self.ranks = model, weights, candidates, ranks
         self.matrices = [weight.as_matrix().masked_fill(one.mask(), 0) if (matrix := one.matrix()) is None else matrix
                          for weight, one in zip(weights, removed, strict=True)]  # fmt: skip
         self.added = [
@@ -122,18 +127,23 @@ class _Pruned:
         return functional_call(self.model, changed, args, kwargs)
 
     def gradient(self, batch: Batch) -> list[Tensor]:
-        """Of cross-entropy + (mean squared difference of the logits to the reference) by what is added."""
+        """Of cross-entropy + (mean squared difference of the logits to the reference) by what is added, over all ranks.
+
+        The mean over the batches that the ranks have now.
+        """
         with torch.no_grad():
-            wanted = batch.logits(self.model)
+            wanted = batch.logits(checked(self.model))
         logits = batch.logits(self)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = objective(logits, batch.labels, None, smoothing=0.0, distill=0.0, temperature=1.0)
         loss = loss + _LOGIT_WEIGHT * F.mse_loss(logits, wanted.to(logits.dtype))
-        if not bool(torch.isfinite(loss)):
+        if not self.ranks.all(bool(torch.isfinite(loss))):
             raise ValueError(
-                f"reallocation: the loss of the pruned model is {float(loss.detach())}; check the images and labels"
+                f"reallocation: the loss of the pruned model is {float(loss.detach())} (of this process); check the "
+                "images and labels"
             )
-        return list(torch.autograd.grad(loss, self.added))
+        share = batch.size / self.ranks.total([batch.size])[0]
+        return [self.ranks.sum(one * share) for one in torch.autograd.grad(loss, self.added)]
 
 
 def movement(pruned: _Pruned, batches: Iterator[Batch], steps: int) -> list[Tensor]:
@@ -163,7 +173,7 @@ def gradient(pruned: _Pruned, batches: Iterator[Batch], steps: int) -> list[Tens
     sums = [torch.zeros_like(added) for added in pruned.added]
     for batch in batches:
         for total, part in zip(sums, pruned.gradient(batch), strict=True):
-            total.add_(part, alpha=batch.size)
+            total.add_(part, alpha=pruned.ranks.total([batch.size])[0])
     return [
         (total * weight.as_matrix()).abs().float()
         for total, weight in zip(sums, pruned.weights, strict=True)

@@ -1,7 +1,5 @@
 """bitmask: the law, the format, and its kernel on every instruction set against the float64 reference."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -237,27 +235,6 @@ def test_every_thread_count_gives_the_same_bits(isa, tokens, n_rows, dtype):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_python_threads_may_share_a_weight(dtype):
-    packed = BitmaskWeight.pack(random_weight(200, 150, 0.5).to(dtype))
-    inputs = [torch.randn(tokens, 150).to(dtype) for tokens in (1, 40, 97, 300)]
-    expected = [cpu.linear(x, packed, None, "gelu", None) for x in inputs]
-    wrong = []
-
-    def work(first):
-        for i in range(40):
-            j = (first + i) % len(inputs)
-            if not torch.equal(cpu.linear(inputs[j], packed, None, "gelu", None), expected[j]):
-                wrong.append(j)
-
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
 
 
 @pytest.mark.parametrize("damage", ["more_bits", "fewer_bits", "row", "outside", "starts", "end", "negative", "order"])

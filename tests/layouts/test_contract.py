@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import re
+import threading
 
 import pytest
 import torch
@@ -113,6 +114,62 @@ def test_bfloat16_extremes_and_copies(layout, params, nofm):
         assert torch.equal(twin.unpack(), w) and torch.equal(ops.linear(x, twin), ops.linear(x, packed))
     with pytest.raises(ops.KernelUnavailable, match=r"x is torch.float32, the weight torch.bfloat16; cast"):
         ops.linear(x.float(), packed)
+
+
+@pytest.mark.parametrize("isa", ["reference", *cpu.isas()])
+@pytest.mark.parametrize(
+    ("dtype", "layout", "params", "nofm"),
+    [*((torch.float32, *form) for form in FORMS), *((torch.bfloat16, *form) for form in BF16)],
+)
+def test_denormals_inf_and_nan_in_activations(dtype, layout, params, nofm, isa, monkeypatch):
+    """Pruned entries are structural zeros, kept entries propagate, and no token hears of another."""
+    backend = "reference" if isa == "reference" else "cpu"
+    monkeypatch.setenv("RMTKERN_ISA", "" if isa == "reference" else isa)
+    w = weight((37, 64), nofm, 0.5).to(dtype)
+    packed = LAYOUTS[layout].pack(w, **params)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+    x[8:10] *= 1e-39  # denormal in both dtypes
+    x = x.to(dtype)
+    assert 0 < x[8].abs().max() < torch.finfo(dtype).tiny
+    special = {2: (5, float("inf")), 4: (6, float("nan")), 6: (63, -float("inf")), 19: (0, float("nan"))}
+    clean = [token for token in range(20) if token not in special]
+    for token, (column, value) in special.items():
+        x[token, column] = value
+    y = ops.linear(x, packed, backend=backend)
+    assert_as_accurate_as_dense(y[clean], x[clean], w)
+    assert_as_accurate_as_dense(y[8:10], x[8:10], w)
+    kept = w != 0
+    if layout == "block" and dtype == torch.float32:  # whose blocks are stored and multiplied whole
+        kept = torch.cat([one.any(0, keepdim=True).expand_as(one) for one in kept.split(params["r"])])
+    for token, (column, _) in special.items():
+        if layout in ("bitmask", "block", "nofm"):
+            assert torch.isfinite(y[token]).equal(~kept[:, column]), token
+        else:
+            assert not torch.isfinite(y[token]).any(), token
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "params", "nofm"),
+    [*((torch.float32, *form) for form in FORMS), *((torch.bfloat16, *form) for form in BF16)],
+)
+def test_python_threads_may_share_a_weight(dtype, layout, params, nofm):
+    packed = LAYOUTS[layout].pack(weight((200, 160), nofm, 0.5).to(dtype), **params)
+    inputs = [torch.randn(tokens, 160).to(dtype) for tokens in (1, 40, 97, 300)]
+    expected = [ops.linear(x, packed, activation="gelu") for x in inputs]
+    wrong = []
+
+    def work(first):
+        for i in range(12):
+            j = (first + i) % len(inputs)
+            if not torch.equal(ops.linear(inputs[j], packed, activation="gelu"), expected[j]):
+                wrong.append(j)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
 @pytest.mark.parametrize(("layout", "params", "nofm", "backend", "isa"), list(variants()))

@@ -140,7 +140,9 @@ def test_every_way_to_pass_images():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     x, y = torch.randn(10, 3, 2, 2), torch.arange(10)
     expected = moments(model, x)["1.weight"]
+    named = [{"input": x, "labels": y}, ({"input": x}, y), {"input": x, "label": y}]
     ways = [(x, y), list(x.split(3)), [(x[:4], y[:4]), (x[4:], y[4:])], iter([x]), [{"input": x}], x.double(),
+            *([one] for one in named),
             torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4), (x[:5], x[5:])]  # fmt: skip
     for images in ways:
         found = calibrate(model, prunable_weights(model, "all"), images)
@@ -162,7 +164,7 @@ def test_the_model_is_left_as_it_was():
     moments(model, torch.randn(2, 3, 6, 6))
     assert [module.training for module in model] == [True, True, False, True, True]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(RuntimeError):  # images of another size: the failure must not leave the mode behind
+    with pytest.raises(ValueError, match="does not take a batch"):  # the failure must not leave the mode behind
         moments(model, torch.randn(2, 3, 9, 9))
     assert [module.training for module in model] == [True, True, False, True, True]
     assert torch.backends.mha.get_fastpath_enabled()

@@ -1,5 +1,6 @@
 """The pruning loop against plain NumPy written from docs/math.md, in float64 so that no rounding can flip an order."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from rmtkern.api import prune_
 from rmtkern.models import prunable_weights
 from rmtkern.pruning import cycles
 from rmtkern.pruning.cycles import make_masks, matrices
@@ -123,6 +125,21 @@ def test_rmt_changes_only_survivors_and_never_revives_a_zero():
     assert torch.equal(matrix == 0, mask)
     assert not torch.equal(matrix[~mask], before[~mask])
     assert (matrix - before)[~mask].norm() < 0.1 * before.norm()
+
+
+def test_legacy_takes_the_published_spectra_thresholds_and_shrinking():
+    net = model((96, 96), (96, 64), dtype=torch.float32)
+    options = {"method": "rmt", "sparsity": 0.1, "legacy": True}  # two cycles, the second with thresholds
+    weights = prunable_weights(net, "all")
+    published = fit_spectra(matrices(weights), legacy=True, show_progress=False)
+    assert any(published[name].mu != fit.mu for name, fit in quiet(matrices(weights)).items())
+    assert prune_(copy.deepcopy(net), 0.1, "rmt", targets="all", legacy=True).fits == published
+    plain, stage = run(net, **options), run(net, **options, soft_threshold=1.0)
+    for (_, before), (mask, after) in zip(plain, stage, strict=True):
+        kept = ~mask & (before != 0)
+        assert float(after[kept].abs().sum()) < float(before[kept].abs().sum())
+    masks = [mask for mask, _ in run(net, **{**options, "legacy": False})]
+    assert any(not torch.equal(mask, other) for (mask, _), other in zip(plain, masks, strict=True))
 
 
 def test_legacy_theta_sparsifies_otherwise():

@@ -25,9 +25,13 @@ def test_rows_and_batches_are_taken_from_the_end():
     assert [len(part) for part in hold_out(tuple(X.split(8)))] == [1, 1]  # two batches, no labels
 
 
-@pytest.mark.parametrize("batch", [X, (X, torch.arange(16)), [X, torch.arange(16)], {"x": X, "n": 3}])
+@pytest.mark.parametrize("batch", [X, (X, torch.arange(16)), [X, torch.arange(16)], {"x": X, "n": 3},
+                                   ({"x": X, "n": 3}, torch.arange(16))])  # fmt: skip
 def test_a_single_batch_is_cut(batch):
     (left,), (taken,) = hold_out([batch])
+    if isinstance(batch, tuple) and isinstance(batch[0], dict):  # inputs by name and their labels
+        assert taken[1].tolist() == [14, 15]
+        batch, left, taken = batch[0], left[0], taken[0]
     if isinstance(batch, dict):
         assert left["n"] == taken["n"] == 3
         left, taken = left["x"], taken["x"]
@@ -52,7 +56,7 @@ def test_the_change_is_relative_and_over_all_outputs():
     one, two = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
     assert relative_change([one, two], [one + 1, two - 1]) == pytest.approx(3 / 169)
     for wanted, found in ((one, one * float("nan")), (one * float("inf"), one), (one * 0, one)):
-        with pytest.raises(ValueError, match="held-out calibration images are all zero, NaN or Inf"):
+        with pytest.raises(ValueError, match=r"\(held-out\) calibration images are all zero, NaN or Inf"):
             relative_change([wanted], [found])
     model = nn.Linear(3, 2).train()
     (found,) = model_outputs(model, X)

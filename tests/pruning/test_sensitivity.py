@@ -10,6 +10,7 @@ from torch import nn
 
 from rmtkern.api import prune_
 from rmtkern.models import prunable_weights
+from rmtkern.pruning import sensitivity
 from rmtkern.pruning.calibrate import output_gradients
 from rmtkern.pruning.pattern import parse_pattern, unit_of, whole_units
 from rmtkern.pruning.presets import AUTO_NO_GRADIENTS
@@ -207,7 +208,7 @@ class NoBackward(torch.autograd.Function):
         raise RuntimeError("no way back")
 
 
-def test_bad_input_changes_nothing():
+def test_bad_input_changes_nothing(monkeypatch):
     model = MODELS["timm vit"]()
     before = state(model)
     with pytest.raises(ValueError, match=r"method 'seb' with budget 'sensitivity' needs images; pass calibration="):
@@ -221,6 +222,10 @@ def test_bad_input_changes_nothing():
         prune_(model, 0.5, "sensitivity", calibration=IMAGES)
     model.forward = lambda x: forward(x) * torch.inf
     with pytest.raises(ValueError, match=r"the gradients at blocks.0.attn.qkv.weight have NaN or Inf"):
+        prune_(model, 0.5, "sensitivity", calibration=IMAGES)
+    del model.forward
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="second moments are singular; pass more"):
+        patched.setattr(sensitivity, "damped", torch.zeros_like)
         prune_(model, 0.5, "sensitivity", calibration=IMAGES)
     model.forward = lambda x: x.mean() + 0 * model.head.weight.sum()
     with pytest.raises(ValueError, match=r"no image reached blocks.0.attn.qkv.weight; add it to ignore="):

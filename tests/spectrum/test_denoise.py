@@ -165,6 +165,32 @@ def test_legacy_shrinkage_refuses(cycle, mu):
         denoise.legacy_shrinkage(cycle, mu)
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.01, 0.2])
+def test_the_legacy_stage_is_what_adamw_does(mu):
+    weight = torch.nn.Parameter(torch.tensor([[0.9, -0.02, 0.3], [-2.0, 5e-6, 0.0]], dtype=torch.float64))
+    start, h = weight.detach().clone(), 1 / (1 + 1e4 * mu)
+    optimiser = torch.optim.AdamW([weight], lr=5e-8, weight_decay=2e-7)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 5000)
+    for _ in range(5000):
+        optimiser.zero_grad()
+        norm = torch.linalg.vector_norm(weight)
+        (5e-7 * weight.abs().sum() + 2e-7 * weight.square().sum() + 1e-6 * h * norm).backward()
+        weight.grad *= h * (start != 0)
+        optimiser.step()
+        schedule.step()
+    found = denoise.legacy_stage(start, 1, mu)
+    far = start.abs() > 1e-3
+    shrunk, wanted = start.abs() - found.abs(), start.abs() - weight.detach().abs()
+    torch.testing.assert_close(shrunk[far], wanted[far], rtol=2e-3, atol=0)
+    spread = float(shrunk[far].max() / shrunk[far].min())
+    assert spread > 1.01 or mu == 0  # larger entries shrink more, as one soft threshold does not
+    assert found[1, 1] <= weight[1, 1].abs() + 1e-7 and found[1, 2] == 0
+    assert float(shrunk[0, 1]) == pytest.approx(denoise.legacy_shrinkage(1, mu), rel=0.03)
+    with pytest.raises(ValueError, match="need cycle >= 1, mu in"):
+        denoise.legacy_stage(start, 0, mu)
+    assert not denoise.legacy_stage(start * 0, 1, mu).any()
+
+
 def test_legacy_theta_values():
     assert denoise.legacy_theta(2, (768, 768)) == pytest.approx(0.414, abs=1e-3)
     assert denoise.legacy_theta(34, (3072, 768)) == pytest.approx(3.12, abs=5e-3)

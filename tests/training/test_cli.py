@@ -33,6 +33,15 @@ def test_finetune_holds_the_zeros_and_keeps_the_plan(work, images, capsys):  # n
     assert all(bool((load_file("tuned.safetensors")[name] == after[name]).all()) for name in after)
 
 
+def test_held_out_images_choose_the_state(work, images, capsys):  # noqa: F811
+    argv = [*prune(capsys), "--epochs", "1", "--held-out", "images", "--batch-size", "2", "--json"]
+    assert main(argv) == 0
+    row = strict_json(capsys.readouterr().out)["report"]["epochs"][0]
+    assert main([*argv, "--evaluate", "images"]) == 0
+    before = strict_json(capsys.readouterr().out)["before"]
+    assert row["held_out_accuracy"] == before["top1"]  # of the same images, all of them
+
+
 def test_bad_use_of_finetune(work, images, capsys):  # noqa: F811
     argv = prune(capsys)
     fails(capsys, [*argv, "--epochs", "0"], 2, "epochs: expected at least 1")

@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rmtkern.api import prune_
 from rmtkern.models import prunable_weights
+from rmtkern.ranks import Ranks
 from rmtkern.training.loop import finetune_
-from rmtkern.training.ranks import Ranks, full, wrap
+from rmtkern.training.ranks import full, wrap
 
 # float64, so that sums over ranks and sums over one batch agree far better than a step is long
 OPTIONS = {"epochs": 2, "lr": 1e-2, "holdout": 0.25, "ema": 0.5, "regulariser": "group-lasso", "strength": 1e-3,
@@ -169,7 +170,7 @@ def test_nan_on_one_process_stops_all_and_restores(ranks):
 
 def test_torchrun_without_init_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group\(\) before"):
+    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group\(\) first"):
         Ranks.current()
 
 

@@ -164,6 +164,7 @@ def test_hybrid_is_magnitude_to_20_percent_and_ser_above():
     ({"calibration": data()[0]}, ValueError, r"restore 'movement' needs labels; pass calibration=\(images, labels\)"),
     ({"calibration": (data()[0], data()[1] + 9)}, ValueError, "labels must lie in 0..3, got 9..12"),
     ({"calibration": (data()[0] * float("inf"), data()[1])}, ValueError, "the loss of the pruned model is nan"),
+    ({"calibration": (data()[0][:, :9], data()[1])}, ValueError, r"the model does not take a batch of float64 \["),
     ({"calibration": data(), "pattern": "2:4"}, ValueError, "expected a pattern without n:m.*got pattern '2:4'"),
     ({"calibration": data(), "score": "obs"}, ValueError, "a score that is known before any layer.*and score 'obs'"),
     ({"restore": "half"}, ValueError, "unknown restore 'half'; expected one of none, movement, gradient"),

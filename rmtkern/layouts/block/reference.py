@@ -9,7 +9,7 @@ __all__ = ["linear", "supports"]
 
 
 def product(tokens: Float, w: PackedWeight) -> Float:
-    """X Wᵀ [T, N] of tokens [T, K]."""
+    """X Wᵀ [T, N] of tokens [T, K]; a zero in a stored mini-block of bfloat16 multiplies nothing."""
     n_rows, n_cols = w.shape
     r, c = w.params["r"], w.params["c"]
     values, masks, rows = w.tensors()[0].double().numpy(), w.tensors()[1].numpy(), w.tensors()[2].numpy()
@@ -24,8 +24,12 @@ def product(tokens: Float, w: PackedWeight) -> Float:
                 top = (first + int(rows[segment])) * r
                 for j in range(64):
                     if mask >> j & 1:
-                        left = first_col + j * c
-                        y[:, top : top + r] += tokens[:, left : left + c] @ values[at].reshape(r, c).T
+                        left, block = first_col + j * c, values[at].reshape(r, c)
+                        if c == 2:
+                            for row, col in np.argwhere(block):
+                                y[:, top + row] += tokens[:, left + col] * block[row, col]
+                        else:
+                            y[:, top : top + r] += tokens[:, left : left + c] @ block.T
                         at += 1
                 segment += 1
     return y[:, :n_rows]

@@ -61,5 +61,5 @@ def linear(
     if form == "torch":
         return library_linear(x, w.stored, bias, activation, residual, scale, gated)
     attr, algorithm = _ONEDNN[None if gated else activation]
-    y = torch.ops.mkldnn._linear_pointwise(x, w.stored, bias, attr, [], algorithm)
+    y = torch.ops.mkldnn._linear_pointwise.default(x, w.stored, bias, attr, [], algorithm)
     return finish(gate(y, activation, gated) if gated else y, scale, residual)
