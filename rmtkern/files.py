@@ -121,12 +121,12 @@ def save(
         for site in KernelForward.of(model)
         if isinstance(site, MlpForward)
     }
-    if not linears and not pairs and not any(sites.values()):
+    cast = cast_record(model)
+    if not linears and not pairs and not any(sites.values()) and cast is None:
         raise ValueError(
             "the model is not packed, so there is nothing that state_dict does not hold; call rmtkern.pack_(model,"
-            " example) first, or write model.state_dict() with safetensors"
+            " example) first, or where that left every layer dense, write model.state_dict() with safetensors"
         )
-    cast = cast_record(model)
     merging = merging_of(model)
     record = {
         "format": FORMAT,

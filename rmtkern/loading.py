@@ -5,6 +5,7 @@ is ever run.
 """
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -41,10 +42,17 @@ def _from_function(spec: str) -> nn.Module:
     module_name, _, function_name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    wanted = f"{spec}: expected an importable module:function that returns a model"
+    if not all(map(str.isidentifier, (*module_name.split("."), function_name))):
+        raise ValueError(f"{wanted}, such as mymodel:model")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{spec}: expected an importable module:function that returns a model ({error})") from error
+        raise ValueError(f"{wanted} ({error})") from error
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{wanted} when it is called with no argument ({error})") from error
     model = function()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec}: expected the function to return a torch.nn.Module, got {type(model).__name__}")
@@ -109,7 +117,12 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: expected safetensors or a weights-only torch file ({error})") from error
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # around that torch advises to run the file
+        reason = text.partition("\n")[0].partition(". Please ")[0] or type(error).__name__
+        raise ValueError(
+            f"{path}: expected safetensors or a weights-only torch file, as torch.save(model.state_dict(), path) writes"
+            f" ({reason})"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
