@@ -491,6 +491,12 @@ def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:
     _refuse_nothing(weights, "prune")
     _refuse_sharded(weights)
     check_values(weights)
+    for weight in weights:
+        data = weight.parameter
+        if any(stride == 0 and size > 1 for stride, size in zip(data.stride(), data.shape, strict=True)):
+            raise ValueError(
+                f"{weight.name} is an expanded tensor, whose entries share memory; give it its own: .clone()"
+            )
     if not config.mixed:
         _check_divisible(weights, config.patterns[0])
     return weights

@@ -35,7 +35,7 @@ from rmtkern.packing.normed import LeavingForward
 from rmtkern.packing.sites import KernelForward, enable
 from rmtkern.shards import as_bytes, locate, read_metadata, read_tensors, shard_of, target_of, write
 from rmtkern.shrink_plan import ShrinkPlan
-from rmtkern.storage import replacing
+from rmtkern.storage import check_tensors, replacing
 from rmtkern.token_merging import merge_tokens_, merging_of, unmerge_tokens_
 
 __all__ = ["load", "save"]
@@ -104,7 +104,8 @@ def save(
 
     Raises:
         TypeError: `model` is not a module, or `max_shard_size` no size.
-        ValueError: nothing of the model is packed, `path` is a file without the ending, or a size that is none.
+        ValueError: nothing of the model is packed, something in its state is no tensor or none that safetensors holds
+            (quantised layers have both), `path` is a file without the ending, or a size that is none.
         OSError: a file cannot be written.
     """
     from rmtkern import __version__  # not above: the package imports this file
@@ -152,6 +153,7 @@ def save(
         "merging": None if merging is None else {key: getattr(merging, key) for key in _MERGING},
     }
     state = model.state_dict()
+    check_tensors(state, target)
     record["checksums"] = {name: _checksum(tensor) for name, tensor in state.items()}
     if target == Path(path):
         write(state, target, _metadata(record), most)

@@ -275,6 +275,22 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_a_state_that_is_not_all_tensors_is_refused_by_name(tmp_path):
+    class Stateful(nn.Sequential):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+    for build, message in ((Stateful, "_extra_state is no tensor but a dict"), (nn.Sequential, "tensor odd has dtype")):
+        model = build(nn.Linear(64, 64)).eval()
+        rmtkern.prune_(model, 0.9, targets="all", show_progress=False)
+        if build is nn.Sequential:
+            model.register_buffer("odd", torch.zeros(3).to(torch.float8_e4m3fnuz))
+        pack_(model, torch.randn(4, 64), timer=timer(["bitmask"]))
+        with pytest.raises(ValueError, match=f"odd.safetensors: {message}.*, which safetensors does not hold"):
+            save(model, tmp_path / "odd.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_save_and_load_refuse(tmp_path):
     model, plan = packed(timm_vit)
     path = tmp_path / "model.safetensors"
