@@ -563,6 +563,16 @@ def _as_merged_(model: nn.Module, record: Record) -> bool:
     return True
 
 
+def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Where each parameter stands that stands in several places, as an embedding does that is the head's weight too."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, key))
+    return [found for found in places.values() if len(found) > 1]
+
+
 def _refuse_empty_buffers(model: nn.Module) -> None:
     state = model.state_dict()
     empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
@@ -590,7 +600,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = True) -
             may change in place (`save` never does).
 
     Returns:
-        `model`, in eval mode.
+        `model`, in eval mode; parameters that were one are one again, where the file holds equal values for them.
 
     Raises:
         TypeError: `model` is not a module.
@@ -618,8 +628,13 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = True) -
         if isinstance(error, _Damaged):
             raise ValueError(f"{source}: {error}") from error
         raise
+    tied = _tied(model)
     place_(model, loaded.swaps)
     model.load_state_dict(loaded.state, strict=False, assign=True)
+    for (owner, key), *others in tied:  # a file holds one tensor for each name
+        for other, name in others:
+            if torch.equal(other._parameters[name], owner._parameters[key]):  # type: ignore[arg-type]
+                other._parameters[name] = owner._parameters[key]
     if loaded.cast is not None:
         resume_cast_(model, loaded.cast)
     fuse(model, loaded.pairs)

@@ -216,6 +216,33 @@ def test_a_model_on_the_meta_device_is_filled_without_dense_weights(tmp_path):
         assert torch.equal(again(IMAGES), model(IMAGES))
 
 
+def test_tied_parameters_are_tied_again(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.fc, self.head = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 50, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, words):
+            return self.head(self.fc(self.table(words)))
+
+    model, words = Tied().eval(), torch.arange(6).reshape(2, 3)
+    rmtkern.prune_(model, 0.9, targets="fc", show_progress=False)
+    pack_(model, words, timer=timer(["bitmask"]))
+    save(model, tmp_path / "tied.safetensors")
+    with torch.device("meta"):
+        empty = Tied()
+    for other in (Tied(), empty):
+        served = load(tmp_path / "tied.safetensors", other)
+        assert served.head.weight is served.table.weight and torch.equal(served(words), model(words))
+    state = model.state_dict()
+    del model.head.weight
+    model.head.weight = nn.Parameter(2 * state["head.weight"])
+    save(model, tmp_path / "untied.safetensors")
+    served = load(tmp_path / "untied.safetensors", Tied())
+    assert served.head.weight is not served.table.weight and torch.equal(served(words), model(words))
+
+
 def test_buffers_that_no_file_holds_are_asked_for(tmp_path):
     class WithBuffer(nn.Module):
         def __init__(self):
