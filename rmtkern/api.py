@@ -294,6 +294,10 @@ def _prune_(
 ) -> PrunePlan:
     asked, config = config, config.resolve(calibration is not None)
     weights = _selected(model, config)
+    if calibration is not None and torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            "autocast is on, and what the images give would be rounded to its dtype; call prune_ outside of it"
+        )
     priors = None if tensors is None else _zeros(weights, tensors)
     if config.needs_calibration and isinstance(calibration, Iterator):
         calibration = list(calibration)  # which may be read twice

@@ -351,6 +351,14 @@ def test_bad_requests_change_nothing(make, fields, error, message):
         assert all(torch.equal(values[name].nan_to_num(7), value.nan_to_num(7)) for name, value in before.items())
 
 
+def test_calibration_in_autocast_is_refused():
+    model, images = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"call prune_ outside of it"):
+        prune_(model, 0.5, targets="all", calibration=images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prune_(model, 0.5, targets="all").sparsity == 0.5
+
+
 def test_a_lazy_module_is_asked_to_run_first():
     for module in (nn.LazyLinear(4), nn.LazyConv2d(4, 1)):
         for verb in (prune_, analyze):
