@@ -234,11 +234,11 @@ def prune_(
         TypeError: an argument of the wrong type, `max_drop` with a sparsity or without `evaluate`, `speedup` with one
             of these or without `example`, several patterns without `timings`, or `linear_speedup` with a sparsity.
         ValueError: a value out of range or an unknown name; nothing to prune; NaN or Inf weights; weights on the meta
-            device, or sharded; K not divisible by m; calibration images missing, or not what the model takes;
-            `max_drop` with an n:m pattern, no images to evaluate, a model that has no more accuracy than `max_drop`, or
-            a drop that no sparsity keeps; a score that needs an n:m pattern, a prior that it does not take, or tensors
-            that do not fit the model; timings without one of the weights, or by which the patterns do not get as far
-            as asked; a speed-up that is not reached.
+            device, or sharded; K not divisible by m; calibration images missing, given in autocast or not what the
+            model takes; `max_drop` with an n:m pattern, no images to evaluate, a model that has no more accuracy than
+            `max_drop`, or a drop that no sparsity keeps; a score that needs an n:m pattern, a prior that it does not
+            take, or tensors that do not fit the model; timings without one of the weights, or by which the patterns do
+            not get as far as asked; a speed-up that is not reached.
         PackedModelError: the model is packed.
     """
     given = {

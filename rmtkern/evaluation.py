@@ -231,9 +231,11 @@ def evaluate(
         Evaluation.
 
     Raises:
-        TypeError: images is none of the three, or labels are not integers.
+        TypeError: model is not a module, images is none of the three, or labels are not integers.
         ValueError: no images, mismatched shapes, a label outside the classes, or logits that are not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit must be at least 1, got {batch_size!r} and {limit!r}")
     batches = _batches(model, images, batch_size, classes, limit)
