@@ -495,8 +495,14 @@ def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:
     _refuse_nothing(weights, "prune")
     _refuse_sharded(weights)
     check_values(weights)
+    places: dict[int, str] = {}
     for weight in weights:
         data = weight.parameter
+        if (other := places.setdefault(data.data_ptr(), weight.name)) != weight.name:
+            raise ValueError(
+                f"{other} and {weight.name} share their memory and are two parameters, so that neither can be pruned"
+                " alone; make them one, as in b.weight = a.weight, or add one to ignore="
+            )
         if any(stride == 0 and size > 1 for stride, size in zip(data.stride(), data.shape, strict=True)):
             raise ValueError(
                 f"{weight.name} is an expanded tensor, whose entries share memory; give it its own: .clone()"

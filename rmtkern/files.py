@@ -308,7 +308,7 @@ def _checked_chain(model: nn.Module, name: str, entry: Any, record: Record) -> C
     _expect(_is_names(linears) and len(linears) == 2, f"{name}.linears", "2 names", linears)
     _expect(activation is None or isinstance(activation, str), f"{name}.activation", "a name or null", activation)
     if not {child for child, _ in _module(model, name).named_children()} >= set(order):
-        raise _Damaged(f"{name} has other parts in the model; give the model that was packed")
+        raise _Damaged(f"{name or 'the module'} has other parts in the model; give the model that was packed")
     between = order[order.index(linears[0]) + 1 :] if linears[0] in order else []
     between = between[: between.index(linears[1])] if linears[1] in between else None
     if between is None or (activation is not None and activation not in between):

@@ -298,6 +298,11 @@ def expanded(model):
     return model
 
 
+def sharing(model):
+    model["blocks"][1]["mlp"]["fc1"].weight = nn.Parameter(model["blocks"][0]["mlp"]["fc1"].weight.data)
+    return model
+
+
 def meta():
     with torch.device("meta"):
         return vit()
@@ -337,6 +342,7 @@ def packed():
     (lambda: broken(vit(), float("nan")), {}, ValueError, "blocks.1.mlp.fc1.weight has NaN or Inf entries"),
     (lambda: broken(vit(), float("-inf")), {}, ValueError, "blocks.1.mlp.fc1.weight has NaN or Inf entries"),
     (meta, {}, ValueError, "blocks.0.attn.qkv.weight is a meta tensor"),
+    (lambda: sharing(vit()), {}, ValueError, "fc1.weight and blocks.1.mlp.fc1.weight share their memory and are two"),
     (lambda: expanded(vit()), {}, ValueError, r"fc1.weight is an expanded tensor, .*give it its own: .clone\(\)"),
     (packed, {}, PackedModelError, r"blocks.0.mlp.fc1 is packed.*unpack_\(model\) first"),
     (lambda: torch.zeros(3, 3), {}, TypeError, "expected a torch.nn.Module, got Tensor"),
