@@ -631,10 +631,13 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = True) -
     tied = _tied(model)
     place_(model, loaded.swaps)
     model.load_state_dict(loaded.state, strict=False, assign=True)
-    for (owner, key), *others in tied:  # a file holds one tensor for each name
-        for other, name in others:
-            if torch.equal(other._parameters[name], owner._parameters[key]):  # type: ignore[arg-type]
-                other._parameters[name] = owner._parameters[key]
+    standing = set(model.modules())
+    for places in tied:  # a file holds one tensor for each name
+        values = [(module._parameters, key) for module, key in places if module in standing]
+        for parameters, key in values[1:]:
+            first = values[0][0][values[0][1]]
+            if torch.equal(parameters[key], first):  # type: ignore[arg-type]
+                parameters[key] = first
     if loaded.cast is not None:
         resume_cast_(model, loaded.cast)
     fuse(model, loaded.pairs)

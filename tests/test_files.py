@@ -241,6 +241,14 @@ def test_tied_parameters_are_tied_again(tmp_path):
     save(model, tmp_path / "untied.safetensors")
     served = load(tmp_path / "untied.safetensors", Tied())
     assert served.head.weight is not served.table.weight and torch.equal(served(words), model(words))
+    unpack_(model)
+    rmtkern.prune_(model, 0.9, targets="*head*", show_progress=False)
+    pack_(model, words, timer=timer(["bitmask"]))  # the head too, which takes the place of one of two
+    save(model, tmp_path / "untied.safetensors")
+    with torch.device("meta"):
+        empty = Tied()
+    served = load(tmp_path / "untied.safetensors", empty)
+    assert isinstance(served.head, PackedLinear) and torch.equal(served(words), model(words))
 
 
 def test_buffers_that_no_file_holds_are_asked_for(tmp_path):
