@@ -25,6 +25,7 @@ from rmtkern.storage import write_tensors
 
 __all__ = [
     "SHRUNK",
+    "holds_packed",
     "input_size_of",
     "is_safetensors",
     "load_model",
@@ -99,7 +100,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         Name -> tensor, for `model.load_state_dict`.
 
     Raises:
-        ValueError: no such file, a damaged one, or one that holds anything but tensors; it names the tensor.
+        ValueError: no such file, a damaged one, a packed model, or one that holds anything but tensors; it names the
+            tensor.
     """
     source = Path(path)
     state = _read_state(source)
@@ -109,8 +111,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{source}: {error}") from error
 
 
+def holds_packed(record: object) -> bool:
+    """Whether what rmtkern wrote into a checkpoint's metadata, as JSON says it, is of a packed model."""
+    return isinstance(record, dict) and "linears" in record
+
+
+def _is_packed_file(path: Path) -> bool:
+    try:
+        return holds_packed(json.loads(read_metadata(path).get("rmtkern") or "null"))
+    except (json.JSONDecodeError, RecursionError):  # somebody else's, or damaged: the tensors are read all the same
+        return False
+
+
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if is_safetensors(path):
+        if _is_packed_file(path):
+            raise ValueError(
+                f"{path}: it holds a packed model, and dense weights are needed; give the file that it was packed from,"
+                " or write those of rmtkern.load(path, model) after rmtkern.unpack_(model)"
+            )
         return read_tensors(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
@@ -246,7 +265,7 @@ def load_plan(path: str | Path) -> PrunePlan:
     remedy = "give the file that rmtkern.save(model, path, plan) or rmtkern prune wrote"
     try:
         record = None if text is None else json.loads(text)
-        if isinstance(record, dict) and "linears" in record:  # a packed model, with the plan as one of its fields
+        if isinstance(record, dict) and holds_packed(record):  # then the plan is one of its fields
             record = record.get("plan")
         if record is None:
             raise ValueError("it holds no plan")

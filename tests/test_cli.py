@@ -442,6 +442,8 @@ def test_bench_writes_the_packed_model(work, capsys, monkeypatch):
     assert (model.fc1.weight.layout, model.fc2.weight.layout) == ("bitmask", "bitmask")
     assert rmtkern.load_plan("packed.safetensors").sparsity == pytest.approx(0.8, abs=1e-3)
     fails(capsys, ["bench", "clitoys:toy", "-o", "no/packed.safetensors"], 2, "no: no such folder to write packed")
+    argv = ["analyze", "clitoys:toy", "--checkpoint", "packed.safetensors"]
+    fails(capsys, argv, 2, "packed.safetensors: it holds a packed model, and dense weights are needed; give the file")
 
 
 def test_bench_that_packs_nothing_prints_what_it_measured(work, capsys, monkeypatch):
