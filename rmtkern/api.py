@@ -234,11 +234,11 @@ def prune_(
         TypeError: an argument of the wrong type, `max_drop` with a sparsity or without `evaluate`, `speedup` with one
             of these or without `example`, several patterns without `timings`, or `linear_speedup` with a sparsity.
         ValueError: a value out of range or an unknown name; nothing to prune; NaN or Inf weights; weights on the meta
-            device, or sharded; K not divisible by m; calibration images missing, or not what the model takes;
-            `max_drop` with an n:m pattern, no images to evaluate, a model that has no more accuracy than `max_drop`, or
-            a drop that no sparsity keeps; a score that needs an n:m pattern, a prior that it does not take, or tensors
-            that do not fit the model; timings without one of the weights, or by which the patterns do not get as far
-            as asked; a speed-up that is not reached.
+            device, or sharded; K not divisible by m; calibration images missing, given in autocast or not what the
+            model takes; `max_drop` with an n:m pattern, no images to evaluate, a model that has no more accuracy than
+            `max_drop`, or a drop that no sparsity keeps; a score that needs an n:m pattern, a prior that it does not
+            take, or tensors that do not fit the model; timings without one of the weights, or by which the patterns do
+            not get as far as asked; a speed-up that is not reached.
         PackedModelError: the model is packed.
     """
     given = {
@@ -294,6 +294,10 @@ def _prune_(
 ) -> PrunePlan:
     asked, config = config, config.resolve(calibration is not None)
     weights = _selected(model, config)
+    if calibration is not None and torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            "autocast is on, and what the images give would be rounded to its dtype; call prune_ outside of it"
+        )
     priors = None if tensors is None else _zeros(weights, tensors)
     if config.needs_calibration and isinstance(calibration, Iterator):
         calibration = list(calibration)  # which may be read twice
@@ -491,6 +495,18 @@ def _selected(model: nn.Module, config: PruneConfig) -> list[PrunableWeight]:
     _refuse_nothing(weights, "prune")
     _refuse_sharded(weights)
     check_values(weights)
+    places: dict[int, str] = {}
+    for weight in weights:
+        data = weight.parameter
+        if (other := places.setdefault(data.data_ptr(), weight.name)) != weight.name:
+            raise ValueError(
+                f"{other} and {weight.name} share their memory and are two parameters, so that neither can be pruned"
+                " alone; make them one, as in b.weight = a.weight, or add one to ignore="
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(data.stride(), data.shape, strict=True)):
+            raise ValueError(
+                f"{weight.name} is an expanded tensor, whose entries share memory; give it its own: .clone()"
+            )
     if not config.mixed:
         _check_divisible(weights, config.patterns[0])
     return weights

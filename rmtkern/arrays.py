@@ -50,23 +50,45 @@ def namespace(*arrays: Array) -> Any:
         raise TypeError(f"expected a NumPy, CuPy or torch array, got {kinds}; convert it first") from None
 
 
-def as_computable(array: Array) -> Array:
-    """The same data where it is fastest to compute on; bf16/fp16 become float32, nothing else is copied.
+def as_computable(array: Array, name: str = "the array") -> Array:
+    """The same data where it is fastest to compute on; floats of fewer than 32 bits become float32, else no copy.
 
     A torch CPU tensor becomes a NumPy view; a CUDA tensor stays, or becomes a CuPy view inside `computing`.
+
+    Raises:
+        TypeError: no array, or one that does not hold a real number for each entry; it is called `name`.
+        ValueError: a meta tensor.
     """
-    namespace(array)
+    xp = namespace(array)
+    if (reason := _no_numbers(array)) is not None:
+        raise TypeError(f"{name}: expected a dense array of real numbers, got {reason}")
     if isinstance(array, torch.Tensor):
         if array.is_meta:
-            raise ValueError("expected a tensor with data, got a meta tensor; load the weights first")
+            raise ValueError(f"{name}: expected a tensor with data, got a meta tensor; load the weights first")
         array = array.detach()
-        if array.dtype in (torch.bfloat16, torch.float16):
+        if array.dtype.is_floating_point and array.dtype.itemsize < 4:
             array = array.float()
         if array.device.type == "cuda" and _route.get() == "cupy":
             return _cupy().from_dlpack(array)
-        return array.numpy() if array.device.type == "cpu" else array
-    xp = namespace(array)
+        return array.numpy(force=True) if array.device.type == "cpu" else array
+    if isinstance(array, np.ndarray):
+        array = np.asarray(array)  # np.matrix multiplies otherwise
     return xp.astype(array, xp.float32) if str(array.dtype).endswith("float16") else array
+
+
+def _no_numbers(array: Array) -> str | None:
+    """What an array holds that is no real number for each entry, and what to do; None if it holds those."""
+    if isinstance(array, torch.Tensor):
+        if array.layout != torch.strided:
+            return f"layout {array.layout}; call .to_dense()"
+        if array.is_quantized:
+            return f"dtype {array.dtype}; call .dequantize()"
+        return f"dtype {array.dtype}; take .abs() or .real" if array.is_complex() else None
+    if isinstance(array, np.ma.MaskedArray):
+        return "a masked array; call .filled(0.0), or leave the masked rows out"
+    if getattr(array.dtype, "kind", "") in tuple("cOSUMm"):
+        return f"dtype {array.dtype}; convert it first"
+    return None
 
 
 def like(result: Array, original: Array) -> Array:

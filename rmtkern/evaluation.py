@@ -81,12 +81,12 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 
 def _load_image(path: Path, how: Preprocessing) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as opened:
             image = opened.convert("L" if len(how.mean) == 1 else "RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of a damaged PNG
         raise ValueError(f"{path}: not a readable image ({error}); remove or repair it") from error
     height, width = how.size
     factor = max(height / how.crop / image.height, width / how.crop / image.width)
@@ -117,9 +117,11 @@ def folder_batches(
         limit: at most so many images, spread evenly over the sorted files.
 
     Raises:
-        ValueError: no such folder, no class sub-folder, a missing class, no image, or an unreadable image.
+        ValueError: no such folder, no class sub-folder, a missing class, no image, an unreadable image, or limit < 1.
         ModuleNotFoundError: Pillow is not installed.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected at least one image, got {limit}")
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; expected one with a sub-folder of images per class")
@@ -229,9 +231,11 @@ def evaluate(
         Evaluation.
 
     Raises:
-        TypeError: images is none of the three, or labels are not integers.
+        TypeError: model is not a module, images is none of the three, or labels are not integers.
         ValueError: no images, mismatched shapes, a label outside the classes, or logits that are not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"batch_size and limit must be at least 1, got {batch_size!r} and {limit!r}")
     batches = _batches(model, images, batch_size, classes, limit)

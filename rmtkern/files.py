@@ -35,7 +35,7 @@ from rmtkern.packing.normed import LeavingForward
 from rmtkern.packing.sites import KernelForward, enable
 from rmtkern.shards import as_bytes, locate, read_metadata, read_tensors, shard_of, target_of, write
 from rmtkern.shrink_plan import ShrinkPlan
-from rmtkern.storage import replacing
+from rmtkern.storage import check_tensors, replacing
 from rmtkern.token_merging import merge_tokens_, merging_of, unmerge_tokens_
 
 __all__ = ["load", "save"]
@@ -104,7 +104,8 @@ def save(
 
     Raises:
         TypeError: `model` is not a module, or `max_shard_size` no size.
-        ValueError: nothing of the model is packed, `path` is a file without the ending, or a size that is none.
+        ValueError: nothing of the model is packed, something in its state is no tensor or none that safetensors holds
+            (quantised layers have both), `path` is a file without the ending, or a size that is none.
         OSError: a file cannot be written.
     """
     from rmtkern import __version__  # not above: the package imports this file
@@ -121,12 +122,12 @@ def save(
         for site in KernelForward.of(model)
         if isinstance(site, MlpForward)
     }
-    if not linears and not pairs and not any(sites.values()):
+    cast = cast_record(model)
+    if not linears and not pairs and not any(sites.values()) and cast is None:
         raise ValueError(
             "the model is not packed, so there is nothing that state_dict does not hold; call rmtkern.pack_(model,"
-            " example) first, or write model.state_dict() with safetensors"
+            " example) first, or where that left every layer dense, write model.state_dict() with safetensors"
         )
-    cast = cast_record(model)
     merging = merging_of(model)
     record = {
         "format": FORMAT,
@@ -152,6 +153,7 @@ def save(
         "merging": None if merging is None else {key: getattr(merging, key) for key in _MERGING},
     }
     state = model.state_dict()
+    check_tensors(state, target)
     record["checksums"] = {name: _checksum(tensor) for name, tensor in state.items()}
     if target == Path(path):
         write(state, target, _metadata(record), most)
@@ -306,7 +308,7 @@ def _checked_chain(model: nn.Module, name: str, entry: Any, record: Record) -> C
     _expect(_is_names(linears) and len(linears) == 2, f"{name}.linears", "2 names", linears)
     _expect(activation is None or isinstance(activation, str), f"{name}.activation", "a name or null", activation)
     if not {child for child, _ in _module(model, name).named_children()} >= set(order):
-        raise _Damaged(f"{name} has other parts in the model; give the model that was packed")
+        raise _Damaged(f"{name or 'the module'} has other parts in the model; give the model that was packed")
     between = order[order.index(linears[0]) + 1 :] if linears[0] in order else []
     between = between[: between.index(linears[1])] if linears[1] in between else None
     if between is None or (activation is not None and activation not in between):
@@ -561,6 +563,16 @@ def _as_merged_(model: nn.Module, record: Record) -> bool:
     return True
 
 
+def _tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Where each parameter stands that stands in several places, as an embedding does that is the head's weight too."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, key))
+    return [found for found in places.values() if len(found) > 1]
+
+
 def _refuse_empty_buffers(model: nn.Module) -> None:
     state = model.state_dict()
     empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
@@ -588,7 +600,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = True) -
             may change in place (`save` never does).
 
     Returns:
-        `model`, in eval mode.
+        `model`, in eval mode; parameters that were one are one again, where the file holds equal values for them.
 
     Raises:
         TypeError: `model` is not a module.
@@ -616,8 +628,16 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, mmap: bool = True) -
         if isinstance(error, _Damaged):
             raise ValueError(f"{source}: {error}") from error
         raise
+    tied = _tied(model)
     place_(model, loaded.swaps)
     model.load_state_dict(loaded.state, strict=False, assign=True)
+    standing = set(model.modules())
+    for places in tied:  # a file holds one tensor for each name
+        values = [(module._parameters, key) for module, key in places if module in standing]
+        for parameters, key in values[1:]:
+            first = values[0][0][values[0][1]]
+            if torch.equal(parameters[key], first):  # type: ignore[arg-type]
+                parameters[key] = first
     if loaded.cast is not None:
         resume_cast_(model, loaded.cast)
     fuse(model, loaded.pairs)

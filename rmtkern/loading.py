@@ -5,6 +5,7 @@ is ever run.
 """
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from rmtkern.storage import write_tensors
 
 __all__ = [
     "SHRUNK",
+    "holds_packed",
     "input_size_of",
     "is_safetensors",
     "load_model",
@@ -41,10 +43,17 @@ def _from_function(spec: str) -> nn.Module:
     module_name, _, function_name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    wanted = f"{spec}: expected an importable module:function that returns a model"
+    if not all(map(str.isidentifier, (*module_name.split("."), function_name))):
+        raise ValueError(f"{wanted}, such as mymodel:model")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{spec}: expected an importable module:function that returns a model ({error})") from error
+        raise ValueError(f"{wanted} ({error})") from error
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{wanted} when it is called with no argument ({error})") from error
     model = function()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec}: expected the function to return a torch.nn.Module, got {type(model).__name__}")
@@ -91,7 +100,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         Name -> tensor, for `model.load_state_dict`.
 
     Raises:
-        ValueError: no such file, a damaged one, or one that holds anything but tensors; it names the tensor.
+        ValueError: no such file, a damaged one, a packed model, or one that holds anything but tensors; it names the
+            tensor.
     """
     source = Path(path)
     state = _read_state(source)
@@ -101,15 +111,37 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{source}: {error}") from error
 
 
+def holds_packed(record: object) -> bool:
+    """Whether what rmtkern wrote into a checkpoint's metadata, as JSON says it, is of a packed model."""
+    return isinstance(record, dict) and "linears" in record
+
+
+def _is_packed_file(path: Path) -> bool:
+    try:
+        return holds_packed(json.loads(read_metadata(path).get("rmtkern") or "null"))
+    except (json.JSONDecodeError, RecursionError):  # somebody else's, or damaged: the tensors are read all the same
+        return False
+
+
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if is_safetensors(path):
+        if _is_packed_file(path):
+            raise ValueError(
+                f"{path}: it holds a packed model, and dense weights are needed; give the file that it was packed from,"
+                " or write those of rmtkern.load(path, model) after rmtkern.unpack_(model)"
+            )
         return read_tensors(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path}: expected safetensors or a weights-only torch file ({error})") from error
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip()  # around that torch advises to run the file
+        reason = text.partition("\n")[0].partition(". Please ")[0] or type(error).__name__
+        raise ValueError(
+            f"{path}: expected safetensors or a weights-only torch file, as torch.save(model.state_dict(), path) writes"
+            f" ({reason})"
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -233,7 +265,7 @@ def load_plan(path: str | Path) -> PrunePlan:
     remedy = "give the file that rmtkern.save(model, path, plan) or rmtkern prune wrote"
     try:
         record = None if text is None else json.loads(text)
-        if isinstance(record, dict) and "linears" in record:  # a packed model, with the plan as one of its fields
+        if isinstance(record, dict) and holds_packed(record):  # then the plan is one of its fields
             record = record.get("plan")
         if record is None:
             raise ValueError("it holds no plan")

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rmtkern.errors import PackedModelError
 
@@ -182,7 +183,7 @@ def prunable_weights(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a target matches nothing, a glob in `ignore` matches nothing, or a weight is parametrised.
+        ValueError: a target matches nothing, a glob in `ignore` matches nothing, or a weight is parametrised or lazy.
         PackedModelError: the model is packed.
     """
     if not isinstance(model, nn.Module):
@@ -322,9 +323,11 @@ def _parameters(path: str, module: nn.Module) -> Iterator[_Found]:
         return
     names = {kind.__name__ for kind in type(module).__mro__}  # fully_shard makes subclasses
     transposed = "Conv1D" in names and hasattr(module, "nf")  # of transformers: y = x W + b
-    if not (isinstance(module, nn.Linear | nn.Conv2d) or transposed) or isinstance(module, nn.LazyLinear):
+    if not (isinstance(module, nn.Linear | nn.Conv2d) or transposed):
         return
     parameter = module._parameters.get("weight")
+    if parameter is not None and is_lazy(parameter):
+        raise ValueError(f"{dot}weight has no values before the model ran (a lazy module); run it once on an example")
     if parameter is None:
         raise ValueError(
             f"{dot}weight is not a plain parameter (parametrised, or masked by torch.nn.utils.prune); make it one "

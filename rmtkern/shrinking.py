@@ -89,6 +89,11 @@ def shrink_(
     check_values(weights[name] for block in blocks for name in (*block.producers, block.consumer))
     counts = {block.consumer: _count(block, mlp if block.kind == "mlp" else heads, multiple) for block in blocks}
     cutting = [block for block in blocks if counts[block.consumer]]
+    if not blocks and not left:
+        raise ValueError(
+            f"shrink_: found no MLP or attention in {type(model).__name__} that parts can be cut out of; prune_ takes"
+            " single weights of any linear"
+        )
     if not cutting:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:2])
         raise ValueError(

@@ -23,6 +23,7 @@ from rmtkern.errors import short
 __all__ = [
     "DTYPE_NAMES",
     "LINE",
+    "check_tensors",
     "read_json",
     "read_metadata",
     "read_names",
@@ -169,6 +170,22 @@ def read_tensors(path: str | os.PathLike[str], *, mmap: bool = True) -> dict[str
     return tensors if mmap else {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def check_tensors(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Refuse what safetensors cannot hold; ValueError names it.
+
+    Args:
+        state: name -> what should be a tensor; in the state of a quantised layer not everything is.
+        path: of the file that it was for.
+    """
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{path}: {name} is no tensor but a {type(tensor).__name__}, which safetensors does not hold"
+            )
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{path}: tensor {name} has dtype {tensor.dtype}, which safetensors does not hold")
+
+
 def write_tensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Write tensors to a safetensors file; complete or not at all: beside it first, then renamed.
 
@@ -181,16 +198,15 @@ def write_tensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], met
         metadata: name -> text, beside `format: pt`.
 
     Raises:
-        ValueError: a tensor's dtype has no name in safetensors.
+        ValueError: an entry is no tensor, or its dtype has no name in safetensors.
         OSError: the file cannot be written; an old one is as it was.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    check_tensors(state, path)
     names = sorted(state, key=lambda name: (state[name].nbytes % LINE > 0, -state[name].itemsize, name))
     place = 0
     for name in names:
         tensor = state[name]
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{path}: tensor {name} has dtype {tensor.dtype}, which safetensors does not hold")
         end = place + tensor.nbytes
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
         place = end

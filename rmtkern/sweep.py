@@ -363,7 +363,7 @@ def _fingerprint(model: nn.Module) -> str:
 def _read(path: Path) -> list[SweepRow]:
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", errors="replace") as file:  # a foreign file then has other columns
         reader = csv.DictReader(file)
         if reader.fieldnames not in (ASKED, COLUMNS):
             raise ValueError(

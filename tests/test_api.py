@@ -292,6 +292,17 @@ def broken(model, value):
     return model
 
 
+def expanded(model):
+    fc1 = model["blocks"][1]["mlp"]["fc1"]
+    fc1.weight = nn.Parameter(fc1.weight.data[:1].expand(fc1.weight.shape))
+    return model
+
+
+def sharing(model):
+    model["blocks"][1]["mlp"]["fc1"].weight = nn.Parameter(model["blocks"][0]["mlp"]["fc1"].weight.data)
+    return model
+
+
 def meta():
     with torch.device("meta"):
         return vit()
@@ -331,6 +342,8 @@ def packed():
     (lambda: broken(vit(), float("nan")), {}, ValueError, "blocks.1.mlp.fc1.weight has NaN or Inf entries"),
     (lambda: broken(vit(), float("-inf")), {}, ValueError, "blocks.1.mlp.fc1.weight has NaN or Inf entries"),
     (meta, {}, ValueError, "blocks.0.attn.qkv.weight is a meta tensor"),
+    (lambda: sharing(vit()), {}, ValueError, "fc1.weight and blocks.1.mlp.fc1.weight share their memory and are two"),
+    (lambda: expanded(vit()), {}, ValueError, r"fc1.weight is an expanded tensor, .*give it its own: .clone\(\)"),
     (packed, {}, PackedModelError, r"blocks.0.mlp.fc1 is packed.*unpack_\(model\) first"),
     (lambda: torch.zeros(3, 3), {}, TypeError, "expected a torch.nn.Module, got Tensor"),
 ])  # fmt: skip
@@ -342,6 +355,21 @@ def test_bad_requests_change_nothing(make, fields, error, message):
     if isinstance(model, nn.Module) and not any(value.is_meta for value in before.values()):
         values = model.state_dict()
         assert all(torch.equal(values[name].nan_to_num(7), value.nan_to_num(7)) for name, value in before.items())
+
+
+def test_calibration_in_autocast_is_refused():
+    model, images = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"call prune_ outside of it"):
+        prune_(model, 0.5, targets="all", calibration=images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prune_(model, 0.5, targets="all").sparsity == 0.5
+
+
+def test_a_lazy_module_is_asked_to_run_first():
+    for module in (nn.LazyLinear(4), nn.LazyConv2d(4, 1)):
+        for verb in (prune_, analyze):
+            with pytest.raises(ValueError, match=r"0.weight has no values before the model ran .*; run it once"):
+                verb(nn.Sequential(module))
 
 
 def test_too_many_zeros_already():

@@ -52,8 +52,13 @@ def toy():
 
 def broken():
     raise KeyError("no\\nsuch key")
+
+
+def wants(depth):
+    return Toy()
 """
 FC = ["--targets", "*fc1*", "*fc2*"]
+X = "x.safetensors"
 
 
 def strict_json(text):
@@ -251,8 +256,8 @@ def test_sweep_writes_a_csv_and_a_picture_and_goes_on(work, images, capsys):
     assert "5 of 5 rows computed now" in out and "wrote sweep.csv and sweep.png" in out
     assert (work / "sweep.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((work / "sweep.csv").open(newline="")))
-    assert {row["data"] for row in rows} == {"images (*fc1* *fc2*)"}
-    assert [row["calibration"] for row in rows] == ["", "", "", "images[4]", "images[4]"]
+    assert {row["data"] for row in rows} == {f"{images} (*fc1* *fc2*)"}
+    assert [row["calibration"] for row in rows] == ["", "", "", f"{images}[4]", f"{images}[4]"]
     assert main([*argv, "--methods", "row", "uniform", "--json"]) == 0
     found = strict_json(capsys.readouterr().out)
     assert found["computed"] == 2 and len(found["rows"]) == 5 and found["rows"][0]["method"] == "dense"
@@ -385,7 +390,7 @@ def test_prune_chooses_among_patterns_by_times(work, images, capsys):
     capsys.readouterr()
     alone = ["prune", "clitoys:toy", "--times", "times.json", *end]
     fails(capsys, alone, 2, "--times are for choosing among several patterns: give --pattern two or more")
-    fails(capsys, ["bench", "clitoys:toy", "--pattern", "4x1", "4x2"], 2, "bench: one --pattern; prune with several")
+    fails(capsys, ["bench", "clitoys:toy", "--pattern", "4x1", "4x2"], 2, "one --pattern at a time: prune with several")
     fails(capsys, [*argv, "--speedup", "1.5"], 2, "--speedup takes one --pattern; with several, use --linear-speedup")
     both = ["--linear-speedup", "1.5", "--sparsity", "0.5"]
     fails(capsys, [*argv, *both], 2, "--linear-speedup finds the sparsity: give it no --sparsity, --max-drop or")
@@ -437,6 +442,28 @@ def test_bench_writes_the_packed_model(work, capsys, monkeypatch):
     assert (model.fc1.weight.layout, model.fc2.weight.layout) == ("bitmask", "bitmask")
     assert rmtkern.load_plan("packed.safetensors").sparsity == pytest.approx(0.8, abs=1e-3)
     fails(capsys, ["bench", "clitoys:toy", "-o", "no/packed.safetensors"], 2, "no: no such folder to write packed")
+    argv = ["analyze", "clitoys:toy", "--checkpoint", "packed.safetensors"]
+    fails(capsys, argv, 2, "packed.safetensors: it holds a packed model, and dense weights are needed; give the file")
+
+
+def test_bench_that_packs_nothing_prints_what_it_measured(work, capsys, monkeypatch):
+    def dense(calls, budget_ms):
+        for call in calls.values():
+            call()
+        return {name: 1.0 if name in ("dense/torch", "original") else 2.0 for name in calls}
+
+    monkeypatch.setattr("rmtkern.packing.device.interleaved_ms", dense)
+    argv = ["bench", "clitoys:toy", *FC, "--json", "-o", "packed.safetensors"]
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    assert not any(layer["packed"] for layer in strict_json(out)["layers"])
+    assert err.startswith("rmtkern bench: nothing gained, so every layer stays dense and packed.safetensors was not")
+    assert not (work / "packed.safetensors").exists()
+    assert main([*argv, "--dtype", "bfloat16"]) == 0  # which is a packed model, if only by its dtype
+    import clitoys
+
+    served = rmtkern.load("packed.safetensors", clitoys.toy())
+    assert served.fc1.weight.dtype == torch.bfloat16 and served(torch.zeros(1, 3, 8, 8)).dtype == torch.float32
 
 
 def test_bench_takes_the_zeros_of_a_checkpoint(work, capsys):
@@ -493,9 +520,11 @@ def test_demo_passes_its_options_on(tmp_path, capsys, monkeypatch):
 def test_threads(work, capsys):
     before = torch.get_num_threads()
     try:
-        assert main(["info", "--threads", "2", "--json"]) == 0
-        assert strict_json(capsys.readouterr().out)["environment"]["threads"] == 2
-        fails(capsys, ["info", "--threads", "0"], 2, "--threads must be at least 1, got 0")
+        most = os.cpu_count()
+        assert main(["info", "--threads", str(most), "--json"]) == 0
+        assert strict_json(capsys.readouterr().out)["environment"]["threads"] == most
+        for wrong in (0, most + 1, 10**9):
+            fails(capsys, ["info", "--threads", str(wrong)], 2, f"--threads must be 1 to {most}, the CPUs here, got ")
     finally:
         torch.set_num_threads(before)
 
@@ -509,26 +538,53 @@ def test_threads(work, capsys):
         (["analyze", "clitoys:toy", "--checkpoint", "gone.safetensors"], 2, "gone.safetensors: no such file"),
         (["analyze", "clitoys:toy", "--targets", "zzz"], 2, "zzz"),
         (
-            ["prune", "clitoys:toy", "--sparsity", "1.0", "-o", "x"],
+            ["prune", "clitoys:toy", "--sparsity", "1.0", "-o", X],
             2,
             "sparsity: expected a fraction in [0, 1), got 1.0",
         ),
-        (["prune", "clitoys:toy", "--method", "magic", "-o", "x"], 2, "unknown method 'magic'"),
-        (["prune", "clitoys:toy", "--pattern", "3:1", "-o", "x"], 2, "3:1"),
+        (["prune", "clitoys:toy", "--method", "magic", "-o", X], 2, "unknown method 'magic'"),
+        (["prune", "clitoys:toy", "--pattern", "3:1", "-o", X], 2, "3:1"),
         (["prune", "clitoys:toy", "-o", "no/such/x"], 2, "no such folder to write x into; create it first"),
+        (["prune", "clitoys:toy", "-o", "."], 2, ".: is a folder; give the name of a file to write"),
+        (["prune", "clitoys:toy", "-o", "x.pt"], 2, "x.pt: expected a name that ends in .safetensors"),
+        (["prune", "clitoys:toy", "--method", "wanda", "--evaluate", "none", "-o", X], 2, "method 'wanda' with score"),
+        (["analyze", "clitoys:toy", "-o", "."], 2, "is a folder; give the name of a file to write"),
+        (["analyze", "clitoys:toy", "-o", X], 2, "is the name of a checkpoint, and no tensors are written here"),
+        (["report", "clitoys.py", "-o", X], 2, "expected a name that ends in .html or .htm"),
         (
-            ["prune", "clitoys:toy", "--evaluate", "none", "-o", "x"],
+            ["sweep", "clitoys:toy", "--images", "none", "-o", "s.csv", "--picture", "x"],
+            2,
+            "ends in .png or .pdf or .svg",
+        ),
+        (
+            ["bench", "clitoys:toy", "-o", "clitoys.py"],
+            2,
+            "clitoys.py: is a file; give a name that ends in .safetensors",
+        ),
+        (
+            ["bench", "clitoys:toy", "--keep-zeros", "--sparsity", "0.5"],
+            2,
+            "--keep-zeros takes the zeros of the checkp",
+        ),
+        (["analyze", "clitoys:TOYS"], 2, "clitoys:TOYS: expected an importable module:function"),
+        (["analyze", "clitoys:Toy.forward"], 2, "that returns a model, such as mymodel:model"),
+        (["analyze", ":toy"], 2, ":toy: expected an importable module:function that returns a model, such as mymodel:"),
+        (["analyze", "torch:add"], 2, "torch:add: "),
+        (["analyze", "clitoys:wants"], 2, "returns a model when it is called with no argument (missing a required arg"),
+        (["shrink", "clitoys:toy", "--mlp", "0.5", "-o", X], 2, "found no MLP or attention in Toy that parts can be"),
+        (
+            ["prune", "clitoys:toy", "--evaluate", "none", "-o", X],
             2,
             "none: no such folder; expected one with a sub-",
         ),
-        (["prune", "clitoys:toy", "--calibration", "none", "-o", "x"], 2, "none: no such folder"),
+        (["prune", "clitoys:toy", "--calibration", "none", "-o", X], 2, "none: no such folder"),
         (["bench", "clitoys:toy", "--batch", "0"], 2, "--batch must be at least 1, got [0]"),
         (["demo", "--images", "0", "-o", "out"], 2, "images: expected 1 to 10000 test images, got 0"),
     ],
 )
 def test_errors(work, capsys, argv, code, message):
     fails(capsys, argv, code, message)
-    assert not (work / "x").exists() and not (work / "out").exists()
+    assert not (work / X).exists() and not (work / "out").exists()
 
 
 def test_a_checkpoint_of_another_model(work, capsys):
@@ -540,6 +596,19 @@ def test_a_checkpoint_of_another_model(work, capsys):
 def test_debug_shows_the_traceback(work, capsys):
     assert main(["analyze", "clitoys:broken", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_torch_file_with_more_than_tensors_is_refused_without_advice_to_run_it(work, capsys):
+    torch.save(torch.nn.Linear(2, 2), "module.pt")
+    assert main(["analyze", "clitoys:toy", "--checkpoint", "module.pt"]) == 2
+    err = capsys.readouterr().err
+    assert "as torch.save(model.state_dict(), path) writes (Unsupported global: GLOBAL torch.nn.modules.linear" in err
+    assert "weights_only" not in err and len(err) < 300
+
+
+def test_no_images_are_no_request(work, images, capsys):
+    argv = ["finetune", "clitoys:toy", "--train", str(images), "--train-images", "0", "-o", X]
+    fails(capsys, argv, 2, "limit: expected at least one image, got 0")
 
 
 def test_interrupted(work, capsys, monkeypatch):
@@ -557,6 +626,22 @@ def test_usage_errors(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2 and "usage: rmtkern" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"rmtkern {rmtkern.__version__}\n"
+
+
+def test_help_says_what_each_setting_of_a_training_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--clip CLIP largest length of the gradient of the surviving weights; None: not clipped; default: 1.0" in out
+    assert "see FinetuneConfig" not in out
+    args = cli._parser().parse_args(["finetune", "demo", "--train", "t", "-o", X, "--clip", "none", "--patience", "3"])
+    assert (args.clip, args.patience) == (None, 3)
 
 
 @pytest.mark.parametrize("verb", [[], ["demo"], ["analyze"], ["prune"], ["certify"], ["bench"], ["info"]])
@@ -578,7 +663,7 @@ def test_as_a_module_in_a_process_of_its_own(tmp_path):
     good = run("analyze", "demo", "--json")
     assert good.returncode == 0, good.stderr
     assert "blocks.0.mlp.fc1.weight" in strict_json(good.stdout)
-    bad = run("prune", "demo", "--sparsity", "2", "-o", "x")
+    bad = run("prune", "demo", "--sparsity", "2", "-o", X)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "rmtkern prune: sparsity: expected a fraction in [0, 1), got 2.0\n"
 

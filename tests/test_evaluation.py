@@ -252,3 +252,8 @@ def test_folder_without_pillow(folder, monkeypatch):
 
 def test_the_public_names():
     assert set(evaluation.__all__) <= set(dir(evaluation))
+
+
+def test_a_function_is_no_module():
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):
+        evaluate(lambda x: x, pair())

@@ -216,6 +216,41 @@ def test_a_model_on_the_meta_device_is_filled_without_dense_weights(tmp_path):
         assert torch.equal(again(IMAGES), model(IMAGES))
 
 
+def test_tied_parameters_are_tied_again(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.fc, self.head = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 50, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, words):
+            return self.head(self.fc(self.table(words)))
+
+    model, words = Tied().eval(), torch.arange(6).reshape(2, 3)
+    rmtkern.prune_(model, 0.9, targets="fc", show_progress=False)
+    pack_(model, words, timer=timer(["bitmask"]))
+    save(model, tmp_path / "tied.safetensors")
+    with torch.device("meta"):
+        empty = Tied()
+    for other in (Tied(), empty):
+        served = load(tmp_path / "tied.safetensors", other)
+        assert served.head.weight is served.table.weight and torch.equal(served(words), model(words))
+    state = model.state_dict()
+    del model.head.weight
+    model.head.weight = nn.Parameter(2 * state["head.weight"])
+    save(model, tmp_path / "untied.safetensors")
+    served = load(tmp_path / "untied.safetensors", Tied())
+    assert served.head.weight is not served.table.weight and torch.equal(served(words), model(words))
+    unpack_(model)
+    rmtkern.prune_(model, 0.9, targets="*head*", show_progress=False)
+    pack_(model, words, timer=timer(["bitmask"]))  # the head too, which takes the place of one of two
+    save(model, tmp_path / "untied.safetensors")
+    with torch.device("meta"):
+        empty = Tied()
+    served = load(tmp_path / "untied.safetensors", empty)
+    assert isinstance(served.head, PackedLinear) and torch.equal(served(words), model(words))
+
+
 def test_buffers_that_no_file_holds_are_asked_for(tmp_path):
     class WithBuffer(nn.Module):
         def __init__(self):
@@ -273,6 +308,22 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save(model, path)
     assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_state_that_is_not_all_tensors_is_refused_by_name(tmp_path):
+    class Stateful(nn.Sequential):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+    for build, message in ((Stateful, "_extra_state is no tensor but a dict"), (nn.Sequential, "tensor odd has dtype")):
+        model = build(nn.Linear(64, 64)).eval()
+        rmtkern.prune_(model, 0.9, targets="all", show_progress=False)
+        if build is nn.Sequential:
+            model.register_buffer("odd", torch.zeros(3).to(torch.float8_e4m3fnuz))
+        pack_(model, torch.randn(4, 64), timer=timer(["bitmask"]))
+        with pytest.raises(ValueError, match=f"odd.safetensors: {message}.*, which safetensors does not hold"):
+            save(model, tmp_path / "odd.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_save_and_load_refuse(tmp_path):

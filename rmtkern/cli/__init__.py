@@ -5,6 +5,7 @@ Each verb is a file of its own beside this one.
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from rmtkern.cli import (
     shrink,
     sweep,
 )
+from rmtkern.environment import version
 from rmtkern.errors import PackedModelError
 
 __all__ = ["main"]
@@ -37,7 +39,7 @@ VERBS = {
 
 EXIT_CODES = """exit codes:
   0  done
-  1  the work failed, or bench found the packed model slower than the strongest dense form
+  1  the work failed, or bench found the packed model slower than the strongest dense form, or nothing to pack
   2  bad usage or bad input (an unknown name, a damaged file, an impossible sparsity); nothing was written
   130  interrupted
 """
@@ -50,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"rmtkern {version('rmtkern') or 'not installed'}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -83,8 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     failure: Exception
     try:
         if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads must be at least 1, got {args.threads}")
+            most = os.cpu_count() or 1  # far more of them end the process without a word
+            if not 1 <= args.threads <= most:
+                raise ValueError(f"--threads must be 1 to {most}, the CPUs here, got {args.threads}")
             torch.set_num_threads(args.threads)
         return VERBS[args.verb].run(args)
     except (ValueError, TypeError, ModuleNotFoundError, PackedModelError) as error:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from rmtkern.api import analyze
-from rmtkern.cli.inputs import model_of
+from rmtkern.cli.inputs import check_output, model_of
 from rmtkern.cli.options import model_options
 from rmtkern.cli.verb import Verb
 
@@ -21,6 +21,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_output(args.output)
     model = model_of(args)
     fits = analyze(model, targets=args.targets, split_qkv=args.split_qkv, legacy=args.legacy)
     formats = {"text": fits.__str__, "csv": fits.to_csv, "markdown": fits.to_markdown}

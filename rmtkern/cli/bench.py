@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rmtkern.api import prune_
-from rmtkern.cli.inputs import check_folder, metadata_of, model_of
+from rmtkern.cli.inputs import check_output, metadata_of, model_of
 from rmtkern.cli.options import model_options, prune_options
 from rmtkern.cli.outputs import print_json
 from rmtkern.cli.verb import Verb
@@ -17,7 +17,8 @@ from rmtkern.comparison import DEFAULT, ENGINES, check_engines, compare
 from rmtkern.environment import environment, environment_line
 from rmtkern.files import save
 from rmtkern.loading import SHRUNK, input_size_of
-from rmtkern.packing import pack_
+from rmtkern.packing import is_packed, pack_
+from rmtkern.shards import target_of
 from rmtkern.shrink_plan import ShrinkPlan
 
 __all__ = ["VERB"]
@@ -43,10 +44,14 @@ def _run(args: argparse.Namespace) -> int:
     if min(args.batch) < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
     if len(args.pattern) > 1:
-        raise ValueError("bench: one --pattern; prune with several first, then bench --keep-zeros")
+        raise ValueError("one --pattern at a time: prune with several first, then bench --keep-zeros")
     engines = None if args.compare is None else [name for name in args.compare.split(",") if name]
     check_engines(engines or ())
-    check_folder(args.output)
+    if args.keep_zeros and args.sparsity is not None:
+        raise ValueError("--keep-zeros takes the zeros of the checkpoint: give it no --sparsity")
+    if args.output is not None and not args.output.is_dir():
+        target_of(args.output)  # refuses a file without the ending of a checkpoint
+        check_output(args.output, args.output.suffix.lower())
     model = model_of(args)
     plan = None
     if not args.keep_zeros:
@@ -57,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     report = pack_(packed, examples, dtype=dtype, decisions=args.decisions)
-    if args.output is not None:
+    if worth_saving := args.output is not None and is_packed(packed):
         shrunk = metadata_of(args.checkpoint, SHRUNK)
         save(packed, args.output, plan, None if shrunk is None else ShrinkPlan.from_json(shrunk))
     compared = []
@@ -68,6 +73,13 @@ def _run(args: argparse.Namespace) -> int:
         print_json({"environment": environment(), **json.loads(report.to_json()), **found})
     else:
         print("\n\n".join([environment_line(), str(report), *map(str, compared)]))
+    if args.output is not None and not worth_saving:
+        print(
+            f"rmtkern bench: nothing gained, so every layer stays dense and {args.output} was not written; serve the"
+            " model as it is",
+            file=sys.stderr,
+        )
+        return 1
     speedups = [times.speedup for times in report.end_to_end]
     speedups += [one.speedup for one in compared if one.speedup is not None]
     if any(speedup < SLOWER for speedup in speedups):

@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from rmtkern.cli.inputs import check_folder, images_and_labels, metadata_of, model_of
+from rmtkern.cli.inputs import check_output, images_and_labels, metadata_of, model_of
 from rmtkern.cli.options import model_options, settings_of, settings_options, train_options
 from rmtkern.cli.outputs import print_made
 from rmtkern.cli.verb import Verb
 from rmtkern.evaluation import evaluate
 from rmtkern.loading import SHRUNK, load_plan, save_dense
+from rmtkern.shards import SUFFIX
 from rmtkern.training.config import FinetuneConfig
 from rmtkern.training.loop import finetune_
 
@@ -24,7 +25,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_folder(args.output)
+    check_output(args.output, SUFFIX)
+    check_output(args.run, SUFFIX)
     config = settings_of(args)
     model = model_of(args)
     stored = metadata_of(args.checkpoint, "rmtkern")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rmtkern.cli.inputs import check_folder, images_and_labels, metadata_of, model_of
+from rmtkern.cli.inputs import check_output, images_and_labels, metadata_of, model_of
 from rmtkern.cli.options import (
     SPECTRAL,
     model_options,
@@ -18,6 +18,7 @@ from rmtkern.evaluation import evaluate
 from rmtkern.gradual import CYCLE, DROP_THRESHOLD, GRID, prune_gradually_
 from rmtkern.loading import SHRUNK, save_dense
 from rmtkern.pruning.presets import PRESETS
+from rmtkern.shards import SUFFIX
 
 __all__ = ["VERB"]
 
@@ -39,7 +40,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_folder(args.output)
+    check_output(args.output, SUFFIX)
     config = settings_of(args)
     model = model_of(args)
     data = images_and_labels(args.train, model, args.train_images)

@@ -1,6 +1,7 @@
 """What several verbs read, and what they refuse: models, checkpoints, folders of images, JSON files."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -10,13 +11,13 @@ from torch import Tensor, nn
 
 from rmtkern.evaluation import folder_batches, preprocessing_of
 from rmtkern.loading import input_size_of, is_safetensors, load_model
-from rmtkern.shards import read_metadata
+from rmtkern.shards import SUFFIX, read_metadata
 from rmtkern.token_merging import merge_tokens_
 
 __all__ = [
     "calibration_of",
     "check_batch",
-    "check_folder",
+    "check_output",
     "images_and_labels",
     "images_for",
     "metadata_of",
@@ -46,10 +47,25 @@ def check_batch(batch: int) -> None:
         raise ValueError(f"--batch must be at least 1, got {batch}")
 
 
-def check_folder(output: Path | None) -> None:
-    """Refuse a file to write whose folder is not there; ValueError."""
-    if output is not None and not output.parent.is_dir():
+def check_output(output: Path | None, *endings: str) -> None:
+    """Refuse a file that cannot be written, or that is named like another kind of file; ValueError.
+
+    Args:
+        output: its path; None is fine.
+        endings: what its name may end in; none given, anything but a checkpoint's.
+    """
+    if output is None:
+        return
+    if not output.name or output.is_dir():
+        raise ValueError(f"{output}: is a folder; give the name of a file to write")
+    if not output.parent.is_dir():
         raise ValueError(f"{output.parent}: no such folder to write {output.name} into; create it first")
+    if endings and output.suffix.lower() not in endings:
+        raise ValueError(f"{output}: expected a name that ends in {' or '.join(endings)}")
+    if not endings and output.suffix == SUFFIX:
+        raise ValueError(f"{output}: is the name of a checkpoint, and no tensors are written here; give another name")
+    if not os.access(output.parent, os.W_OK):
+        raise ValueError(f"{output.parent}: {output.name} may not be written into this folder; give another one")
 
 
 def metadata_of(checkpoint: Path | None, key: str) -> str | None:

@@ -1,8 +1,12 @@
 """Options that several verbs share."""
 
 import argparse
+import inspect
+import re
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from rmtkern.pruning.plan import THETAS
 from rmtkern.pruning.presets import PRESETS
@@ -91,13 +95,29 @@ def train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_options(parser: argparse.ArgumentParser, defaults: FinetuneConfig) -> None:
-    """Every field of FinetuneConfig, with other defaults."""
+    """Every field of FinetuneConfig with what its docstring says of it, and with other defaults."""
     kinds = {"int": int, "float": float, "str": str}
+    said = (inspect.getdoc(FinetuneConfig) or "").partition("Args:")[2].partition("Raises:")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", said, re.MULTILINE)
+    texts = dict.fromkeys(SETTINGS, "see FinetuneConfig") | {name: " ".join(text.split())[:-1] for name, text in found}
     for name, field in SETTINGS.items():
-        kind = kinds[str(getattr(field.type, "__name__", field.type)).partition(" ")[0]]
+        kind, _, rest = str(getattr(field.type, "__name__", field.type)).partition(" ")
         value = getattr(defaults, name)
         shown = "none" if value is None else value
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"default: {shown}")
+        text = f"{texts[name]}; default: {shown}".replace("%", "%%")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=_or_none(kinds[kind]) if rest else kinds[kind], default=value, help=text
+        )
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads what `kind` reads, and "none"."""
+
+    def read(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    read.__name__ = f"{getattr(kind, '__name__', '')}, or none,"  # as argparse names it where it fails
+    return read
 
 
 def settings_of(args: argparse.Namespace) -> FinetuneConfig:

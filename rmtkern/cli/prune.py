@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rmtkern.api import prune_
-from rmtkern.cli.inputs import calibration_of, check_batch, check_folder, images_for, metadata_of, model_of
+from rmtkern.cli.inputs import calibration_of, check_batch, check_output, images_for, metadata_of, model_of
 from rmtkern.cli.options import SPECTRAL, model_options, prune_options, spectral_options
 from rmtkern.cli.outputs import print_made
 from rmtkern.cli.verb import Verb
@@ -22,6 +22,7 @@ from rmtkern.pruning.presets import BEST, RESTORES
 from rmtkern.pruning.repair import REPAIRS
 from rmtkern.pruning.score import SCORES
 from rmtkern.pruning.times import PatternTimes
+from rmtkern.shards import SUFFIX
 from rmtkern.speed import prune_to_speed_
 
 __all__ = ["VERB"]
@@ -91,7 +92,7 @@ def _timings(args: argparse.Namespace, model: nn.Module, patterns: Sequence[str]
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_folder(args.output)
+    check_output(args.output, SUFFIX)
     if args.speedup is not None and (args.sparsity, args.max_drop) != (None, None):
         raise ValueError("--speedup finds the sparsity: give it no --sparsity and no --max-drop")
     check_batch(args.batch)
@@ -106,34 +107,33 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--speedup takes one --pattern; with several, use --linear-speedup")
     if args.linear_speedup is not None and (args.sparsity, args.max_drop, args.speedup) != (None, None, None):
         raise ValueError("--linear-speedup finds the sparsity: give it no --sparsity, --max-drop or --speedup")
-    check_folder(args.times)
+    check_output(args.times)
+    sparsity = PruneConfig().sparsity if args.sparsity is None else args.sparsity
+    targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
+    how: dict[str, Any] = {name: getattr(args, name) for name in (*HOW, *FIELDS)}
+    asked = PruneConfig(
+        sparsity,
+        args.method,
+        pattern=pattern,
+        targets=targets,
+        ignore=ignore,
+        linear_speedup=args.linear_speedup,
+        **how,
+    )
+    asked.resolve(args.calibration is not None)  # refuses what it can before images are read and models timed
     model = model_of(args)
     calibration = calibration_of(args, model)
     timings = None if isinstance(pattern, str) else _timings(args, model, pattern)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
-    targets, ignore = tuple(args.targets) if args.targets else None, tuple(args.ignore)
-    how: dict[str, Any] = {name: getattr(args, name) for name in (*HOW, *FIELDS)}
     if args.speedup is not None:
         example = images_for(model, args.batch)
-        asked = PruneConfig(method=args.method, pattern=pattern, targets=targets, ignore=ignore, **how)
         found = prune_to_speed_(model, args.speedup, example, asked, calibration)
         plan = found.plan
         if not args.json:
             print(found)
     else:
         plan = prune_(
-            model,
-            args.sparsity,
-            args.method,
-            pattern,
-            targets,
-            ignore,
-            calibration,
-            timings=timings,
-            linear_speedup=args.linear_speedup,
-            max_drop=args.max_drop,
-            evaluate=args.images,
-            **how,
+            model, asked, calibration=calibration, timings=timings, max_drop=args.max_drop, evaluate=args.images
         )
     after = evaluate(model, args.evaluate) if args.evaluate is not None else None
     save_dense(model, args.output, plan.to_json(), metadata_of(args.checkpoint, SHRUNK))

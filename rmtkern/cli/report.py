@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from rmtkern.certificates import Certificate
-from rmtkern.cli.inputs import check_folder, read_json
+from rmtkern.cli.inputs import check_output, read_json
 from rmtkern.cli.verb import Verb
 from rmtkern.evaluation import evaluate
 from rmtkern.packing import PackReport
@@ -31,7 +31,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_folder(args.output)
+    check_output(args.output, ".html", ".htm")
     if args.evaluate is not None and args.model is None:
         raise ValueError("--evaluate needs a model to run: give --model NAME too")
     printed = "what rmtkern bench --json printed"

@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from rmtkern.cli.inputs import calibration_of, check_folder, metadata_of, model_of
+from rmtkern.cli.inputs import calibration_of, check_output, metadata_of, model_of
 from rmtkern.cli.options import model_options
 from rmtkern.cli.outputs import print_made
 from rmtkern.cli.verb import Verb
 from rmtkern.evaluation import evaluate
 from rmtkern.loading import SHRUNK, save_dense
+from rmtkern.shards import SUFFIX
 from rmtkern.shrinking import shrink_
 
 __all__ = ["VERB"]
@@ -27,7 +28,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_folder(args.output)
+    check_output(args.output, SUFFIX)
     if metadata_of(args.checkpoint, SHRUNK) is not None:
         raise ValueError(f"{args.checkpoint}: it was made smaller already; shrink the model that it came from")
     model = model_of(args)

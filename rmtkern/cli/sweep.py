@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from rmtkern.cli.inputs import calibration_of, check_batch, check_folder, images_for, model_of
+from rmtkern.cli.inputs import calibration_of, check_batch, check_output, images_for, model_of
 from rmtkern.cli.options import model_options
 from rmtkern.cli.outputs import print_json
 from rmtkern.cli.verb import Verb
@@ -12,6 +12,9 @@ from rmtkern.pruning.presets import PRESETS
 from rmtkern.sweep import PACK, sweep
 
 __all__ = ["VERB"]
+
+PICTURES = (".png", ".pdf", ".svg")
+"""What pictures can be; matplotlib, which draws them, is asked only after the sweep."""
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -35,15 +38,15 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_folder(args.output)
-    check_folder(args.picture)
-    check_folder(args.speed_picture)
+    check_output(args.output)
+    for picture in (args.picture, args.speed_picture):
+        check_output(picture, *PICTURES)
     check_batch(args.batch)
     if args.speed_picture is not None and args.pack is None:
         raise ValueError("--speed-picture needs speeds: give --pack float32 or --pack bfloat16 too")
     model = model_of(args)
     chosen = " ".join([*(args.targets or []), *(f"not {word}" for word in args.ignore)])
-    scored = f"{args.images.name}{'' if args.limit is None else f'[{args.limit}]'}"
+    scored = f"{args.images}{'' if args.limit is None else f'[{args.limit}]'}"
     found = sweep(
         model,
         args.images,
@@ -55,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         ignore=tuple(args.ignore),
         calibration=calibration_of(args, model),
         data=f"{scored} ({chosen})" if chosen else scored,
-        calibration_data="" if args.calibration is None else f"{args.calibration.name}[{args.calibration_images}]",
+        calibration_data="" if args.calibration is None else f"{args.calibration}[{args.calibration_images}]",
         limit=args.limit,
         pack=args.pack,
         example=None if args.pack is None else images_for(model, args.batch),

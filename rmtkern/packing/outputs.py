@@ -38,7 +38,7 @@ def outputs_on(
     """The outputs on all examples, as `run_model` gives them; `after` is called after each.
 
     Raises:
-        ValueError: the model cannot run an example.
+        ValueError: the model cannot run an example, or gives NaN.
         TypeError: an output holds no tensor.
     """
     found = []
@@ -51,6 +51,11 @@ def outputs_on(
             ) from error
         if not output:
             raise TypeError(f"the model's output on example {index} holds no tensor, so it cannot be checked")
+        if any(bool(tensor.isnan().any()) for tensor in output):
+            raise ValueError(
+                f"the model's output on example {index} has NaN entries, so nothing can be compared with it; repair the"
+                " model, or pass an example that it computes numbers for"
+            )
         found.append(output)
         after()
     return found
@@ -70,16 +75,18 @@ def deviation_of(
     """Where the outputs on the examples are not what is expected, in words; None if they are.
 
     Args:
-        outputs: of each example, the tensors; only those of a floating dtype count.
+        outputs: of each example, the tensors; those of whole numbers do not count.
         expected: the same, of the model that came.
-        tolerance: largest error relative to the largest magnitude of the expected tensor; a NaN is beyond any.
+        tolerance: largest error relative to the largest finite magnitude of the expected tensor; a NaN is beyond any,
+            and what is infinite, as masked logits are, must be so too.
     """
     for index, (output, wanted) in enumerate(zip(outputs, expected, strict=True)):
         for got, want in zip(output, wanted, strict=True):
-            if not want.is_floating_point():
+            if not (want.is_floating_point() or want.is_complex()) or not want.numel():
                 continue
-            scale = float(want.abs().max()) if want.numel() else 0.0
-            error = float((got - want).abs().max()) if want.numel() else 0.0
+            size = want.abs()
+            scale = float(size.where(size.isfinite(), 0).max())
+            error = float((got - want).abs().where(got != want, 0).max())
             if not error <= tolerance * scale:
                 return f"on example {index} differs by {error:.3g} where its scale is {scale:.3g}"
     return None

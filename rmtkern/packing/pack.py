@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rmtkern.errors import PackedModelError
 from rmtkern.examples import Example, as_examples
@@ -28,7 +29,7 @@ from rmtkern.packing.sites import KernelForward, measure_sites
 from rmtkern.packing.summary import layer_reports, site_reports
 from rmtkern.packing.swaps import Swaps, place_, verify
 from rmtkern.packing.timing import Timer
-from rmtkern.packing.trials import leave_lenders, leave_whole, split_multiheads
+from rmtkern.packing.trials import leave_lenders, leave_referenced, leave_whole, split_multiheads
 from rmtkern.packing.unpack import is_packed
 from rmtkern.packing.watch import watch
 from rmtkern.progress import progress
@@ -111,7 +112,7 @@ def pack_(
     Raises:
         TypeError: `model`, `example` or `decisions` has the wrong type, or the output holds no tensor.
         ValueError: nothing to pack, a bad option, an example that the model cannot run or on another device, a model on
-            several devices or on "meta", NaN weights, or a damaged file.
+            several devices or on "meta", NaN weights or outputs, a call in autocast, or a damaged file.
         PackedModelError: train mode, packed already, or the output would change.
     """
     layouts = _check(model, layouts, margin, dtype)
@@ -143,6 +144,16 @@ def _check(model: nn.Module, layouts: Sequence[str] | None, margin: float, dtype
         raise ValueError(f"dtype: expected {' or '.join(map(str, DTYPES))} or None, got {dtype!r}")
     if dtype == torch.float32 and any(p.dtype == torch.bfloat16 for p in model.parameters()):
         raise ValueError("dtype: torch.float32 for a model with torch.bfloat16 weights; call model.float() first")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_lazy(module.weight):
+            raise ValueError(f"model: {name or 'it'} has no weight before the model ran; run it once")
+        if dtype is not None and isinstance(module, nn.Linear) and module.weight.dtype not in DTYPES:
+            raise ValueError(f"dtype: {dtype} for a model with {module.weight.dtype} weights; call model.float() first")
+    if torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            "autocast is on, and products of its dtype would be timed and compared; call pack_ outside of it, with"
+            " dtype=torch.bfloat16 for a model that shall run in bfloat16"
+        )
     if not 0 <= margin < 1:
         raise ValueError(f"margin: expected 0 <= margin < 1, got {margin}")
     names = list(LAYOUTS) if layouts is None else list(layouts)
@@ -298,6 +309,7 @@ def _find(
     for layer in movable:
         layer.seen = watched[layer.name]
         layer.reason = layer.seen.reason
+    leave_referenced(model, movable, examples)
     leave_whole(model, split, layers, unlike)
     outputs = leave_lenders(model, layers, examples, outputs)
     leave_whole(model, split, layers, {})

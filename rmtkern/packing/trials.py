@@ -1,5 +1,6 @@
 """What stays as it is since the model needs it so: found by trying, before anything is timed."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from rmtkern.packing.lent import LendingLinear
 from rmtkern.packing.multihead import Split, linears_of
 from rmtkern.packing.outputs import deviation_of, outputs_on, tolerance_of
 from rmtkern.packing.swaps import Slots, place_
+from rmtkern.packing.watch import watch
 
-__all__ = ["leave_lenders", "leave_whole", "split_multiheads"]
+__all__ = ["leave_lenders", "leave_referenced", "leave_whole", "split_multiheads"]
 
 
 def split_multiheads(
@@ -84,6 +86,29 @@ def leave_lenders(
     for name in lending.keys() - set(good):
         lending[name].reason = reason
     return expected
+
+
+def leave_referenced(model: nn.Module, layers: Sequence[Layer], examples: Sequence[Example]) -> None:
+    """Leave the linears that the model reaches otherwise than by their names, as through a list: a swap misses them.
+
+    They are watched while copies, which share their parameters, stand in their places.
+
+    Args:
+        model: as it was afterwards.
+        layers: those that are left get the reason.
+        examples: what to call the model with.
+    """
+    movable = {layer.name: layer for layer in layers if layer.reason is None}
+    linears = {name: layer.module for name, layer in movable.items()}
+    place_(model, {name: copy.copy(linear) for name, linear in linears.items()})
+    try:
+        with watch(model, linears) as watched:
+            outputs_on(model, examples)
+    finally:
+        place_(model, dict(linears))
+    for name, seen in watched.items():
+        if seen.tokens or seen.lent:
+            movable[name].reason = "the model keeps it in another place than its name, where a swap would not be seen"
 
 
 def leave_whole(model: nn.Module, split: Split, layers: Sequence[Layer], unlike: Mapping[str, str]) -> None:

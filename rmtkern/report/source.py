@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from rmtkern.files import load
-from rmtkern.loading import load_model, load_plan
+from rmtkern.loading import holds_packed, load_model, load_plan
 from rmtkern.models import PrunableWeight, prunable_weights, weights_of_state
 from rmtkern.packing import is_packed, unpack_
 from rmtkern.pruning.plan import PrunePlan
@@ -73,7 +73,7 @@ def from_checkpoint(file: Path) -> Source:
     Raises:
         ValueError: no such file, a damaged one, shards that do not belong together, or a packed model.
     """
-    if _is_packed(_metadata(file)):
+    if holds_packed(_metadata(file)):
         raise ValueError(
             f"{file}: it holds a packed model, whose weights need their model: rmtkern report --model NAME, or "
             "rmtkern.load(path, model) and pass the model"
@@ -98,7 +98,7 @@ def load_checkpoint(spec: str, file: Path) -> nn.Module:
     Raises:
         ValueError: as load_model and files.load raise it.
     """
-    if not _is_packed(_metadata(file)):
+    if not holds_packed(_metadata(file)):
         return load_model(spec, checkpoint=file)
     model = load_model(spec, random_weights=True)
     load(file, model)
@@ -112,7 +112,7 @@ def travelling_plan(file: Path) -> PrunePlan | None:
         ValueError: no such file, or damaged metadata.
     """
     record = _metadata(file)
-    without = isinstance(record, dict) and "linears" in record and record.get("plan") is None
+    without = isinstance(record, dict) and holds_packed(record) and record.get("plan") is None
     return None if record is None or without else load_plan(file)
 
 
@@ -128,7 +128,3 @@ def _metadata(file: Path) -> object:
         return None if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its rmtkern metadata is not complete JSON; copy it again") from error
-
-
-def _is_packed(record: object) -> bool:
-    return isinstance(record, dict) and "linears" in record

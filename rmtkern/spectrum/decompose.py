@@ -4,6 +4,7 @@ Written once against the array API. Two facts decide the routes (measured, docs/
 bulk to 1e-7 when no spike dwarfs it, and batched LAPACK is a loop, so only the GEMMs gain from batching.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -16,7 +17,10 @@ __all__ = ["randomized_svd", "singular_values", "svd"]
 
 _FP32_SAFE = 30.0  # s_1 / median s up to which an fp32 Gram matrix keeps the edge to 1e-6 (tests/spectrum)
 _FP64_SAFE = 1e5  # the same for a float64 Gram matrix; beyond it only a direct SVD keeps the small values
+_FP32_FLOOR = 1e-3  # s_i / s_1 below which an fp32 Gram matrix cannot tell a value from 0
+_LOW = 10  # one value in so many may lie below that; the window of a fit leaves out more, unless alpha is smaller
 _JACOBI = 32  # largest side of the eigenproblems that CuPy solves itself, by Jacobi's method (docs/gpu.md)
+_EPS = float(np.finfo(np.float64).eps)
 _SAFE_MEAN_SQUARE = (1e-24, 1e24)  # of the entries: squares neither underflow nor overflow in float32
 
 
@@ -100,8 +104,9 @@ def singular_values(batch: Array | Sequence[Array]) -> np.ndarray:
     """All singular values of many matrices, descending.
 
     The Gram matrix is formed in float32 for float32 input and in float64 otherwise; a matrix whose largest value dwarfs
-    its bulk is computed again with more precision. The bulk is what is exact: values below about 1e-3 (float32 route)
-    of the largest carry the rounding of squaring.
+    its bulk, or of which more than a tenth may be 0, is computed again with more precision. The bulk is what is exact:
+    values below about 1e-3 (float32 route) of the largest carry the rounding of squaring. In the other routes values
+    that may be rounding alone, of the computation or of the entries, are 0.
 
     Args:
         batch: [B, N, K] floating point, NumPy, CuPy or torch; or B matrices [N, K], which saves stacking them and may
@@ -134,16 +139,33 @@ def singular_values(batch: Array | Sequence[Array]) -> np.ndarray:
     grams, scale = _grams(matrices)
     values = _roots(grams)
     spread = values[:, 0] / np.maximum(np.median(values, axis=1), 1e-300)
-    again = np.flatnonzero(spread > _FP32_SAFE) if matrices[0].dtype == xp.float32 else np.arange(0)
-    if len(again):
-        grams, scale[again] = _grams([cast(matrices[index], xp.float64) for index in again])
-        values[again] = _roots(grams)
-        spread[again] = values[again, 0] / np.maximum(np.median(values[again], axis=1), 1e-300)
+    again = np.arange(len(values))
+    if matrices[0].dtype == xp.float32:
+        low = values[:, -1 - values.shape[1] // _LOW] < _FP32_FLOOR * values[:, 0]
+        again = np.flatnonzero(low | (spread > _FP32_SAFE))
+        if len(again):
+            grams, scale[again] = _grams([cast(matrices[index], xp.float64) for index in again])
+            values[again] = _roots(grams)
+            spread[again] = values[again, 0] / np.maximum(np.median(values[again], axis=1), 1e-300)
+    precise = values[again]
+    values[again] = np.where(precise > math.sqrt(values.shape[1] * _EPS) * precise[:, :1], precise, 0.0)
     for index in np.flatnonzero((spread > _FP64_SAFE) & (values[:, 0] > 0)):
         full = cast(matrices[index], xp.float64)
         exact = to_numpy(xp.linalg.svdvals(full / scale[index]))
-        values[index] = np.where(exact > max(full.shape) * np.finfo(np.float64).eps * exact[0], exact, 0.0)
+        values[index] = np.where(exact > _rounding(exact, matrices[index]), exact, 0.0)
     return values * scale[:, None]
+
+
+def _rounding(values: np.ndarray, matrix: Array) -> float:
+    """What singular values may be by rounding alone: of LAPACK's SVD, or of the entries to the matrix's dtype.
+
+    Independent rounding errors of at most eps / 2 in relative terms have a norm of at most about eps / (2 sqrt 3)
+    ||W||_F (1 / sqrt N + 1 / sqrt K), or a few times that if they are as unequal as a product's of two vectors.
+    """
+    rows, columns = matrix.shape
+    eps = float(namespace(matrix).finfo(matrix.dtype).eps)
+    entries = eps * float(np.linalg.norm(values)) * (rows**-0.5 + columns**-0.5)
+    return max(entries, max(rows, columns) * _EPS * float(values[0]))
 
 
 def svd(matrix: Array) -> tuple[Array, Array, Array]:

@@ -32,7 +32,9 @@ __all__ = [
 
 
 def _decompose(W: Array, *, batches: bool = False) -> tuple[Any, Array, Array, Array]:
-    matrix = as_computable(W)
+    matrix = as_computable(W, "W")
+    if not namespace(matrix).isdtype(matrix.dtype, "real floating"):
+        raise TypeError(f"W: expected floating point, which the result is given back in, got {W.dtype}; convert it")
     if matrix.ndim != 2 and not (batches and matrix.ndim == 3):
         wanted = "a matrix [N, K] or a batch [B, N, K]" if batches else "a matrix [N, K]"
         raise ValueError(f"expected {wanted}, got shape {tuple(matrix.shape)}")
@@ -155,6 +157,7 @@ def sparsify_singular_vectors(
         Dense, shape, kind and dtype of W. On a GPU the product is that of `sparsify`, in float32.
 
     Raises:
+        TypeError: W is no array of floating-point numbers.
         ValueError: W is not finite or neither a matrix nor a batch, or a parameter is out of range.
 
     Source: arXiv 2503.01922, singular-vector sparsification; docs/math.md (16).
@@ -194,6 +197,7 @@ def sparsify_haar(
         Dense, shape, kind and dtype of W. On a GPU the product is that of `sparsify`, in float32.
 
     Raises:
+        TypeError: W is no array of floating-point numbers.
         ValueError: W is not finite or neither a matrix nor a batch, or a parameter is out of range.
 
     Source: reference code of arXiv 2606.02608, z-score variant; docs/math.md (17).
@@ -290,6 +294,7 @@ def shrink(W: Array, sigma2: float, kind: str = "frobenius") -> Array:
         [N, K] dense, kind and dtype of W.
 
     Raises:
+        TypeError: W is no array of floating-point numbers.
         ValueError: W is not a finite matrix, sigma2 is not positive, or the kind is unknown.
     """
     if kind not in _SHRINKERS:
@@ -335,6 +340,7 @@ def split(
         (B [N, inner], A [inner, K]) of W's kind and dtype, or None if (N + K) inner >= N K.
 
     Raises:
+        TypeError: W is no array of floating-point numbers.
         ValueError: W is not a finite matrix, or a parameter is out of range.
 
     Source: arXiv 2503.01922, layer splitting; docs/math.md (21).

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -50,7 +51,7 @@ class SpectralFit:
         hill_alpha: power-law exponent of the tail (Hill estimator), > 1.
         stable_rank: sum s^2 / s_1^2, in [1, p].
         effective_rank: exp of the entropy of s^2 / sum s^2, in [1, p].
-        flags: "too_small" (no fit), "all_zero", "no_bulk" (the central singular values are 0).
+        flags: "too_small" (no fit), "all_zero", "no_bulk" (a central singular value is 0).
 
     Source: docs/math.md (9)-(15).
     """
@@ -97,8 +98,10 @@ class FitOptions:
             raise ValueError(f"edge must be 'mp' (plain Marchenko-Pastur) or 'tw' (Tracy-Widom), got {self.edge!r}")
         if not 0 < self.beta < 1:
             raise ValueError(f"beta must lie in (0, 1), got {self.beta!r}")
-        if self.k_hill is not None and self.k_hill < 2:
-            raise ValueError(f"k_hill must be at least 2, or None for half of the values, got {self.k_hill!r}")
+        if self.k_hill is not None and (not isinstance(self.k_hill, Integral) or self.k_hill < 2):
+            raise ValueError(
+                f"k_hill must be a whole number of at least 2, or None for half of the values, got {self.k_hill!r}"
+            )
 
 
 class SpectralFits(Tabulated, Mapping[str, SpectralFit]):
@@ -198,7 +201,7 @@ def fit_singular_values(s: np.ndarray, shape: tuple[int, int], options: FitOptio
     start, stop = int(options.alpha * p), int((1 - options.alpha) * p)
     if p < MIN_CENTRAL or stop - start < MIN_CENTRAL:
         return SpectralFit(shape, None, None, None, None, None, None, **tail, flags=("too_small",))
-    scale = values[0] ** 2 / n
+    scale = float(values[0] ** 2 / n)
     ascending = squares[::-1]  # eigenvalues in units of `scale`
     q = _unit_quantiles(p, n, start, stop, options.legacy)
     sigma2 = float(np.sum(q * ascending[start:stop]) / np.sum(q * q))
@@ -224,7 +227,7 @@ def fit_singular_values(s: np.ndarray, shape: tuple[int, int], options: FitOptio
         shape=shape,
         sigma2=sigma2 * scale,
         lambda_plus=edge * scale,
-        sigma_plus=float(np.sqrt(n * edge * scale)),
+        sigma_plus=float(values[0] * np.sqrt(edge)),  # not by lambda_plus, which may underflow
         mu=float(np.max(np.abs(empirical - fitted))),
         gamma=float(np.sum(ascending < edge) / p),
         n_spikes=int(np.sum(ascending > spike_edge)),
@@ -257,7 +260,7 @@ def fit_spectrum(
         SpectralFit; None fields and flags for tiny or all-zero matrices.
 
     Raises:
-        TypeError: W is not an array.
+        TypeError: W is not a dense array of real numbers.
         ValueError: W is not a matrix, or has NaN or Inf; an option is out of range.
 
     Source: Ke, Ma & Lin (2021); arXiv 2503.01922; docs/math.md (9)-(15).
@@ -275,6 +278,8 @@ def _batches(weights: Mapping[str, Array], max_bytes: int | None, *, one_shape: 
 
     They are of one kind and device and have one shorter side (whose Gram matrices are one batch), or one shape.
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected a mapping of names to matrices, got {type(weights).__name__}")
     bound = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
     if bound <= 0:
         raise ValueError(f"max_bytes must be positive, got {max_bytes!r}")
@@ -307,7 +312,7 @@ def _batches(weights: Mapping[str, Array], max_bytes: int | None, *, one_shape: 
 
 def _finite_arrays(weights: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
     """The named matrices where they are fastest to compute on; NaN and Inf are refused by name."""
-    arrays = [as_computable(weights[name]) for name in names]
+    arrays = [as_computable(weights[name], name) for name in names]
     for name, array in zip(names, arrays, strict=True):
         check_finite(array, name)
     return arrays
@@ -385,7 +390,7 @@ def fit_spectra(
         SpectralFits in the order of `weights`.
 
     Raises:
-        TypeError: a value is not an array.
+        TypeError: `weights` is not a mapping, or a value is not a dense array of real numbers.
         ValueError: a value is not a matrix or has NaN or Inf, named by its key; an option is out of range.
     """
     options = FitOptions(alpha, edge, (0.8 if legacy else 0.1) if beta is None else beta, k_hill, legacy)
@@ -411,7 +416,7 @@ def spectra_of(
         name -> min(N, K) values, descending, float64 [weight], in the order of `weights`.
 
     Raises:
-        TypeError: a value is not an array.
+        TypeError: `weights` is not a mapping, or a value is not a dense array of real numbers.
         ValueError: a value is not a matrix or has NaN or Inf, named by its key.
     """
     found: dict[str, np.ndarray] = {}

@@ -218,11 +218,16 @@ class _Run:
         """
         parts, facts = read_run(path)
         for name, mine in self._identity().items():
-            if facts["identity"][name] != mine:
-                raise ValueError(
-                    f"{path} is of another run: its {name} is {facts['identity'][name]}, here it is {mine}; repeat the "
-                    "call of the first run, or give another checkpoint="
-                )
+            theirs = facts["identity"][name]
+            if theirs == mine:
+                continue
+            if isinstance(mine, dict) and isinstance(theirs, dict):  # what differs is enough
+                keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+                mine, theirs = ({key: part.get(key) for key in keys} for part in (mine, theirs))
+            raise ValueError(
+                f"{path} is of another run: its {name} is {theirs}, here it is {mine}; repeat the call of the first"
+                " run, or give another checkpoint="
+            )
         report = FinetuneReport.from_dict(facts["report"])
         self.rows, self.step, self.best_epoch = list(report.epochs), report.steps, report.best_epoch
         self.stopped = report.stopped

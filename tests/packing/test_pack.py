@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 from transformers import ViTConfig, ViTModel
 
+from rmtkern import load, save
 from rmtkern.errors import PackedModelError
 from rmtkern.nn import AbsorbedActivation, PackedLinear
 from rmtkern.ops import linear
@@ -547,6 +548,56 @@ def test_bfloat16_behind_a_float32_interface(build):
         assert torch.equal(parameter, dense.get_parameter(name).bfloat16().float() + 0.0), name
 
 
+class Kept(nn.Module):
+    """Reaches two of its linears through a list and a bound method, which no swap changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in range(3))
+        self.list, self.function = [self.a], self.b.forward
+
+    def forward(self, x):
+        return self.c(self.function(self.list[0](x)))
+
+
+def test_a_linear_that_a_swap_would_miss_stays(tmp_path):
+    model, x = prune(Kept(), 0.9), torch.randn(4, 32)
+    dense = copy.deepcopy(model)
+    report = pack_(model, x, timer=timer())
+    assert [layer.name for layer in report.layers if layer.packed] == ["c"]
+    assert "keeps it in another place than its name" in report.layers[0].reason
+    assert_same_function(model, dense, x)
+    save(model, tmp_path / "kept.safetensors")
+    assert_same_function(load(tmp_path / "kept.safetensors", Kept()), dense, x)
+
+
+def test_masked_logits_are_infinite_in_both_models():
+    class Masked(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.arange(64) > 60, -torch.inf)
+
+    model, x = prune(Masked(nn.Linear(128, 64)), 0.9), torch.randn(4, 128)
+    dense = copy.deepcopy(model)
+    assert pack_(model, x, timer=timer()).packed_layers == 1
+    assert torch.allclose(model(x), dense(x), atol=1e-5)
+    with torch.no_grad():
+        got, want = model(x), dense(x)
+    assert outputs.deviation_of([[got]], [[want.clamp(min=-1e3)]], 1.0) is not None
+    assert outputs.deviation_of([[1j * got[:, :60]]], [[1j * want[:, :60] * 3]], 0.5) is not None
+
+
+def test_a_model_without_numbers_is_refused_before_anything_is_timed():
+    model = mlp()
+    model[2].bias.data[5] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"the model's output on example 0 has NaN entries, so nothing can be compared"
+    ):
+        pack_(model, torch.randn(4, 128))
+    with pytest.raises(ValueError, match=r"the model's output on example 1 has NaN entries"):
+        pack_(mlp(), [torch.randn(4, 128), torch.full((4, 128), float("nan"))])
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
 def test_a_failure_gives_the_float32_model_back():
     model, x = mlp(0.9), torch.randn(8, 128)
     before, state = snapshot(model), copy.deepcopy(model.state_dict())
@@ -739,6 +790,18 @@ def test_bad_input():
         pack_(mlp(), x, layouts=["csr"])
     with pytest.raises(ValueError, match=r"margin: expected 0 <= margin < 1, got 1"):
         pack_(mlp(), x, margin=1)
+    for kind in (torch.float64, torch.float16):
+        with pytest.raises(
+            ValueError, match=rf"dtype: torch.bfloat16 for a model with {kind} weights; call model.float"
+        ):
+            pack_(mlp().to(kind), x.to(kind), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"0 has no weight before the model ran; run it once"):
+        pack_(nn.Sequential(nn.LazyLinear(4)).eval(), x)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"autocast is on.*call pack_ outside of it"),
+    ):
+        pack_(mlp(), x)
     broken = mlp()
     broken[2].weight.data[3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"2.weight has NaN or Inf entries; repair the checkpoint"):

@@ -61,7 +61,7 @@ def test_tensors_that_stay_tensors_are_recomposed_by_sparsify(dtype, rng, monkey
     weight = torch.from_numpy(spiked(rng, (20, 30), [40.0], np.float64)).to(dtype)
     expected = denoise.sparsify_haar(weight, 10.0), denoise.sparsify_singular_vectors(weight, 10.0, 0.3)
     calls = []
-    monkeypatch.setattr(denoise, "as_computable", lambda array: array.float() if dtype == torch.bfloat16 else array)
+    monkeypatch.setattr(denoise, "as_computable", lambda w, name: w.float() if dtype == torch.bfloat16 else w)
     monkeypatch.setattr("rmtkern.spectrum.decompose.as_computable", lambda array: array)
     kernel = denoise.sparsify
     monkeypatch.setattr(denoise, "sparsify", lambda *args, **options: calls.append(1) or kernel(*args, **options))
@@ -213,3 +213,10 @@ def test_legacy_theta_values():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(np.eye(3))
+
+
+def test_whole_numbers_are_refused():
+    """The result would be rounded back to them."""
+    for call in (denoise.truncate, denoise.shrink, denoise.sparsify_haar):
+        with pytest.raises(TypeError, match=r"W: expected floating point, .* got int64; convert it"):
+            call(np.eye(3, dtype=np.int64), 1)

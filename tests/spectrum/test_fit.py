@@ -54,7 +54,8 @@ def test_rank_inequality(rank, seed):
     assert gap <= rank
 
 
-matrices = st.tuples(st.integers(16, 40), st.integers(16, 60), st.integers(0, 2**32 - 1))
+# the 21st value is that of the Hill estimate, and the smallest of all has no relative accuracy
+matrices = st.tuples(st.integers(24, 40), st.integers(24, 60), st.integers(0, 2**32 - 1))
 
 
 @given(matrices, st.floats(-6, 6))
@@ -142,6 +143,49 @@ def test_undefined_cases_are_flagged():
     assert one.flags == ("too_small",) and one.hill_alpha is None
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("rank", [1, 5, 20, 40])
+def test_every_value_of_a_low_rank_is_a_spike_and_no_rounding_is(rank, dtype, rng):
+    """As what LoRA adds, or a weight with whole rows pruned, is stored."""
+    product = rng.standard_normal((60, rank)) @ rng.standard_normal((rank, 90))
+    rows = rng.standard_normal((60, 90))
+    rows[rng.permutation(60)[rank:]] = 0
+    for weight in (product, rows, rows.T):
+        fit = fit_spectrum(weight.astype(dtype))
+        assert fit.flags == ("no_bulk",) and fit.n_spikes == rank and fit.sigma_plus == 0
+        assert fit.gamma == pytest.approx(1 - rank / 60)
+
+
+def test_a_rank_that_fills_the_window_is_fitted(rng):
+    fit = fit_spectrum(rng.standard_normal((60, 46)) @ rng.standard_normal((46, 90)))
+    assert fit.flags == () and fit.sigma2 > 0
+
+
+def test_a_float64_of_any_size(rng):
+    weight = rng.standard_normal((40, 64))
+    tiny, fit = fit_spectrum(weight * 1e-250), fit_spectrum(weight)  # its variance is no float64, its edge is
+    assert tiny.sigma_plus == pytest.approx(1e-250 * fit.sigma_plus, rel=1e-12)
+    assert (tiny.mu, tiny.gamma) == pytest.approx((fit.mu, fit.gamma))
+
+
+def test_numbers_are_plain(rng):
+    fit = fit_spectrum(rng.standard_normal((40, 64)))
+    assert "np." not in repr(fit)
+    assert {type(getattr(fit, name)) for name in ("sigma2", "lambda_plus", "sigma_plus", "mu", "gamma")} == {float}
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_what_is_computed_like_any_matrix(rng):
+    weight = rng.standard_normal((40, 64))
+    fit = fit_spectrum(weight)
+    complex_ = torch.from_numpy(weight * 1j)
+    for same in (np.matrix(weight), weight.astype(">f8"), complex_.imag, -torch.conj(complex_).imag):
+        assert fit_spectrum(same).sigma_plus == pytest.approx(fit.sigma_plus, rel=1e-12)
+    assert fit_spectrum((1000 * weight).astype(np.int64)).sigma_plus == pytest.approx(1000 * fit.sigma_plus, rel=1e-3)
+    small = torch.from_numpy(weight).to(torch.float8_e4m3fn)
+    assert fit_spectrum(small) == fit_spectrum(small.float())
+
+
 def test_batches_equal_single_fits_and_keep_the_order(rng):
     weights = {f"w{i}": rng.standard_normal((20 + 4 * (i % 3), 32)) for i in range(7)}
     fits = fit_spectra(weights, max_bytes=1)  # one matrix at a time
@@ -175,6 +219,17 @@ def test_table_and_json(rng):
         (lambda: fit_spectrum(np.eye(3), beta=0.0), ValueError, "beta must lie in"),
         (lambda: fit_spectrum(np.eye(3), k_hill=1), ValueError, "k_hill must be"),
         (lambda: fit_spectra({"x": np.eye(3)}, max_bytes=0), ValueError, "max_bytes must be positive"),
+        (lambda: fit_spectrum(np.eye(30), k_hill=2.5), ValueError, "k_hill must be a whole number of at least 2"),
+        (lambda: fit_spectra([np.eye(3)]), TypeError, "weights: expected a mapping of names to matrices, got list"),
+        (lambda: fit_spectra({"c": 1j * np.eye(3)}), TypeError, r"c: expected a dense array of real .* complex128"),
+        (
+            lambda: fit_spectrum(1j * torch.eye(3)),
+            TypeError,
+            r"W: .* got dtype torch.complex64; take .abs\(\) or .real",
+        ),
+        (lambda: fit_spectrum(np.eye(3).astype(object)), TypeError, r"W: .* got dtype object; convert it first"),
+        (lambda: fit_spectrum(torch.eye(3).to_sparse()), TypeError, r"torch.sparse_coo; call .to_dense\(\)"),
+        (lambda: fit_spectrum(np.ma.masked_array(np.eye(3), np.eye(3))), TypeError, r"masked array; call .filled\("),
         (lambda: fit_spectrum(torch.empty(3, 3, device="meta")), ValueError, "meta tensor"),
     ],
 )
