@@ -67,7 +67,7 @@ def _described(source: Path) -> tuple[Any, Any]:
         raise ValueError(f"{source / CONFIG}: transformers does not take it ({short(reason)})") from error
     named = getattr(config, "architectures", None)
     name = named[0] if isinstance(named, list) and named else None
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     if not known or not isinstance(config, kind.config_class or ()):
         raise ValueError(
