@@ -44,6 +44,13 @@ SLOW = {
     "soak": ["tests/test_pytorch.py", "-m", "soak"],
 }
 """Part -> what pytest gets."""
+INDUCTOR = {
+    "TORCHINDUCTOR_CACHE_DIR": str(NOTES / "inductor"),  # compiled C++ is kept, by its text
+    "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",  # and nothing else: every graph is lowered anew
+    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in the process itself: a pool costs more than two cores give
+}
+"""Environment of the part that compiles models; the precompiled header is theirs together."""
 LIBRARIES = ("timm", "transformers")
 PARTS = (*SLOW, *LIBRARIES)
 
@@ -147,12 +154,13 @@ def notes_file(part: str, extra: Sequence[str] = ()) -> Path:
 
 
 def counts(notes: Notes) -> dict[str, object]:
-    """Tests that passed, failed and were skipped, the seconds they took, and what they noted."""
+    """Tests that passed, failed and were skipped, what they took, and what they noted."""
     outcomes = Counter(record["outcome"] for record in notes.ended.values())
     noted = [note for record in notes.ended.values() for note in record["notes"]]
     found: dict[str, object] = {outcome: outcomes[outcome] for outcome in ("passed", "failed", "skipped")}
-    seconds = round(sum(record["seconds"] for record in notes.ended.values()))
-    return {**found, "seconds": seconds, "notes": "; ".join(noted)}
+    for key in ("seconds", "cpu_seconds"):
+        found[key] = round(sum(record[key] for record in notes.ended.values()))
+    return {**found, "notes": "; ".join(noted)}
 
 
 def run_pytest(
@@ -185,7 +193,8 @@ def run_pytest(
 def run_part(part: str, extra: Sequence[str] = (), share: str = "1/1") -> list[dict[str, object]]:
     """Rows of a part; `extra` goes to pytest, and a share is as `run_pytest` takes it."""
     if part in SLOW:
-        return [{"part": part, **run_pytest([*SLOW[part], *extra], os.environ, notes_file(part, extra), share)}]
+        environment = {**os.environ, **(INDUCTOR if part == "inductor" else {})}
+        return [{"part": part, **run_pytest([*SLOW[part], *extra], environment, notes_file(part, extra), share)}]
     rows = []
     for age, version in zip(("newest", "before"), newest_two(available(part), allowed(part)), strict=True):
         folder = ROOT / "build" / "versions" / f"{part}-{version}"

@@ -3,11 +3,13 @@
     pytest -p tests.notes --notes FILE [--share 1/2] ...
 
 The file has a JSON object per line: the tests that were selected ("selected": names), and each one that ended ("test",
-"outcome", "seconds", "notes"). A test that is noted and did not fail is left out. With --share I/N only every N-th of
-the tests is run, from the I-th on; the processes of all shares append to one file.
+"outcome", "seconds", "cpu_seconds" of the process and its children, "notes"). A test that is noted and did not fail is
+left out. With --share I/N only every N-th of the tests is run, from the I-th on; the processes of all shares append to
+one file.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,8 @@ class Notes:
 
     Args:
         selected: names of the tests, of all shares.
-        ended: name -> outcome ("passed", "failed" or "skipped"), seconds and notes; the last of several runs counts.
+        ended: name -> outcome ("passed", "failed" or "skipped"), seconds, CPU seconds and notes; of several runs the
+            last counts.
     """
 
     def __init__(self, selected: set[str], ended: dict[str, dict[str, Any]]) -> None:
@@ -73,11 +76,15 @@ class _Noting:
     def __init__(self, path: Path, share: int, shares: int) -> None:
         self.path, self.share, self.shares = path, share, shares
         self.running: dict[str, Any] = {}
+        self.before = _cpu_seconds()
 
     def _note(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:  # in one write, as several processes may be at it
             file.write(f"\n{json.dumps(record)}\n")  # the first newline ends what a killed one left
+
+    def pytest_collection_finish(self) -> None:
+        self.before = _cpu_seconds()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
@@ -100,4 +107,11 @@ class _Noting:
             self.running["outcome"] = report.outcome
         if report.when == "teardown":
             self.running["notes"] = [f"{name}: {value}" for name, value in report.user_properties]
+            self.running["cpu_seconds"] = _cpu_seconds() - self.before
+            self.before = _cpu_seconds()
             self._note(self.running)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of all children that ended."""
+    return sum(os.times()[:4])
