@@ -11,8 +11,8 @@ from packaging.version import Version
 
 from benchmarks.record import ROOT, read_rows
 from tests import full_run
-from tests.full_run import LIBRARIES, OUTPUT, PARTS, SLOW, STOPPED, allowed, missing, newest_two
-from tests.notes import share_of
+from tests.full_run import LIBRARIES, OUTPUT, PARTS, SLOW, STOPPED, allowed, counts, missing, newest_two
+from tests.notes import read, share_of
 
 
 @pytest.mark.parametrize(
@@ -91,52 +91,68 @@ REST = "import pytest\ndef test_two():\n    assert False\ndef test_three():\n   
 BROKEN = "@pytest.fixture\ndef bad():\n    1 / 0\ndef test_four(bad):\n    pass\n"
 
 
-def noted_run(tmp_path, *options, code=None):
-    """The file of notes after a run of pytest on one file of tests."""
-    if code is not None:
-        (tmp_path / "test_it.py").write_text(code)
-    found = full_run.run_pytest([str(tmp_path / "test_it.py"), *options], {**os.environ}, tmp_path / "notes.jsonl")
-    return {key: found[key] for key in ("passed", "failed", "skipped", "left", "notes")}
+LEAN = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def test_a_run_becomes_counts(tmp_path):
-    found = noted_run(tmp_path, code=PASSES + REST + BROKEN)
-    assert found == {"passed": 1, "failed": 2, "skipped": 1, "left": 0, "notes": "calls: 7"}
+    """In a process of its own, as the parts are run."""
+    (tmp_path / "test_it.py").write_text(PASSES + REST + BROKEN)
+    found = full_run.run_pytest([str(tmp_path)], LEAN, tmp_path / "notes.jsonl")
+    assert {key: found[key] for key in ("passed", "failed", "skipped", "left", "notes")} == {
+        "passed": 1, "failed": 2, "skipped": 1, "left": 0, "notes": "calls: 7"
+    }  # fmt: skip
+    assert found["timm"] and found["transformers"] and {"seconds", "cpu_seconds"} <= found.keys()
+
+
+def test_a_run_that_was_stopped_says_so(monkeypatch, tmp_path):
+    def run(argv, **more):
+        if "pytest" in argv:
+            return subprocess.CompletedProcess(argv, 2)
+        return subprocess.CompletedProcess(argv, 0, '["1", "2"]')
+
+    monkeypatch.setattr(full_run.subprocess, "run", run)
     with pytest.raises(RuntimeError, match="selected no tests"):
-        full_run.run_pytest([str(tmp_path), "-k", "nothing"], {**os.environ}, tmp_path / "other.jsonl")
+        full_run.run_pytest([str(tmp_path)], {}, tmp_path / "notes.jsonl")
+    (tmp_path / "notes.jsonl").write_text('{"selected": ["a", "b"]}\n')
+    found = full_run.run_pytest([str(tmp_path)], {}, tmp_path / "notes.jsonl")
+    assert found["left"] == 2 and found["notes"] == f"{STOPPED} (exit status 2)"
+
+
+def noted(tmp_path, code=None, share="1/1"):
+    """Passed, failed and left after a run of pytest, which has nothing of this one."""
+    path = tmp_path / "notes.jsonl"
+    if code is not None:
+        (tmp_path / "test_it.py").write_text(code)
+    options = ["-p", "tests.notes", f"--notes={path}", f"--share={share}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_it.py")]
+    subprocess.run(command, cwd=ROOT, env=LEAN, capture_output=True)
+    found = counts(read(path))
+    return found["passed"], found["failed"], len(read(path).left)
+
+
+FAILS = "def test_one():\n    assert False\n"
+TWO = "def test_two():\n    pass\n"
 
 
 def test_a_run_goes_on_where_one_was_stopped(tmp_path):
-    killed = "def test_two():\n    import os\n    os._exit(9)\n"
+    stopped = "def test_two():\n    raise KeyboardInterrupt\n"
     after = "def test_three():\n    pass\n"
-    found = noted_run(tmp_path, code=PASSES + killed + after)
-    assert found["passed"] == 1 and found["left"] == 2 and found["notes"] == f"{STOPPED} (exit status 9); calls: 7"
+    assert noted(tmp_path, PASSES + stopped + after) == (1, 0, 2)
     with (tmp_path / "notes.jsonl").open("a") as file:
         file.write('{"test": "half a li')
-    found = noted_run(tmp_path, code="def test_one():\n    assert False\ndef test_two():\n    pass\n" + after)
-    assert found == {
-        "passed": 3,
-        "failed": 0,
-        "skipped": 0,
-        "left": 0,
-        "notes": "calls: 7",
-    }  # test_one was not run again
+    assert noted(tmp_path, FAILS + TWO + after) == (3, 0, 0)  # test_one was not run again
 
 
 def test_what_failed_is_run_again_and_nothing_else(tmp_path):
-    assert noted_run(tmp_path, code=PASSES + "def test_two():\n    assert False\n")["failed"] == 1
-    found = noted_run(tmp_path, code="def test_one():\n    assert False\ndef test_two():\n    pass\n")
-    assert found == {"passed": 2, "failed": 0, "skipped": 0, "left": 0, "notes": "calls: 7"}
-    assert noted_run(tmp_path) == found  # nothing was left to run
+    assert noted(tmp_path, PASSES + TWO.replace("pass", "assert False")) == (1, 1, 1)
+    assert noted(tmp_path, FAILS + TWO) == (2, 0, 0)
+    assert noted(tmp_path, FAILS + TWO) == (2, 0, 0)  # nothing was left to run
 
 
 def test_shares_are_run_apart_and_counted_together(tmp_path):
-    (tmp_path / "test_it.py").write_text("".join(f"def test_{i}():\n    pass\n" for i in range(5)))
-    arguments = [str(tmp_path / "test_it.py")], {**os.environ}, tmp_path / "notes.jsonl"
-    first = full_run.run_pytest(*arguments, share="2/2")
-    assert (first["passed"], first["left"]) == (2, 3)
-    second = full_run.run_pytest(*arguments, share="1/2")
-    assert (second["passed"], second["left"]) == (5, 0)
+    code = "".join(f"def test_{i}():\n    pass\n" for i in range(5))
+    assert noted(tmp_path, code, "2/2") == (2, 0, 3)
+    assert noted(tmp_path, code, "1/2") == (5, 0, 0)
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])

@@ -163,6 +163,30 @@ def test_saved_file_loads_in_unmodified_timm(tmp_path):
         assert file.metadata()["format"] == "pt"
 
 
+def test_saved_file_loads_in_unmodified_torchvision_and_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vision = pytest.importorskip("torchvision").models
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(image_size=32, **sizes)
+
+    def theirs():
+        return vision.VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=3)
+
+    model, other = theirs(), transformers.ViTModel(config)
+    for one in (model, other):
+        prune_(one, 0.5)
+    save_dense(model, tmp_path / "vit.safetensors")
+    fresh = theirs()
+    fresh.load_state_dict(load_file(tmp_path / "vit.safetensors"))  # strict
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+    (tmp_path / "hub").mkdir()
+    save_dense(other, tmp_path / "hub" / "model.safetensors")
+    config.save_pretrained(tmp_path / "hub")
+    again, said = transformers.ViTModel.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), other.parameters(), strict=True))
+
+
 def test_saved_shared_tensors_are_stored_under_every_key(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
