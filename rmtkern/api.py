@@ -153,7 +153,8 @@ def prune_(
     A pruned weight is exactly 0.0, so the zero pattern is the mask; weights that are zero already stay zero and count
     towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those
     methods say. If anything fails, the model is bit for bit as it was. Without calibration images the default method
-    and "magnitude" hold at most 1.25 times the dense weights beside the model (docs/benchmarks.md, Memory).
+    and "magnitude" hold what they remove, until all is written, and no more than half of the dense weights besides
+    (docs/benchmarks.md, Memory).
 
     With several processes, call torch.distributed.init_process_group() first and this on every rank with the same
     model, not sharded yet: spectra and calibration images are divided (a tensor or a pair here; a loader gives each
