@@ -182,13 +182,13 @@ def _unit_score(
     params: dict[str, int],
 ) -> Tensor:
     """Scores of the units of the weight of that number, -1 where a unit is zero already, inf where it may not go."""
-    unit = unit_of(params)
+    unit, gone = unit_of(params), whole_units(mask, unit_of(params))
     if loss is not None and config.score in LAYERWISE:
         score = loss  # only how many go is used, and a score would need as much memory
     else:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        score = unit_scores(SCORES[config.score or ""](value, moment, generator).masked_fill_(mask, 0.0), unit)
-    gone = whole_units(mask, unit)
+        score = SCORES[config.score or ""](value, moment, generator)
+        score = score if unit == (1, 1) else unit_scores(score.masked_fill_(mask, 0.0), unit)
     score.masked_fill_(gone, -1.0)
     return score.masked_fill_(~(PATTERNS[kind](score, params) | gone), torch.inf)
 
@@ -231,8 +231,9 @@ def layer_weights(
     weights: Sequence[PrunableWeight], fits: Fits, sparsity: float, *, alpha_regime: bool = False
 ) -> list[float]:
     """The weights w_l of budget "edge" at a sparsity, one for each weight; see budget.edge_weights."""
+    unscored = held(torch.empty(0))
     layers = [
-        Layer(layer_type(weight.role), weight.shape, weight.as_matrix, 0,
+        Layer(layer_type(weight.role), weight.shape, unscored, 0,
               *_signals([fits[label] for label in weight.blocks() if label in fits])) for weight in weights
     ]  # fmt: skip
     return edge_weights(layers, sparsity, alpha_regime=alpha_regime)

@@ -92,7 +92,7 @@ def _by_radix(keys: Sequence[Callable[[], Tensor]], count: int) -> Iterator[Tens
                 bits = bits[(bits >> (shift + digits)) == prefix]
             digit = (bits >> shift) & ((1 << digits) - 1)
             counts += torch.bincount(digit.long(), minlength=1 << digits).cpu()
-            give_memory_back()
+        give_memory_back()
         if shift == width - digits:
             _check(count, int(counts[: int(infinity >> shift)].sum()))
         total = counts.cumsum(0) + below
@@ -101,15 +101,14 @@ def _by_radix(keys: Sequence[Callable[[], Tensor]], count: int) -> Iterator[Tens
         prefix = (prefix << digits) | found
     ties = count - below
     for key in keys:
-        scores = key()
-        bits = _bits(scores)
+        made = key()
+        bits = _bits(made)
         chosen = bits < prefix
         if ties:
             equal = (bits == prefix).nonzero().flatten()[:ties]
             chosen[equal] = True
             ties -= len(equal)
-        yield chosen.reshape(scores.shape)
-        give_memory_back()
+        yield chosen.reshape(made.shape)
 
 
 def _bits(key: Tensor) -> Tensor:
