@@ -97,7 +97,7 @@ def _to_openvino(model: nn.Module, example: Tensor) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        given = (list(example.shape), example.numpy().dtype)
+        given = (list(example.shape), example.numpy().dtype.type)
         return openvino.convert_model(model, example_input=example, input=[given])
 
 
