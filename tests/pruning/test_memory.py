@@ -27,7 +27,8 @@ def images(count):
 for method in METHODS:
     prune_(model(2, 32), 0.5, method, **images(8))  # what libraries load once
     whole, given = model(12, 256), images(64)
-    give_memory_back()
+    if not CALIBRATED:  # whose bound is of what a model holds that has run before
+        give_memory_back()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
     before = status_mib("VmRSS")
     prune_(whole, 0.5, method, **given).verify(whole)
