@@ -94,6 +94,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Example]]] = {
     "timm DeiT-III": _vit("deit3_small_patch16_224"),
     "timm BEiT": _vit("beit_base_patch16_224"),
     "timm BEiTv2": _vit("beitv2_base_patch16_224"),
+    "timm EVA": _vit("eva_large_patch14_196", 56),
     "timm EVA-02": _vit("eva02_tiny_patch14_224", 56),
     "timm DINOv2, registers": _vit("vit_small_patch14_reg4_dinov2", 56),
     "timm SigLIP": _vit("vit_base_patch16_siglip_224"),

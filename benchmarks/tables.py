@@ -278,7 +278,8 @@ def footprints() -> Table:
 def long_checks() -> Table:
     """The last full run of the tests, part by part."""
     found = rows("test-all.csv")
-    columns = ["part", "timm", "transformers", "passed", "failed", "skipped", "seconds", "revision", "date"]
+    columns = ["part", "timm", "transformers", "passed", "failed", "skipped", "seconds", "cpu_seconds"]
+    columns += ["revision", "date"]
     mutated = rows("fuzz.csv")
     total = sum(int(row["mutations"]) for row in mutated)
     bad = sum(int(row[key]) for row in mutated for key in ("wrong", "crashed"))
@@ -287,7 +288,8 @@ def long_checks() -> Table:
         f"Fuzz: {total} mutations under AddressSanitizer, {bad} of them wrong or crashed, {mutated[0]['date']}."
         " Seconds are on a machine that did other things as well."
     )
-    return Table(columns, [[row[column] for column in columns] for row in found], [" ".join([note, *noted])])
+    cells = [[row.get(column) or None for column in columns] for row in found]
+    return Table([name.replace("cpu_", "CPU ") for name in columns], cells, [" ".join([note, *noted])])
 
 
 TABLES: dict[str, Callable[[], Table]] = {

@@ -18,6 +18,7 @@ from rmtkern.onnx_export import export_onnx
 from rmtkern.ops import available
 from rmtkern.packing import Decisions, PackReport, pack_, unpack_
 from rmtkern.pattern_timing import time_patterns
+from rmtkern.pretrained import load_pretrained
 from rmtkern.pruning.plan import PruneConfig, PrunePlan
 from rmtkern.pruning.times import PatternTimes
 from rmtkern.report import PageReport, write_report
@@ -67,6 +68,7 @@ __all__ = [
     "fit_spectrum",
     "load",
     "load_plan",
+    "load_pretrained",
     "merge_factors_",
     "merge_tokens_",
     "pack_",

@@ -18,6 +18,7 @@ from rmtkern.pruning.calibrate import Moments, calibrate
 from rmtkern.pruning.cycles import layer_weights, make_masks, masks_of_choices, matrices
 from rmtkern.pruning.held_out import hold_out, model_outputs, relative_change
 from rmtkern.pruning.layerwise import prune_layerwise
+from rmtkern.pruning.memory import give_memory_back
 from rmtkern.pruning.mixing import Choice, choose_patterns
 from rmtkern.pruning.pattern import SPIKES, coarsest, parse_pattern, unit_of, whole_units
 from rmtkern.pruning.permute import permute_
@@ -152,7 +153,8 @@ def prune_(
     A pruned weight is exactly 0.0, so the zero pattern is the mask; weights that are zero already stay zero and count
     towards the sparsity. With methods "obs", "admm" and "rmt" or haar > 0 the surviving weights change too, as those
     methods say. If anything fails, the model is bit for bit as it was. Without calibration images the default method
-    holds at most four times the dense weights beside the model, "magnitude" twice (docs/benchmarks.md, Memory).
+    and "magnitude" hold what they remove, until all is written, and no more than half of the dense weights besides
+    (docs/benchmarks.md, Memory).
 
     With several processes, call torch.distributed.init_process_group() first and this on every rank with the same
     model, not sharded yet: spectra and calibration images are divided (a tensor or a pair here; a loader gives each
@@ -715,6 +717,7 @@ def _write_(weights: Sequence[PrunableWeight], pruned: list[Pruned]) -> None:
     undo: list[Callable[[], object]] = []
     try:
         for weight in weights:
+            give_memory_back()
             one, parameter = pruned.pop(0), weight.parameter
             value = one.matrix()
             if value is None:

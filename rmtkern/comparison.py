@@ -19,7 +19,7 @@ from rmtkern.errors import PackedModelError
 from rmtkern.packing import is_packed, pack_
 from rmtkern.packing.outputs import OUTPUT_TOLERANCE
 from rmtkern.packing.timing import WALL, interleaved_samples
-from rmtkern.peers import PEERS, PeerMissing, prepare
+from rmtkern.peers import PEERS, PeerMissing, in_bfloat16, prepare
 from rmtkern.progress import progress
 from rmtkern.pruning.calibrate import tensors_of
 from rmtkern.tables import Table, Tabulated
@@ -69,14 +69,14 @@ def allowed_error(dtype: str, model: nn.Module, example: Tensor, exact: Tensor) 
     Args:
         dtype: "float32", "bfloat16" or "int8".
         model: in eval mode, float32.
-        example: [B, C, H, W] float32.
+        example: images [B, C, H, W] float32, or token ids [B, T] int64.
         exact: what the model returns.
     """
     if dtype == "float32":
         return OUTPUT_TOLERANCE[torch.float32]
     if dtype == "int8":
         return INT8_TOLERANCE
-    torchs = relative_error(copy.deepcopy(model).bfloat16()(example.bfloat16()), exact)
+    torchs = relative_error(copy.deepcopy(model).bfloat16()(in_bfloat16(example)), exact)
     return 2 * torchs + 4 * torch.finfo(torch.bfloat16).eps
 
 
@@ -225,7 +225,7 @@ def compare(
 
     Args:
         model: pruned or dense, float32, in eval mode, on the CPU; not changed. Dense engines run its zeros as numbers.
-        example: what it is called with, [B, ...] float32.
+        example: what it is called with, [B, ...] float32, or int64 for token ids of a text model.
         engines: of ENGINES. "torch" is PyTorch as it is, "dense" each linear in its fastest dense form, "packed" what
             `pack_` makes of it; "torch" always runs too. "onnxruntime" computes in float32 in any case.
         dtype: float32 or bfloat16.
@@ -296,9 +296,9 @@ def _checked(model: object, example: object, engines: Sequence[str], dtype: torc
     """The engines to run, each once, "torch" first; refuses bad arguments."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not isinstance(example, Tensor) or example.dtype != torch.float32:
+    if not isinstance(example, Tensor) or example.dtype not in (torch.float32, torch.int64):
         got = example.dtype if isinstance(example, Tensor) else type(example).__name__
-        raise TypeError(f"example: expected a tensor [B, ...] of torch.float32, got {got}")
+        raise TypeError(f"example: expected a tensor [B, ...] of torch.float32 or torch.int64 (token ids), got {got}")
     check_engines(engines)
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")

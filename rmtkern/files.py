@@ -94,8 +94,8 @@ def save(
         model: what `pack_` changed; it may be on any device.
         path: of the file, if it ends in ".safetensors", such as "vit.safetensors"; else of a folder, which is made and
             gets "model.safetensors" and, of a transformers model, "config.json", as save_pretrained lays them out;
-            from_pretrained refuses it with advice, as it knows no packed weights. Files are written beside it first,
-            then renamed.
+            `load_pretrained` builds and loads it; from_pretrained refuses it with that advice, as it knows no packed
+            weights. Files are written beside it first, then renamed.
         plan: of `prune_`, to travel along; read it with `rmtkern.load_plan`.
         shrunk: of `shrink_`, so that `load` makes the model as small; without it the file loads only into a model that
             is.
@@ -159,12 +159,12 @@ def save(
         write(state, target, _metadata(record), most)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _config_beside(model, target):
+    with _config_beside(model, target, None if cast is None else cast.outside):
         write(state, target, _metadata(record), most)
 
 
 @contextmanager
-def _config_beside(model: nn.Module, target: Path) -> Iterator[None]:
+def _config_beside(model: nn.Module, target: Path, outside: torch.dtype | None) -> Iterator[None]:
     """Put a transformers model's config.json beside its weights when these are there.
 
     `transformers_weights` is where from_pretrained looks for the name of the weights: it refuses the advice that stands
@@ -175,10 +175,12 @@ def _config_beside(model: nn.Module, target: Path) -> Iterator[None]:
         yield
         return
     config = copy.deepcopy(config)
-    kind = type(model).__name__
-    config.architectures = [kind]
-    advice = f"packed by rmtkern, load with rmtkern.load(folder, {kind}(AutoConfig.from_pretrained(folder)))"
+    config.architectures = [type(model).__name__]
+    advice = "packed by rmtkern, load with rmtkern.load_pretrained(folder)"
     record = {**json.loads(config.to_json_string()), "transformers_weights": advice}
+    dtype = outside or next((value.dtype for value in model.parameters() if value.is_floating_point()), None)
+    if dtype is not None:
+        record["torch_dtype" if "torch_dtype" in record else "dtype"] = _name(dtype)
     with replacing(target.with_name("config.json")) as temporary:
         temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         yield

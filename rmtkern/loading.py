@@ -31,12 +31,17 @@ __all__ = [
     "load_model",
     "load_plan",
     "load_state_",
+    "random_input",
     "read_checkpoint",
     "save_dense",
 ]
 
 SHRUNK = "rmtkern.shrunk"
 """Name in a checkpoint's metadata of the ShrinkPlan that made the model smaller."""
+
+
+TOKENS = 128
+"""Length of the random text that a text model is timed on."""
 
 
 def _from_function(spec: str) -> nn.Module:
@@ -229,6 +234,25 @@ def input_size_of(model: nn.Module, batch: int) -> tuple[int, int, int, int]:
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = convolution.in_channels if convolution is not None else 3
     return (batch, channels, *preprocessing_of(model).size)
+
+
+def random_input(model: nn.Module, batch: int) -> Tensor:
+    """What to time a model on, the same every time: images, or token ids where it has an embedding and no convolution.
+
+    Args:
+        model: not run.
+        batch: B, how many of them.
+
+    Returns:
+        [B, C, H, W] float32, standard normal; or [B, T] int64, each token of the vocabulary as likely, with T = 128 or
+        the most that the model's config allows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not tables or any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return torch.randn(input_size_of(model, batch), generator=generator)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", TOKENS)
+    return torch.randint(tables[0].num_embeddings, (batch, min(TOKENS, longest)), generator=generator)
 
 
 def save_dense(

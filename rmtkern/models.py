@@ -66,11 +66,12 @@ _MLP_WORDS = ("mlp", "ffn", "feed_forward", "feedforward", "intermediate")
 _EMBED_WORDS = ("patch_embed", "patch_embedding", "patch_embeddings", "stem", "embeddings")
 _HEAD_WORDS = ("head", "heads", "classifier", "head_dist", "fc", "cls_classifier", "distillation_classifier",
                "visual_projection")  # fmt: skip
-_NEITHER = ("cpb_mlp", "se", "squeeze_excitation", "pos_embed", "downsample", "rel_pos", "pooler")  # small and special
+_NEITHER = ("cpb_mlp", "se", "squeeze_excitation", "pos_embed", "downsample", "rel_pos", "pooler",
+            "lora_a", "lora_b")  # fmt: skip  # small and special
 _MULTIHEAD = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _LONGEST_NAME = 1000
 _TABLES = ("embedding", "embeddings", "wte", "wpe", "embed_tokens")  # modules that look rows up
-_WRAPPERS = ("linear", "conv", "ln", "c")  # a layer inside its own norm, as in LeViT: the word before decides
+_WRAPPERS = ("linear", "conv", "ln", "c", "base_layer")  # in a norm (LeViT) or in LoRA (PEFT): the word before decides
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from rmtkern.examples import Example, as_example
 from rmtkern.packing import is_packed, unpack_
 from rmtkern.storage import replacing
-from rmtkern.token_merging import merging_of
 
 __all__ = ["export_onnx"]
 
@@ -31,7 +30,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Any, *,
 
     ONNX has no operator for packed weights, so a packed model is copied and unpacked first; the file is that of the
     dense model, bit for bit. Engines such as ONNX Runtime and OpenVINO load it, and take the time of a dense model
-    unless they look for zeros themselves. The graph is made by torch.onnx.export, by way of torch.export.
+    unless they look for zeros themselves. The graph is made by torch.onnx.export, by way of torch.export. A model that
+    merges tokens merges them in the file too; of equally similar tokens an engine may take others (OpenVINO does).
 
     Args:
         model: dense or packed, in eval mode, not changed. One that was packed in another dtype is written in its own,
@@ -45,7 +45,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Any, *,
 
     Raises:
         TypeError: `model` is not a module, or `example` is not what a model is called with.
-        ValueError: train mode, merged tokens, a path without ".onnx", an example without a tensor, or a model whose
+        ValueError: train mode, a path without ".onnx", an example without a tensor, or a model whose
             batch size cannot change.
         ImportError: onnx and onnxscript are not installed.
         torch.onnx.OnnxExporterError: PyTorch cannot export the model.
@@ -68,11 +68,6 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example: Any, *,
         raise ValueError("example: expected a tensor with a batch dimension in it, got none")
     if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
         raise ImportError(f"export_onnx needs {' and '.join(missing)}: pip install 'rmtkern[onnx]'")
-    if merging_of(model) is not None:
-        raise ValueError(
-            "model: it merges tokens in an order that torch.onnx.export cannot write; call"
-            " rmtkern.unmerge_tokens_(model) first"
-        )
     if is_packed(model):
         model = copy.deepcopy(model)
         unpack_(model)
@@ -91,7 +86,10 @@ def _program(model: nn.Module, call: Example, dynamic_batch: bool) -> torch.onnx
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*axis name: batch will not be used")  # twice: by both tensors
-            program = torch.onnx.export(model, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False)
+            program = torch.onnx.export(
+                model, args, kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+            )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
         if shapes is None:
             raise
@@ -106,6 +104,14 @@ def _program(model: nn.Module, call: Example, dynamic_batch: bool) -> torch.onnx
         if sum(not isinstance(size, int) for size in first) < varying:
             raise ValueError(_FIXED)
     return program
+
+
+def _stable_sort(x: Any, *, stable: bool | None = True, dim: int = -1, descending: bool = False) -> Any:
+    """What torch.onnx.export lacks, and merging tokens needs: ONNX's TopK of all entries, stable by definition."""
+    from onnxscript import opset18 as op  # not above: onnxscript is an extra
+
+    axis = dim % len(x.shape)
+    return op.TopK(x, op.Shape(x, start=axis, end=axis + 1), axis=axis, largest=int(descending), sorted=1)
 
 
 _FIXED = "PyTorch cannot export the model for every batch size; with dynamic_batch=False it may for that of the example"

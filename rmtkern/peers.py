@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PEERS", "Call", "Peer", "PeerMissing", "prepare"]
+__all__ = ["PEERS", "Call", "Peer", "PeerMissing", "in_bfloat16", "prepare"]
 
 Call = Callable[[], Tensor]
 
@@ -32,12 +32,18 @@ class Peer:
     Args:
         dtype: "float32", "bfloat16" or "int8".
         needs: import names of packages beyond torch.
-        build: (model in eval mode, example [B, C, H, W] float32, threads) -> a call that returns the output.
+        build: (model in eval mode, example, threads) -> a call that returns the output. The example is images
+            [B, C, H, W] float32, or token ids [B, T] int64.
     """
 
     dtype: str
     needs: tuple[str, ...]
     build: Callable[[nn.Module, Tensor, int], Call]
+
+
+def in_bfloat16(example: Tensor) -> Tensor:
+    """What a bfloat16 model gets for an example: token ids stay what they are."""
+    return example.bfloat16() if example.is_floating_point() else example
 
 
 def _torch_fp32(model: nn.Module, example: Tensor, threads: int) -> Call:
@@ -52,13 +58,13 @@ def _compile_fp32(model: nn.Module, example: Tensor, threads: int) -> Call:
 
 def _torch_bf16(model: nn.Module, example: Tensor, threads: int) -> Call:
     narrow = deepcopy(model).bfloat16()
-    return lambda: narrow(example.bfloat16())
+    return lambda: narrow(in_bfloat16(example))
 
 
 def _compile_bf16(model: nn.Module, example: Tensor, threads: int) -> Call:
     torch._dynamo.reset()  # compiled code holds the thread count it was compiled for
     narrow = torch.compile(deepcopy(model).bfloat16())
-    return lambda: narrow(example.bfloat16())
+    return lambda: narrow(in_bfloat16(example))
 
 
 def _torch_int8(model: nn.Module, example: Tensor, threads: int) -> Call:
@@ -91,7 +97,8 @@ def _to_openvino(model: nn.Module, example: Tensor) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return openvino.convert_model(model, example_input=example, input=[list(example.shape)])
+        given = (list(example.shape), example.numpy().dtype.type)
+        return openvino.convert_model(model, example_input=example, input=[given])
 
 
 def _run_openvino(converted: Any, example: Tensor, threads: int, precision: str) -> Call:
@@ -149,7 +156,7 @@ def prepare(name: str, model: nn.Module, example: Tensor, threads: int) -> Call:
     Args:
         name: a key of PEERS.
         model: in eval mode, float32; not changed, and kept alive by the call.
-        example: [B, C, H, W] float32.
+        example: images [B, C, H, W] float32, or token ids [B, T] int64.
         threads: that the peer may use; torch's own count must be set to the same.
 
     Raises:

@@ -104,7 +104,7 @@ def bipartite_merge(
         left = tokens - r
         flat = (place + left * torch.arange(batch, device=x.device)[:, None]).flatten()
         before = torch.ones(batch, tokens, dtype=dtype, device=x.device) if size is None else size
-        after = before.new_zeros(batch * left).index_add(0, flat, before.flatten()).reshape(batch, left)
+        after = before.new_zeros(batch, left).scatter_add(1, place, before)
     weighted = (x.to(dtype) * before[..., None]).reshape(batch * tokens, width)
     total = weighted.new_zeros(batch * left, width).index_add(0, flat, weighted).reshape(batch, left, width)
     return (total / after[..., None]).to(x.dtype), after, place
@@ -124,7 +124,8 @@ def _places(metric: Tensor, r: int, protected: int) -> Tensor:
     # the order of the result: protected tokens as they were, the other even ones, the odd ones
     front = [index // 2 if index % 2 == 0 else even - r + index // 2 for index in range(protected)]
     rest = [*range(even_protected, even - r), *range(even - r + odd_protected, even - r + odd)]
-    index = torch.tensor([*front, *rest], device=metric.device).argsort()
+    where = {token: place for place, token in enumerate((*front, *rest))}
+    index = torch.tensor([where[token] for token in range(tokens - r)], device=metric.device)
     odd_place = index[even - r :].expand(batch, -1)
     even_place = torch.empty_like(match)
     even_place = even_place.scatter(1, kept, index[: even - r].expand(batch, -1))

@@ -1,7 +1,11 @@
 """The long checks, part by part, with a row for each in benchmarks/results/test-all.csv: what make test-all runs.
 
-python -m tests.full_run                          # all parts, and the counts into the file
-python -m tests.full_run --part soak --part timm  # some of them; the rows of the others stay
+python -m tests.full_run                               # all parts, and the counts into the file
+python -m tests.full_run --part soak --part timm       # some of them; the rows of the others stay
+python -m tests.full_run --part inductor --share 1/2   # every second test; --share 2/2 beside it
+
+Each test is noted in build/full-run as it ends, and a run of the same code goes on where one was stopped: only what is
+left, or failed, is run. A part's row is written when all of its tests have ended, whichever share was the last.
 
 The parts "timm" and "transformers" run tests/test_coverage.py with each of the two newest minor versions that
 pyproject.toml allows, put in a folder before the installed one; of a package that has one minor version only, with its
@@ -14,9 +18,9 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import tomllib
-import xml.etree.ElementTree as ElementTree
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -25,9 +29,11 @@ from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
 from benchmarks.record import RESULTS, ROOT, stamped, write_rows
+from tests.notes import Notes, read
 
-__all__ = ["PARTS", "counts", "missing", "newest_two", "run_part"]
+__all__ = ["PARTS", "counts", "missing", "newest_two", "notes_file", "run_part"]
 
+NOTES = ROOT / "build" / "full-run"
 OUTPUT = RESULTS / "test-all.csv"
 COVERAGE = "tests/test_coverage.py"
 STOPPED = "pytest stopped before its end"
@@ -38,6 +44,13 @@ SLOW = {
     "soak": ["tests/test_pytorch.py", "-m", "soak"],
 }
 """Part -> what pytest gets."""
+INDUCTOR = {
+    "TORCHINDUCTOR_CACHE_DIR": str(NOTES / "inductor"),  # compiled C++ is kept, by its text
+    "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",  # and nothing else: every graph is lowered anew
+    "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in the process itself: a pool costs more than two cores give
+}
+"""Environment of the part that compiles models; the precompiled header is theirs together."""
 LIBRARIES = ("timm", "transformers")
 PARTS = (*SLOW, *LIBRARIES)
 
@@ -130,49 +143,66 @@ def install(package: str, version: str, folder: Path) -> None:
     raise RuntimeError(f"{package} {version} needs {', '.join(wanted)}, which pip did not install")
 
 
-def counts(report: Path) -> dict[str, object]:
-    """Tests that passed, failed and were skipped, and the seconds they took, from a JUnit file; and what they noted."""
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
-    found = {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0}
-    notes = []
-    for suite in suites:
-        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-        skipped = int(suite.get("skipped", 0))
-        found["failed"] += failed
-        found["skipped"] += skipped
-        found["passed"] += int(suite.get("tests", 0)) - failed - skipped
-        found["seconds"] += float(suite.get("time", 0))
-        notes += [f"{note.get('name')}: {note.get('value')}" for note in suite.iter("property")]
-    return {**found, "seconds": round(found["seconds"]), "notes": "; ".join(notes)}
+def notes_file(part: str, extra: Sequence[str] = ()) -> Path:
+    """Where the tests of a part are noted: another file for other code, tests or arguments of pytest."""
+
+    def git(*command: str) -> bytes:
+        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True).stdout
+
+    state = zlib.crc32(git("rev-parse", "HEAD") + git("diff", "HEAD") + repr(list(extra)).encode())
+    return NOTES / f"{part.replace(', ', '-')}.{state:08x}.jsonl"
 
 
-def run_pytest(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, object]:
-    """One run of pytest in a process of its own, its output on ours; its counts and the libraries' versions."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
-        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
-        if not report.exists():
-            raise RuntimeError(f"pytest {' '.join(arguments)} wrote no report; see above")
-        found = counts(report)
-    if status not in (0, 1):  # nor all passed, nor some failed
+def counts(notes: Notes) -> dict[str, object]:
+    """Tests that passed, failed and were skipped, what they took, and what they noted."""
+    outcomes = Counter(record["outcome"] for record in notes.ended.values())
+    noted = [note for record in notes.ended.values() for note in record["notes"]]
+    found: dict[str, object] = {outcome: outcomes[outcome] for outcome in ("passed", "failed", "skipped")}
+    for key in ("seconds", "cpu_seconds"):
+        found[key] = round(sum(record[key] for record in notes.ended.values()))
+    return {**found, "notes": "; ".join(noted)}
+
+
+def run_pytest(
+    arguments: Sequence[str], environment: Mapping[str, str], notes: Path, share: str = "1/1"
+) -> dict[str, object]:
+    """One run of pytest in a process of its own, its output on ours.
+
+    Args:
+        arguments: of pytest.
+        environment: of the process.
+        notes: file of tests.notes, which an earlier run may have begun.
+        share: which of the tests, "I/N".
+
+    Returns:
+        The counts of all runs that share the file, how many tests are left, and the libraries' versions.
+    """
+    plugin = ["-p", "tests.notes", f"--notes={notes}", f"--share={share}"]
+    status = subprocess.run([sys.executable, "-m", "pytest", *plugin, *arguments], cwd=ROOT, env=environment).returncode
+    noted = read(notes)
+    if not noted.selected:
+        raise RuntimeError(f"pytest {' '.join(arguments)} selected no tests; see above")
+    found = {**counts(noted), "left": len(noted.selected - noted.ended.keys())}
+    if status not in (0, 1, 5):  # nor all passed, nor some failed, nor all had been noted
         found["notes"] = "; ".join(filter(None, [f"{STOPPED} (exit status {status})", str(found["notes"])]))
     code = f"import json\nfrom importlib.metadata import version\nprint(json.dumps([version(p) for p in {LIBRARIES}]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
     return {**dict(zip(LIBRARIES, json.loads(done.stdout), strict=True)), **found}
 
 
-def run_part(part: str, extra: Sequence[str] = ()) -> list[dict[str, object]]:
-    """Rows of a part; `extra` goes to pytest."""
+def run_part(part: str, extra: Sequence[str] = (), share: str = "1/1") -> list[dict[str, object]]:
+    """Rows of a part; `extra` goes to pytest, and a share is as `run_pytest` takes it."""
     if part in SLOW:
-        return [{"part": part, **run_pytest([*SLOW[part], *extra], os.environ)}]
+        environment = {**os.environ, **(INDUCTOR if part == "inductor" else {})}
+        return [{"part": part, **run_pytest([*SLOW[part], *extra], environment, notes_file(part, extra), share)}]
     rows = []
     for age, version in zip(("newest", "before"), newest_two(available(part), allowed(part)), strict=True):
         folder = ROOT / "build" / "versions" / f"{part}-{version}"
         install(part, version, folder)
         paths = [str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        row = run_pytest([COVERAGE, "-k", f"documented and {part}", *extra], environment)
+        notes = notes_file(f"{part}, {age}, {version}", extra)
+        row = run_pytest([COVERAGE, "-k", f"documented and {part}", *extra], environment, notes, share)
         if row[part] != version:
             raise RuntimeError(f"asked for {part} {version}, ran {row[part]}")
         rows.append({"part": f"{part}, {age}", **row})
@@ -184,13 +214,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, help="may be given several times; default: all")
     parser.add_argument("-o", "--output", type=Path, default=OUTPUT)
+    parser.add_argument("--share", default="1/1", help="I/N: every N-th test of each part, from the I-th on")
     parser.add_argument("extra", nargs="*", help="after --: for pytest")
     args = parser.parse_args()
     good = True
     for part in args.part or PARTS:
-        rows = run_part(part, args.extra)
-        write_rows(args.output, [stamped(row) for row in rows], ("part",))  # each part as soon as it is done
-        good = good and all(row["passed"] and not row["failed"] and STOPPED not in str(row["notes"]) for row in rows)
+        for row in run_part(part, args.extra, args.share):  # each part is written as soon as it is done
+            if left := row.pop("left"):
+                sys.stdout.write(f"{row['part']}: {left} tests are left; its row is written when all have ended\n")
+                good = good and args.share != "1/1"
+            else:
+                write_rows(args.output, [stamped(row)], ("part",))
+            good = good and bool(row["passed"]) and not row["failed"] and STOPPED not in str(row["notes"])
     return int(not good)
 
 

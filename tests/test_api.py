@@ -409,6 +409,37 @@ def test_a_failure_at_any_stage_changes_nothing(monkeypatch, stage):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("stage", "times", "fields"),
+    [
+        ("reallocate", 1, {"method": "ser", "calibration": LABELLED}),
+        ("layer_weights", 1, {"method": "ser", "calibration": LABELLED}),
+        ("sensitivities", 1, {"calibration": IMAGES}),
+        ("hold_out", 1, {"budget": "best", "score": "admm", "calibration": IMAGES}),
+        ("model_outputs", 1, {"budget": "best", "score": "admm", "calibration": IMAGES}),
+        ("relative_change", 2, {"budget": "best", "score": "admm", "calibration": IMAGES}),
+    ],
+)
+def test_a_failure_at_the_stages_of_other_methods_changes_nothing(monkeypatch, stage, times, fields):
+    """After the stage, which may have trained, measured or pruned already."""
+    model = MODELS["timm vit"]().train()
+    before, calls, real = state(model), [], getattr(api, stage)
+
+    def fail(*args, **kwargs):
+        found = real(*args, **kwargs)
+        calls.append(stage)
+        if len(calls) == times:
+            raise Injected
+        return found
+
+    monkeypatch.setattr(api, stage, fail)
+    with pytest.raises(Injected):
+        prune_(model, 0.5, **fields)
+    assert len(calls) == times
+    assert unchanged(model, before)
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("failing", [1, 2, 4])
 def test_a_failure_while_writing_restores_what_was_written(monkeypatch, failing):
     model = MODELS["timm vit"]()

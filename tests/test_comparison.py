@@ -151,7 +151,7 @@ def test_errors():
     rmtkern.pack_(packed, X, timer=lambda calls, ms: dict.fromkeys(calls, 1.0), show_progress=False)
     for error, message, arguments in (
         (TypeError, "model: expected an nn.Module, got int", (3, X)),
-        (TypeError, "example: expected a tensor .* of torch.float32, got torch.int64", (net(), X.long())),
+        (TypeError, r"example: expected a tensor .* torch.int64 \(token ids\), got torch.float64", (net(), X.double())),
         (TypeError, "engines: expected a sequence of names, got the string 'packed'", (net(), X, "packed")),
         (ValueError, "unknown engine 'tvm'; valid: torch, dense, packed", (net(), X, ["tvm"])),
         (ValueError, "the model is in train mode; call model.eval", (net().train(), X)),
@@ -172,6 +172,34 @@ def test_a_real_run_times_every_engine():
     assert all(0 < row.p20_ms <= row.p50_ms <= row.p80_ms for row in found.rows)
 
 
+class Text(nn.Module):
+    """Called with token ids, as a text model of transformers is."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.net = nn.Embedding(50, 32), Net()
+
+    def forward(self, input_ids):
+        return self.net(self.words(input_ids))
+
+
+def text():
+    torch.manual_seed(0)
+    model = Text().eval()
+    rmtkern.prune_(model, 0.75, targets="all", show_progress=False)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_model_is_called_with_token_ids(quick, dtype):
+    ids = torch.randint(50, (2, 9))
+    found = compare(text(), ids, ("packed", "dense", "onnxruntime", "openvino"), dtype=dtype, show_progress=False)
+    ran = {row.engine for row in found.rows}
+    assert {"torch", "packed", "dense"} <= ran and found.example == "2x9"
+    for engine in {"onnxruntime", "openvino"} - ran:
+        assert "needs" in found.skipped[engine]
+
+
 @pytest.mark.slow
 def test_compiled_models_are_timed_too():
     found = compare(net(), X, ("torch-compile",), budget_ms=20, show_progress=False)
@@ -190,6 +218,12 @@ def work(tmp_path, monkeypatch):
         "        self.a, self.b = nn.Linear(192, 64), nn.Linear(64, 64)\n"
         "    def forward(self, x):\n        return self.b(self.a(x.flatten(1)))\n"
         "def net():\n    torch.manual_seed(0)\n    return Net()\n"
+        "class Config:\n    max_position_embeddings = 7\n"
+        "class Text(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.words, self.mlp, self.config = nn.Embedding(50, 32), nn.Linear(32, 64), Config()\n"
+        "    def forward(self, ids):\n        return self.mlp(self.words(ids))\n"
+        "def text():\n    torch.manual_seed(0)\n    return Text()\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
@@ -208,3 +242,10 @@ def test_bench_compares(work, quick, capsys):
     assert "Do not pack: the fastest dense engine in float32 here (dense, 6 ms) is 1.17 times" in out
     assert "the packed model is slower than the strongest dense form" in err
     assert main([*argv, "packed,tvm"]) == 2 and "unknown engine 'tvm'" in capsys.readouterr().err
+
+
+def test_bench_times_a_text_model_on_token_ids(work, quick, capsys):
+    argv = ["bench", "comparetoys:text", "--targets", "all", "--batch", "3", "--compare", "packed,dense", "--json"]
+    assert main(argv) == 0
+    (found,) = json.loads(capsys.readouterr().out)["compared"]
+    assert found["example"] == "3x7" and "packed" in [row["engine"] for row in found["rows"]]

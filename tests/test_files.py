@@ -529,3 +529,45 @@ def test_pack_save_load_unpack_is_the_identity(tmp_path_factory, n, groups, spar
     again = load(path, nn.Sequential(nn.Linear(4 * groups, n)).to(weight.dtype))
     unpack_(again)
     assert torch.equal(again[0].weight, weight + 0.0) and torch.equal(again[0].bias, bias)
+
+
+CHAINS = [
+    ("unstructured", ["bitmask"]),
+    ("unstructured", ["dense"]),
+    ("4x1", ["block"]),
+    ("1x2", ["block"]),
+    ("2:4", ["nofm"]),
+]
+"""Pattern, and the layouts that are fastest."""
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 9).map(lambda eighths: 8 * eighths),
+    groups=st.integers(1, 9),
+    sparsity=st.floats(0, 0.97),
+    chain=st.sampled_from(CHAINS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+)
+def test_prune_pack_save_load_unpack_is_the_identity(tmp_path_factory, n, groups, sparsity, chain, dtype, bias):
+    """Whatever form pack_ takes, what prune_ left comes back bit for bit, from the model and from its file."""
+
+    def net():
+        torch.manual_seed(groups)
+        return nn.Sequential(nn.Linear(8 * groups, n, bias), nn.GELU(), nn.Linear(n, 16)).to(dtype).eval()
+
+    (pattern, layouts), model = chain, net()
+    rmtkern.prune_(model, 0.5 if pattern == "2:4" else sparsity, "magnitude", pattern, "all", show_progress=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pack_(model, torch.randn(3, 8 * groups).to(dtype), timer=timer(layouts), show_progress=False)
+    path = tmp_path_factory.mktemp("chain") / "model.safetensors"
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        save(model, path)
+        again = load(path, net())
+        unpack_(again), unpack_(model)
+        for one in (model, again):
+            after = one.state_dict()
+            assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    else:
+        assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)

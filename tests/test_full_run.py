@@ -11,7 +11,8 @@ from packaging.version import Version
 
 from benchmarks.record import ROOT, read_rows
 from tests import full_run
-from tests.full_run import LIBRARIES, OUTPUT, PARTS, SLOW, allowed, counts, missing, newest_two
+from tests.full_run import LIBRARIES, OUTPUT, PARTS, SLOW, STOPPED, allowed, counts, missing, newest_two
+from tests.notes import read, share_of
 
 
 @pytest.mark.parametrize(
@@ -90,29 +91,96 @@ REST = "import pytest\ndef test_two():\n    assert False\ndef test_three():\n   
 BROKEN = "@pytest.fixture\ndef bad():\n    1 / 0\ndef test_four(bad):\n    pass\n"
 
 
+LEAN = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 def test_a_run_becomes_counts(tmp_path):
+    """In a process of its own, as the parts are run."""
     (tmp_path / "test_it.py").write_text(PASSES + REST + BROKEN)
-    report = tmp_path / "report.xml"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", str(tmp_path)], capture_output=True)
-    found = counts(report)
-    assert found == {"passed": 1, "failed": 2, "skipped": 1, "seconds": found["seconds"], "notes": "calls: 7"}
+    found = full_run.run_pytest([str(tmp_path)], LEAN, tmp_path / "notes.jsonl")
+    assert {key: found[key] for key in ("passed", "failed", "skipped", "left", "notes")} == {
+        "passed": 1, "failed": 2, "skipped": 1, "left": 0, "notes": "calls: 7"
+    }  # fmt: skip
+    assert found["timm"] and found["transformers"] and {"seconds", "cpu_seconds"} <= found.keys()
 
 
-def test_a_run_that_was_stopped_says_so(tmp_path):
-    (tmp_path / "test_it.py").write_text(PASSES + "def test_two():\n    raise KeyboardInterrupt\n")
-    found = full_run.run_pytest([str(tmp_path)], {**os.environ})
-    assert found["passed"] == 1 and found["notes"] == "pytest stopped before its end (exit status 2); calls: 7"
+def test_a_run_that_was_stopped_says_so(monkeypatch, tmp_path):
+    def run(argv, **more):
+        if "pytest" in argv:
+            return subprocess.CompletedProcess(argv, 2)
+        return subprocess.CompletedProcess(argv, 0, '["1", "2"]')
+
+    monkeypatch.setattr(full_run.subprocess, "run", run)
+    with pytest.raises(RuntimeError, match="selected no tests"):
+        full_run.run_pytest([str(tmp_path)], {}, tmp_path / "notes.jsonl")
+    (tmp_path / "notes.jsonl").write_text('{"selected": ["a", "b"]}\n')
+    found = full_run.run_pytest([str(tmp_path)], {}, tmp_path / "notes.jsonl")
+    assert found["left"] == 2 and found["notes"] == f"{STOPPED} (exit status 2)"
+
+
+def noted(tmp_path, code=None, share="1/1"):
+    """Passed, failed and left after a run of pytest, which has nothing of this one."""
+    path = tmp_path / "notes.jsonl"
+    if code is not None:
+        (tmp_path / "test_it.py").write_text(code)
+    options = ["-p", "tests.notes", f"--notes={path}", f"--share={share}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_it.py")]
+    subprocess.run(command, cwd=ROOT, env=LEAN, capture_output=True)
+    found = counts(read(path))
+    return found["passed"], found["failed"], len(read(path).left)
+
+
+FAILS = "def test_one():\n    assert False\n"
+TWO = "def test_two():\n    pass\n"
+
+
+def test_a_run_goes_on_where_one_was_stopped(tmp_path):
+    stopped = "def test_two():\n    raise KeyboardInterrupt\n"
+    after = "def test_three():\n    pass\n"
+    assert noted(tmp_path, PASSES + stopped + after) == (1, 0, 2)
+    with (tmp_path / "notes.jsonl").open("a") as file:
+        file.write('{"test": "half a li')
+    assert noted(tmp_path, FAILS + TWO + after) == (3, 0, 0)  # test_one was not run again
+
+
+def test_what_failed_is_run_again_and_nothing_else(tmp_path):
+    assert noted(tmp_path, PASSES + TWO.replace("pass", "assert False")) == (1, 1, 1)
+    assert noted(tmp_path, FAILS + TWO) == (2, 0, 0)
+    assert noted(tmp_path, FAILS + TWO) == (2, 0, 0)  # nothing was left to run
+
+
+def test_shares_are_run_apart_and_counted_together(tmp_path):
+    code = "".join(f"def test_{i}():\n    pass\n" for i in range(5))
+    assert noted(tmp_path, code, "2/2") == (2, 0, 3)
+    assert noted(tmp_path, code, "1/2") == (5, 0, 0)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])
+def test_bad_shares(text):
+    with pytest.raises(ValueError, match=r"--share: expected I/N with 1 <= I <= N, such as 1/2, got"):
+        share_of(text)
+
+
+def test_notes_of_other_code_or_arguments_are_apart(monkeypatch):
+    first = full_run.notes_file("soak")
+    assert first == full_run.notes_file("soak") and first.name.startswith("soak.") and "build" in first.parts
+    assert len({first, full_run.notes_file("soak", ["--soak-seconds", "20"]), full_run.notes_file("timm, newest")}) == 3
+    run = subprocess.run
+    monkeypatch.setattr(full_run.subprocess, "run", lambda argv, **more: run([*argv[:3], "rev-parse", "HEAD^"], **more))
+    assert full_run.notes_file("soak") != first
 
 
 def test_parts_are_written_as_they_end_and_failures_fail(tmp_path, monkeypatch):
     output = tmp_path / "out.csv"
 
-    def run(arguments, environment):
+    def run(arguments, environment, notes, share):
         kind = "good" if arguments == SLOW["soak"] else "bad"
         return {"timm": "1", "transformers": "2", "passed": 3, "failed": int(kind == "bad"), "skipped": 0,
-                "seconds": 9, "notes": ""}  # fmt: skip
+                "seconds": 9, "notes": "", "left": int(share != "1/1")}  # fmt: skip
 
     monkeypatch.setattr(full_run, "run_pytest", run)
+    monkeypatch.setattr(sys, "argv", ["full_run", "--part", "soak", "-o", str(output), "--share", "1/2"])
+    assert full_run.main() == 0 and not output.exists()  # the other share has not ended
     monkeypatch.setattr(sys, "argv", ["full_run", "--part", "soak", "-o", str(output)])
     assert full_run.main() == 0
     monkeypatch.setattr(sys, "argv", ["full_run", "--part", "slow", "--part", "soak", "-o", str(output)])
@@ -123,7 +191,8 @@ def test_parts_are_written_as_they_end_and_failures_fail(tmp_path, monkeypatch):
 def test_versions_run_before_the_installed_one(monkeypatch):
     seen = []
 
-    def run(arguments, environment):
+    def run(arguments, environment, notes, share):
+        assert notes.name.startswith("timm-") and share == "1/1"
         seen.append((arguments, environment["PYTHONPATH"].split(":")[0]))
         return {"timm": "1.0.9" if "1.0.9" in seen[-1][1] else "1.0.8", "transformers": "2", "passed": 1, "failed": 0}
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from rmtkern.api import prune_
 from rmtkern.demo import load_demo_model
-from rmtkern.loading import input_size_of, load_model, save_dense
+from rmtkern.loading import input_size_of, load_model, random_input, save_dense
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.storage import read_metadata
 
@@ -53,7 +53,7 @@ def test_bad_function(module, spec, message):
 def test_demo_model():
     model = load_model("demo")
     assert not model.training
-    assert input_size_of(model, 5) == (5, 1, 28, 28)
+    assert input_size_of(model, 5) == random_input(model, 5).shape == (5, 1, 28, 28)
     for name, tensor in load_demo_model().state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
 
@@ -67,6 +67,15 @@ def test_timm_names():
         ValueError, match=r"vit_tinny: no timm model of that name; similar: .*vit.*or give module:function"
     ):
         load_model("vit_tinny")
+
+
+def test_text_models_get_token_ids():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))
+    ids = random_input(model, 3)
+    assert ids.shape == (3, 128) and ids.dtype == torch.int64 and set(ids.flatten().tolist()) == set(range(9))
+    assert torch.equal(random_input(model, 3), ids)
+    model.append(nn.Conv2d(3, 4, 1))
+    assert random_input(model, 3).shape == (3, 3, 224, 224)
 
 
 def test_no_hub(monkeypatch):
@@ -161,6 +170,30 @@ def test_saved_file_loads_in_unmodified_timm(tmp_path):
     assert again == plan or again.to_json() == plan.to_json()
     with safe_open(path, "pt") as file:
         assert file.metadata()["format"] == "pt"
+
+
+def test_saved_file_loads_in_unmodified_torchvision_and_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vision = pytest.importorskip("torchvision").models
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(image_size=32, **sizes)
+
+    def theirs():
+        return vision.VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=3)
+
+    model, other = theirs(), transformers.ViTModel(config)
+    for one in (model, other):
+        prune_(one, 0.5)
+    save_dense(model, tmp_path / "vit.safetensors")
+    fresh = theirs()
+    fresh.load_state_dict(load_file(tmp_path / "vit.safetensors"))  # strict
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
+    (tmp_path / "hub").mkdir()
+    save_dense(other, tmp_path / "hub" / "model.safetensors")
+    config.save_pretrained(tmp_path / "hub")
+    again, said = transformers.ViTModel.from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), other.parameters(), strict=True))
 
 
 def test_saved_shared_tensors_are_stored_under_every_key(tmp_path):

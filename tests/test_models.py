@@ -173,6 +173,35 @@ def test_attention_pooling_and_squeeze_excitation_are_told_apart():
     }
 
 
+class Lora(nn.Module):
+    """A linear and its low-rank update, under the names that PEFT gives them."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 4, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, base.out_features, bias=False)})
+
+    weight = property(lambda self: self.base_layer.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + 2 * self.lora_B["default"](self.lora_A["default"](x))
+
+
+def with_lora():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, embed_dim=64, num_heads=2)
+    block = model.blocks[0]
+    block.attn.qkv, block.mlp.fc1 = Lora(block.attn.qkv), Lora(block.mlp.fc1)
+    return model.eval()
+
+
+def test_lora_wrappers_have_the_role_of_what_they_wrap_and_adapters_none():
+    roles = {weight.name.removeprefix("blocks.0."): weight.role for weight in prunable_weights(with_lora(), "all")}
+    assert roles["attn.qkv.base_layer.weight"] == "qkv" and roles["mlp.fc1.base_layer.weight"] == "mlp_in"
+    assert {role for name, role in roles.items() if "lora" in name} == {"linear"}  # which is pruned on request only
+    assert roles["attn.proj.weight"] == "attn_out" and roles["mlp.fc2.weight"] == "mlp_out"
+
+
 def test_plain_sequential_leaves_the_last_weight_alone():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 4))
     assert set(roles(model).values()) == {"linear"}

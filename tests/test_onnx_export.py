@@ -1,9 +1,11 @@
 """export_onnx: the zeros and bits of every pruned weight stand in the file, and other engines compute the same."""
 
 import copy
+import importlib.util
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -102,11 +104,42 @@ def test_a_model_that_was_packed_in_bfloat16_is_written_in_float32(tmp_path):
     assert_as_accurate_as_float32(run("onnxruntime", tmp_path / "vit.onnx", IMAGES), plain, IMAGES)
 
 
-def test_merged_tokens_are_refused(tmp_path):
-    model = vit()
-    rmtkern.merge_tokens_(model, 1)
-    with pytest.raises(ValueError, match=r"it merges tokens .* call rmtkern\.unmerge_tokens_\(model\) first"):
-        export_onnx(model, tmp_path / "vit.onnx", IMAGES)
+def test_merged_tokens_are_merged_in_the_file(tmp_path):
+    """And put back at the end; in any batch, whose images merge other tokens each."""
+    options = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
+    for parameter in model.parameters():  # so that tokens differ
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    with torch.no_grad():
+        before = model(IMAGES)
+    rmtkern.merge_tokens_(model, 3, restore=True)
+    export_onnx(model, tmp_path / "vit.onnx", IMAGES)
+    assert [node.op_type for node in onnx.load(str(tmp_path / "vit.onnx")).graph.node].count("TopK") >= 2
+    for engine in ENGINES:
+        if engine == "openvino" and importlib.util.find_spec(engine) is None:
+            continue  # test_engines_compute_the_same says that it is missing
+        for batch in (1, 2, 5):
+            images = torch.randn(batch, 3, 32, 32)
+            assert_as_accurate_as_float32(run(engine, tmp_path / "vit.onnx", images), model, images)
+    with torch.no_grad():
+        assert float((model(IMAGES) - before).abs().max()) > 1e-3 * float(before.abs().max())  # merging does something
+
+
+class Order(nn.Module):
+    def __init__(self, dim, descending):
+        super().__init__()
+        self.dim, self.descending = dim, descending
+
+    def forward(self, x):
+        return x.sort(dim=self.dim, descending=self.descending, stable=True).indices.float()
+
+
+@pytest.mark.parametrize(("dim", "descending"), [(-1, True), (1, False)])
+def test_equal_numbers_stay_in_order(dim, descending, tmp_path):
+    """Of equally similar tokens those of lower index are merged: ONNX's TopK is stable, though OpenVINO's is not."""
+    model, x = Order(dim, descending).eval(), torch.randint(0, 3, (2, 40, 30)).float()
+    export_onnx(model, tmp_path / "order.onnx", x)
+    assert torch.equal(run("onnxruntime", tmp_path / "order.onnx", x), model(x))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -4,11 +4,12 @@ import argparse
 import json
 
 from rmtkern.advice import advise
-from rmtkern.cli.inputs import check_batch, images_for, model_of
+from rmtkern.cli.inputs import check_batch, model_of
 from rmtkern.cli.options import model_options
 from rmtkern.cli.outputs import print_json
 from rmtkern.cli.verb import Verb
 from rmtkern.environment import environment, environment_line
+from rmtkern.loading import random_input
 from rmtkern.pattern_timing import PATTERNS
 
 __all__ = ["VERB"]
@@ -24,7 +25,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     check_batch(args.batch)
     model = model_of(args)
-    example = images_for(model, args.batch)
+    example = random_input(model, args.batch)
     advice = advise(model, example, patterns=args.pattern, sparsities=args.sparsity)
     if args.json:
         print_json({"environment": environment(), **json.loads(advice.to_json())})

@@ -16,7 +16,7 @@ from rmtkern.cli.verb import Verb
 from rmtkern.comparison import DEFAULT, ENGINES, check_engines, compare
 from rmtkern.environment import environment, environment_line
 from rmtkern.files import save
-from rmtkern.loading import SHRUNK, input_size_of
+from rmtkern.loading import SHRUNK, random_input
 from rmtkern.packing import is_packed, pack_
 from rmtkern.shards import target_of
 from rmtkern.shrink_plan import ShrinkPlan
@@ -58,8 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         targets = tuple(args.targets) if args.targets else None
         plan = prune_(model, args.sparsity, args.method, args.pattern[0], targets, tuple(args.ignore))
     packed = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    examples = [torch.randn(input_size_of(model, batch), generator=generator) for batch in args.batch]
+    examples = [random_input(model, batch) for batch in args.batch]
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     report = pack_(packed, examples, dtype=dtype, decisions=args.decisions)
     if worth_saving := args.output is not None and is_packed(packed):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.evaluation import folder_batches, preprocessing_of
-from rmtkern.loading import input_size_of, is_safetensors, load_model
+from rmtkern.loading import is_safetensors, load_model
 from rmtkern.shards import SUFFIX, read_metadata
 from rmtkern.token_merging import merge_tokens_
 
@@ -19,7 +19,6 @@ __all__ = [
     "check_batch",
     "check_output",
     "images_and_labels",
-    "images_for",
     "metadata_of",
     "model_of",
     "read_json",
@@ -34,11 +33,6 @@ def model_of(args: argparse.Namespace, checkpoint: Path | None = None) -> nn.Mod
     if args.merge_tokens is not None:
         merge_tokens_(model, args.merge_tokens)
     return model
-
-
-def images_for(model: nn.Module, batch: int) -> Tensor:
-    """Random images to time a model on."""
-    return torch.randn(input_size_of(model, batch), generator=torch.Generator().manual_seed(0))
 
 
 def check_batch(batch: int) -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from rmtkern.api import prune_
-from rmtkern.cli.inputs import calibration_of, check_batch, check_output, images_for, metadata_of, model_of
+from rmtkern.cli.inputs import calibration_of, check_batch, check_output, metadata_of, model_of
 from rmtkern.cli.options import SPECTRAL, model_options, prune_options, spectral_options
 from rmtkern.cli.outputs import print_made
 from rmtkern.cli.verb import Verb
 from rmtkern.evaluation import evaluate
-from rmtkern.loading import SHRUNK, save_dense
+from rmtkern.loading import SHRUNK, random_input, save_dense
 from rmtkern.pattern_timing import time_patterns
 from rmtkern.pruning.budget import BUDGETS
 from rmtkern.pruning.plan import PRIORS, PruneConfig
@@ -85,7 +85,7 @@ def _timings(args: argparse.Namespace, model: nn.Module, patterns: Sequence[str]
     """The times of patterns: those of a file if it is there, else measured, and written there if it is named."""
     if args.times is not None and args.times.exists():
         return PatternTimes.load(args.times)
-    found = time_patterns(model, images_for(model, args.batch), patterns, dtype=getattr(torch, args.dtype))
+    found = time_patterns(model, random_input(model, args.batch), patterns, dtype=getattr(torch, args.dtype))
     if args.times is not None:
         found.save(args.times)
     return found
@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
     timings = None if isinstance(pattern, str) else _timings(args, model, pattern)
     before = evaluate(model, args.evaluate) if args.evaluate is not None else None
     if args.speedup is not None:
-        example = images_for(model, args.batch)
+        example = random_input(model, args.batch)
         found = prune_to_speed_(model, args.speedup, example, asked, calibration)
         plan = found.plan
         if not args.json:

@@ -4,10 +4,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from rmtkern.cli.inputs import calibration_of, check_batch, check_output, images_for, model_of
+from rmtkern.cli.inputs import calibration_of, check_batch, check_output, model_of
 from rmtkern.cli.options import model_options
 from rmtkern.cli.outputs import print_json
 from rmtkern.cli.verb import Verb
+from rmtkern.loading import random_input
 from rmtkern.pruning.presets import PRESETS
 from rmtkern.sweep import PACK, sweep
 
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
         calibration_data="" if args.calibration is None else f"{args.calibration}[{args.calibration_images}]",
         limit=args.limit,
         pack=args.pack,
-        example=None if args.pack is None else images_for(model, args.batch),
+        example=None if args.pack is None else random_input(model, args.batch),
     )
     first = found.rows[0]
     if args.picture is not None:

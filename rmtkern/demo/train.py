@@ -9,6 +9,7 @@ Every choice was made on the last 5,000 training images; the 10,000 test images 
 
 import argparse
 import gzip
+import logging
 import math
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rmtkern.demo.model import DemoViT
+
+_log = logging.getLogger(__name__)
 
 HELD_OUT = 5_000
 KEEP, KEEP_UNTIL = 25, 0.8  # random tokens per image in the first 80 % of training: twice as fast, and regularising
@@ -104,10 +107,9 @@ def train(
                 optimizer.step()
             step += 1
             if step % 100 == 0:
-                print(
-                    f"step {step} done {done:.3f} loss {loss.item():.4f} {time.monotonic() - start:.0f} s", flush=True
-                )
-        print(f"step {step} held-out top-1 {accuracy(model.eval(), held_x, held_y):.4f}", flush=True)
+                seconds = time.monotonic() - start
+                _log.info("step %d done %.3f loss %.4f %.0f s", step, done, loss.item(), seconds)
+        _log.info("step %d held-out top-1 %.4f", step, accuracy(model.eval(), held_x, held_y))
         model.train()
         save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, out)
 
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="go on from these weights, with a schedule of its own")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop here even if epochs are left")
     args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     train(args.data, args.out, args.epochs, args.batch, args.peak_lr, args.seed, args.minutes, args.init)
 
 

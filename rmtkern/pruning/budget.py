@@ -1,11 +1,13 @@
 """How much goes from each layer: a budget makes the scores of all layers comparable, and the smallest of all go.
 
-It knows scores and spectra, and neither models nor what a pattern lets go.
+It knows scores and spectra, and neither models nor what a pattern lets go. Which entries have the smallest keys finds
+`smallest`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, pstdev
 from typing import Protocol
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rmtkern.pruning.pattern import kth_smallest
+from rmtkern.pruning.smallest import Keys, RankKeys
 
 __all__ = [
     "BUDGETS",
@@ -24,7 +27,6 @@ __all__ = [
     "alpha_ratios",
     "cycle_targets",
     "edge_weights",
-    "take_smallest",
 ]
 
 
@@ -34,8 +36,9 @@ class Layer:
 
     Args:
         type: "attn", "mlp" or "other".
-        score: [N, K] float32; finite and >= 0 where an entry may go, -1 where it is zero already, inf where the pattern
-            forbids.
+        shape: (N, K).
+        scores: makes the score, [N, K] float32; finite and >= 0 where an entry may go, -1 where it is zero already, inf
+            where the pattern forbids. Called when it is needed, so that not every layer's need be held.
         zeros: entries that are zero already.
         edge: sigma_plus, or None where no law could be fitted (excluded from statistics, neutral itself).
         alpha: Hill exponent, or None.
@@ -45,7 +48,8 @@ class Layer:
     """
 
     type: str
-    score: Tensor
+    shape: tuple[int, int]
+    scores: Callable[[], Tensor]
     zeros: int
     edge: float | None = None
     alpha: float | None = None
@@ -53,104 +57,101 @@ class Layer:
     loss: Tensor | None = None
 
     @property
-    def open(self) -> Tensor:
-        """Which entries may go and have not gone, bool [N, K]."""
-        return (self.score >= 0) & (self.score < torch.inf)
+    def size(self) -> int:
+        """N K."""
+        return math.prod(self.shape)
 
 
 class Budget(Protocol):
-    """Keys [N, K], float32 or float64, >= 0 on open entries, inf or < 0 elsewhere; the smallest of all go first."""
+    """Keys, >= 0 on entries that may go, inf or < 0 elsewhere; the smallest of all go (smallest.take_smallest)."""
 
     def __call__(
         self, layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
-    ) -> list[Tensor]: ...
+    ) -> Keys: ...
 
 
-def global_(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+def global_(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> Keys:
     """One threshold for all layers: the score itself.
 
     Only for scores that are comparable across layers, as |W| is. Score "activation" is not: whole layers go and the
     model breaks; use "row" or "uniform" with it.
     """
-    return [layer.score for layer in layers]
+    return [layer.scores for layer in layers]
 
 
-def uniform(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+def uniform(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> Keys:
     """The same sparsity in every layer, to one weight: the rank in the layer, as a fraction."""
-    return [_closed(layer, ((_ranks(layer.score.flatten()) + 0.5) / layer.score.numel()).reshape(layer.score.shape))
-            for layer in layers]  # fmt: skip
+    return [RankKeys(layer.shape, layer.scores, by_row=False, share=layer.size) for layer in layers]
 
 
-def row(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+def row(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> Keys:
     """The same sparsity in every output row, to one weight: the rank in the row, as a fraction.
 
     Source: Sun et al. (Wanda), "comparison group: per output".
     """
-    return [_closed(layer, (_ranks(layer.score) + 0.5) / layer.score.shape[1]) for layer in layers]
+    return [RankKeys(layer.shape, layer.scores, by_row=True, share=layer.shape[1]) for layer in layers]
 
 
-def edge(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+def edge(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> Keys:
     """Spectral Edge Budgeting in its four regimes: the score over a weight from each layer's spectral edge.
 
     Source: arXiv 2503.01922 and 2606.02608; docs/math.md (22).
     """
     weights = edge_weights(layers, sparsity, alpha_regime=alpha_regime)
-    return [layer.score / weight for layer, weight in zip(layers, weights, strict=True)]
+    return [partial(_over, layer.scores, weight) for layer, weight in zip(layers, weights, strict=True)]
 
 
-def cycle(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> list[Tensor]:
+def _over(scores: Callable[[], Tensor], weight: float) -> Tensor:
+    return scores() / weight
+
+
+def cycle(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> Keys:
     """The targets of one cycle of the original algorithm: the rank among what is left, over the layer's target.
 
     Source: arXiv 2503.01922; docs/math.md (23).
     """
-    return [_closed(layer, ((_ranks(layer.score.flatten()) - layer.zeros + 0.5) / target).reshape(layer.score.shape))
+    return [RankKeys(layer.shape, layer.scores, by_row=False, share=target, before=layer.zeros)
             for layer, target in zip(layers, cycle_targets(layers, cycle), strict=True)]  # fmt: skip
 
 
-def alphapruning(
-    layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
-) -> list[Tensor]:
+def alphapruning(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> Keys:
     """AlphaPruning: a sparsity for each layer by how heavy its spectrum's tail is; heavier tails lose less.
 
     The key is the rank in the layer, as a fraction, over the layer's share; a share above 1 takes the whole layer.
 
     Source: Lu et al. 2024, arXiv 2410.10912, section 3; docs/math.md (24).
     """
-    return [_closed(layer, ((_ranks(layer.score.flatten()) + 0.5) / (ratio * layer.score.numel()))
-                    .reshape(layer.score.shape))
+    return [RankKeys(layer.shape, layer.scores, by_row=False, share=ratio * layer.size)
             for layer, ratio in zip(layers, alpha_ratios(layers, sparsity), strict=True)]  # fmt: skip
 
 
-def sensitivity(
-    layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
-) -> list[Tensor]:
+def sensitivity(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> Keys:
     """Equal marginal loss of the model's outputs: a layer's i-th smallest score gets its i-th smallest measured loss.
 
     How much goes from each layer follows from the losses alone, which entries from the score. Of the share of entries
     that stay in the model, every layer keeps a half at least, whatever its losses say: where nearly all goes, little is
     left to make up for it, and the measured losses are too low. Layers without losses get the score itself.
     """
-    most = 1 - LEAST_KEPT * (1 - sparsity)
-    return [layer.score if layer.loss is None else _marginal(layer, layer.loss, most) for layer in layers]
+    return [_marginal(layer, sparsity) for layer in layers]
 
 
-def _marginal(layer: Layer, loss: Tensor, most: float) -> Tensor:
-    size = loss.numel()
-    cut = min(size, max(layer.zeros, math.ceil(most * size)))
-    if loss is layer.score:  # in place: with ranks it would be several times as large
-        closed = ~layer.open
+def _marginal(layer: Layer, sparsity: float) -> Tensor:
+    score, loss, most = layer.scores(), layer.loss, 1 - LEAST_KEPT * (1 - sparsity)
+    if loss is None:
+        return score
+    closed = (score < 0) | (score == torch.inf)
+    cut = min(layer.size, max(layer.zeros, math.ceil(most * layer.size)))
+    if loss is score:  # in place: with an order of the entries it would be several times as large
         if cut:
             closed |= loss > kth_smallest(loss, cut)
         return loss.masked_fill_(closed, torch.inf)
-    ranks = _ranks(layer.score.flatten()).long()
-    rising = loss.flatten().masked_fill(layer.score.flatten() < 0, -1.0).sort().values.clamp_(min=0)
+    rising = loss.flatten().masked_fill(score.flatten() < 0, -1.0).sort().values.clamp_(min=0)
     rising[cut:] = torch.inf
-    return _closed(layer, rising[ranks].reshape(layer.score.shape))
+    order = score.flatten().argsort(stable=True)
+    return torch.empty_like(rising).scatter_(0, order, rising).reshape(layer.shape).masked_fill_(closed, torch.inf)
 
 
-def edge_sensitivity(
-    layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1
-) -> list[Tensor]:
+def edge_sensitivity(layers: Sequence[Layer], sparsity: float, *, alpha_regime: bool = False, cycle: int = 1) -> Keys:
     """Measured losses, budgeted by the spectral edge: keys of "sensitivity" over the square of those weights of "edge".
 
     "edge" divides |W| by a weight, and a loss goes with W^2. A layer with a high edge loses more than its measured
@@ -159,7 +160,7 @@ def edge_sensitivity(
     Source: docs/math.md (22) and docs/calibrated.md; the combination is ours.
     """
     weights = edge_weights(layers, sparsity, alpha_regime=alpha_regime)
-    keys = sensitivity(layers, sparsity)
+    keys = [_marginal(layer, sparsity) for layer in layers]
     return [key / weight if layer.loss is None else key.div_(weight**2)
             for layer, key, weight in zip(layers, keys, weights, strict=True)]  # fmt: skip
 
@@ -251,7 +252,7 @@ def alpha_ratios(layers: Sequence[Layer], sparsity: float) -> list[float]:
     tau = min(_SPREAD, 1 - sparsity) if high - low > 1e-12 * high else 0.0
     places = [0.5 if layer.alpha is None or tau == 0 else (layer.alpha - low) / (high - low) for layer in layers]
     shares = [1 - tau + 2 * tau * place for place in places]
-    sizes = [layer.score.numel() for layer in layers]
+    sizes = [layer.size for layer in layers]
     mean = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
     return [max(sparsity, 1e-12) * share / mean for share in shares]
 
@@ -274,67 +275,4 @@ def cycle_targets(layers: Sequence[Layer], cycle: int) -> list[float]:
     factors = [layer.randomness ** (1.5 / cycle) for layer in layers]
     if not any(factors):
         factors = [1.0] * len(layers)
-    return [factor * rate * (layer.score.numel() - layer.zeros) for factor, layer in zip(factors, layers, strict=True)]
-
-
-def _ranks(score: Tensor) -> Tensor:
-    """Rank of each entry along the last axis, from 0, equal scores in order of index; float64."""
-    order = score.argsort(dim=-1, stable=True)
-    places = torch.arange(score.shape[-1], dtype=torch.float64, device=score.device).expand(score.shape)
-    return torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(-1, order, places)
-
-
-def _closed(layer: Layer, keys: Tensor) -> Tensor:
-    """The keys, inf where an entry may not go."""
-    return keys.masked_fill_(~layer.open, torch.inf)
-
-
-def take_smallest(keys: Sequence[Tensor], count: int) -> Iterator[Tensor]:
-    """The `count` smallest keys over all layers; ties by layer, then by flat index.
-
-    A radix search on the bit patterns (those of non-negative floats are ordered like the numbers), so nothing is
-    sorted, and no more than one layer is copied at a time.
-
-    Args:
-        keys: one [N, K] per layer, float32 or float64, all of one dtype; entries that are negative or inf may not go.
-        count: 0 to the number of entries that may go.
-
-    Yields:
-        One bool [N, K] per layer; exactly `count` true in all.
-
-    Raises:
-        ValueError: fewer than `count` entries may go.
-    """
-    available = sum(int(((key >= 0) & (key < torch.inf)).sum()) for key in keys)
-    if not 0 <= count <= available:
-        raise ValueError(f"count: expected 0 to {available} (the entries that may go), got {count}")
-    digits, width = (16, 64) if keys[0].dtype == torch.float64 else (16, 32)
-    prefix, below = 0, 0
-    for shift in range(width - digits, -1, -digits):  # the bits of the threshold, 16 at a time
-        counts = torch.zeros(1 << digits, dtype=torch.int64)
-        for key in keys:
-            bits = _bits(key)
-            if shift < width - digits:
-                bits = bits[(bits >> (shift + digits)) == prefix]
-            digit = (bits >> shift) & ((1 << digits) - 1)
-            counts += torch.bincount(digit.long(), minlength=1 << digits).cpu()
-        total = counts.cumsum(0) + below
-        found = int(torch.searchsorted(total, count))
-        below = int(total[found] - counts[found])
-        prefix = (prefix << digits) | found
-    ties = count - below
-    for key in keys:
-        bits = _bits(key)
-        chosen = bits < prefix
-        if ties:
-            equal = (bits == prefix).nonzero().flatten()[:ties]
-            chosen[equal] = True
-            ties -= len(equal)
-        yield chosen.reshape(key.shape)
-
-
-def _bits(key: Tensor) -> Tensor:
-    """Non-negative integers in the order of the keys, flat; the largest of all where a key is negative."""
-    kind = torch.int64 if key.dtype == torch.float64 else torch.int32
-    bits = (key + 0.0).flatten().view(kind)  # -0.0 becomes 0.0
-    return bits.masked_fill_(bits < 0, torch.iinfo(kind).max)
+    return [factor * rate * (layer.size - layer.zeros) for factor, layer in zip(factors, layers, strict=True)]

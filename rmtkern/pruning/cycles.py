@@ -4,6 +4,7 @@ It changes no model: what comes back are masks and, where a singular-vector step
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from statistics import fmean
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from rmtkern.models import PrunableWeight, layer_type
 from rmtkern.progress import progress
-from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, edge_weights, take_smallest
+from rmtkern.pruning.budget import BUDGETS, Layer, cycle_targets, edge_weights
 from rmtkern.pruning.mixing import Choice
 from rmtkern.pruning.pattern import (
     PATTERNS,
@@ -28,6 +29,7 @@ from rmtkern.pruning.plan import PruneConfig
 from rmtkern.pruning.pruned import Pruned
 from rmtkern.pruning.score import LAYERWISE, SCORES
 from rmtkern.pruning.sensitivity import Sensitivity
+from rmtkern.pruning.smallest import held, take_smallest
 from rmtkern.spectrum.denoise import (
     legacy_shrinkage,
     legacy_stage,
@@ -117,7 +119,7 @@ def make_masks(
         layers = _layers(weights, values, masks, fits, moments, sensitivities or {}, config, kind, params)
         left = goal - sum(layer.zeros for layer in layers)
         if kind == "n:m":
-            left = sum(int(layer.open.sum()) for layer in layers)
+            left = sum(int(torch.isfinite(layer.scores()).sum()) - layer.zeros for layer in layers)
         take = left
         if config.budget == "cycle":  # the last cycle is trimmed, so that the count is exact
             take = min(left, max(1, round(sum(cycle_targets(layers, cycle)))))
@@ -150,15 +152,17 @@ def _layers(
     for index, (weight, value, mask) in enumerate(zip(weights, values, masks, strict=True)):
         cost = sensitivities.get(weight.name)
         loss = None if cost is None else unit_scores(cost.of(value), unit)
-        score = _unit_score(index, value, mask, moments.get(weight.name), loss, config, unit)
-        gone = score < 0
-        allowed = PATTERNS[kind](score, params)
+        moment = moments.get(weight.name)
+        scores: Callable[[], Tensor] = partial(_unit_score, index, value, mask, moment, loss, config, kind, params)
+        if loss is not None or kind == "n:m":  # measured losses are written over, and groups are sorted: once only
+            scores = held(scores())
         found = [fits[label] for label in weight.blocks() if label in fits]
         layers.append(
             Layer(
                 layer_type(weight.role),
-                score.masked_fill_(~(allowed | gone), torch.inf),
-                int(gone.sum()),
+                (value.shape[0] // unit[0], value.shape[1] // unit[1]),
+                scores,
+                int(whole_units(mask, unit).sum()),
                 *_signals(found),
                 randomness=_randomness(found),
                 loss=loss,
@@ -174,15 +178,19 @@ def _unit_score(
     moment: Tensor | None,
     loss: Tensor | None,
     config: PruneConfig,
-    unit: tuple[int, int],
+    kind: str,
+    params: dict[str, int],
 ) -> Tensor:
-    """Scores of the units of the weight of that number, -1 where a unit is zero already."""
+    """Scores of the units of the weight of that number, -1 where a unit is zero already, inf where it may not go."""
+    unit, gone = unit_of(params), whole_units(mask, unit_of(params))
     if loss is not None and config.score in LAYERWISE:
         score = loss  # only how many go is used, and a score would need as much memory
     else:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        score = unit_scores(SCORES[config.score or ""](value, moment, generator).masked_fill_(mask, 0.0), unit)
-    return score.masked_fill_(whole_units(mask, unit), -1.0)
+        score = SCORES[config.score or ""](value, moment, generator)
+        score = score if unit == (1, 1) else unit_scores(score.masked_fill_(mask, 0.0), unit)
+    score.masked_fill_(gone, -1.0)
+    return score.masked_fill_(~(PATTERNS[kind](score, params) | gone), torch.inf)
 
 
 def masks_of_choices(
@@ -210,9 +218,9 @@ def masks_of_choices(
         kind, params = parse_pattern(choice.pattern)
         unit, mask = unit_of(params), value == 0
         loss = unit_scores(sensitivities[weight.name].of(value), unit)
-        score = _unit_score(index, value, mask, moments.get(weight.name), loss, config, unit)
+        score = _unit_score(index, value, mask, moments.get(weight.name), loss, config, kind, params)
         if kind == "n:m":
-            goes = PATTERNS[kind](score, params)
+            goes = score < torch.inf
         else:
             goes = smallest_units(score.reshape(1, -1), torch.tensor([choice.units])).reshape(score.shape)
         pruned.append(Pruned.of(mask | unit_entries(goes, unit)))
@@ -223,9 +231,9 @@ def layer_weights(
     weights: Sequence[PrunableWeight], fits: Fits, sparsity: float, *, alpha_regime: bool = False
 ) -> list[float]:
     """The weights w_l of budget "edge" at a sparsity, one for each weight; see budget.edge_weights."""
-    nothing = torch.empty(0)
+    unscored = held(torch.empty(0))
     layers = [
-        Layer(layer_type(weight.role), nothing, 0,
+        Layer(layer_type(weight.role), weight.shape, unscored, 0,
               *_signals([fits[label] for label in weight.blocks() if label in fits])) for weight in weights
     ]  # fmt: skip
     return edge_weights(layers, sparsity, alpha_regime=alpha_regime)

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from rmtkern.models import PrunableWeight
 from rmtkern.progress import progress
-from rmtkern.pruning.budget import take_smallest
 from rmtkern.pruning.calibrate import checked, evaluating
 from rmtkern.pruning.pattern import unit_entries, unit_scores, whole_units
 from rmtkern.pruning.pruned import Pruned
+from rmtkern.pruning.smallest import take_smallest
 from rmtkern.ranks import Ranks
 from rmtkern.training.batches import Batch, read_batch, split
 from rmtkern.training.loss import objective

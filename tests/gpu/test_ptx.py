@@ -13,7 +13,7 @@ import torch
 
 from rmtkern.layouts import LAYOUTS
 from rmtkern.layouts.pairs import interleave
-from rmtkern.pruning.budget import take_smallest
+from rmtkern.pruning.smallest import take_smallest
 from rmtkern.spectrum.sparsify import sparsify
 from rmtkern.testing import assert_as_accurate_as_dense
 from tests.gpu import test_masked_linear, test_sparsify

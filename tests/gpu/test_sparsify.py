@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from rmtkern.errors import KernelUnavailable
-from rmtkern.pruning.budget import take_smallest
+from rmtkern.pruning.smallest import take_smallest
 from rmtkern.spectrum.sparsify import sparsify
 from tests.gpu.test_accuracy import DEVICES
 

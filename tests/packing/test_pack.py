@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 from transformers import ViTConfig, ViTModel
 
+import rmtkern
 from rmtkern import load, save
 from rmtkern.errors import PackedModelError
 from rmtkern.nn import AbsorbedActivation, PackedLinear
@@ -21,6 +22,7 @@ from rmtkern.ops import linear
 from rmtkern.packing import guard, outputs, pack_, unpack_
 from rmtkern.packing.timing import interleaved_ms, interleaved_samples
 from rmtkern.testing import random_sparse
+from tests.test_models import with_lora
 
 
 def prune(model, sparsity):
@@ -502,6 +504,18 @@ def test_reasons_to_stay_dense():
     assert [layer.name for layer in report.layers if layer.packed] == ["wide", "low", "plain"]
     assert torch.allclose(model(x), dense(x), atol=0.02)  # one layer of it is in bfloat16
     assert all(type(module) is not type(dense) or module is model for module in model.modules())
+
+
+def test_linears_in_lora_wrappers_are_packed_and_adapters_stay_dense():
+    model, x = with_lora(), torch.randn(2, 3, 32, 32)
+    rmtkern.prune_(model, 0.8, "uniform", show_progress=False)
+    dense = copy.deepcopy(model)
+    report = pack_(model, x, timer=timer())
+    packed = {layer.name.removeprefix("blocks.0.") for layer in report.layers if layer.packed}
+    assert packed == {"attn.qkv.base_layer", "attn.proj", "mlp.fc1.base_layer", "mlp.fc2"}
+    reasons = [layer.reason for layer in report.layers if "lora" in layer.name]
+    assert len(reasons) == 4 and all("no sparse candidate" in reason for reason in reasons)
+    assert_same_function(model, dense, x)
 
 
 def test_the_fast_path_of_a_transformer_encoder_gives_way():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rmtkern.errors import KernelUnavailable
-from rmtkern.pruning.budget import take_smallest
+from rmtkern.pruning.smallest import take_smallest
 from rmtkern.spectrum import denoise
 from rmtkern.spectrum.sparsify import recompose, sparsify
 
