@@ -10,7 +10,9 @@ from typing import Any
 
 from rmtkern.environment import cpu_model, environment
 
-__all__ = ["RESULTS", "ROOT", "has_row", "read_rows", "results_file", "revision", "rows", "stamped", "write_rows"]
+__all__ = [
+    "RESULTS", "ROOT", "find_row", "has_row", "read_rows", "results_file", "revision", "rows", "stamped", "write_rows",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,12 +75,17 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], keys: Sequence[str
         writer.writerows([*kept, *rows])
 
 
+def find_row(path: Path, asked: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str] | None:
+    """The row of a results file that equals `asked` in the columns `keys`; None if it has none, or no file is there."""
+    if not path.exists():
+        return None
+    wanted = [_cell(asked[key]) for key in keys]
+    return next((row for row in read_rows(path) if [row[key] for key in keys] == wanted), None)
+
+
 def has_row(path: Path, asked: Mapping[str, Any], keys: Sequence[str]) -> bool:
     """Whether a results file has a row that equals `asked` in the columns `keys`."""
-    if not path.exists():
-        return False
-    wanted = [_cell(asked[key]) for key in keys]
-    return any([row[key] for key in keys] == wanted for row in read_rows(path))
+    return find_row(path, asked, keys) is not None
 
 
 def _cell(value: Any) -> str:
