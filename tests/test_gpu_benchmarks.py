@@ -98,7 +98,7 @@ def test_without_a_device_it_says_so_and_fails(capsys, monkeypatch):
         (["--device", "cuda", "--base", "HEAD"], "--base is for the CPU"),
         (["--device", "cuda", "--budget", "0"], "--budget: expected seconds above 0, got 0.0"),
         (["--level", "kernel", "--budget", "9"], "--budget is for --device cuda"),
-        ([], "--level: say which on the CPU: kernel, mlp, model or growth"),
+        ([], "--level: say which on the CPU: kernel, mlp, normed, attention, model, growth"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(capsys, options, message):
