@@ -1,7 +1,6 @@
 """mlp(): accuracy of every pair of layouts on every instruction set, Inf and NaN, damage, threads, errors, compile."""
 
 import itertools
-import threading
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from rmtkern.layouts import LAYOUTS, cpu
 from rmtkern.mlp import mlp, reason_against
 from rmtkern.testing import random_sparse
 from tests.layouts.test_contract import FACTORED, weight
+from tests.parallel import wrong_in_threads
 
 pytestmark = pytest.mark.skipif(cpu.MISSING is not None, reason="the extension is not built")
 
@@ -170,21 +170,7 @@ def test_two_python_threads_may_share_the_weights():
         p1 = LAYOUTS["bitmask"].pack(random_sparse(200, 150, 0.5).to(dtype))
         p2 = LAYOUTS["bitmask"].pack(random_sparse(150, 200, 0.5).to(dtype))
         inputs = [torch.randn(tokens, 150).to(dtype) for tokens in (1, 40, 97, 300)]
-        expected = [mlp(x, p1, p2) for x in inputs]
-        wrong = []
-
-        def work(first, p1=p1, p2=p2, inputs=inputs, expected=expected, wrong=wrong):
-            for i in range(20):
-                j = (first + i) % len(inputs)
-                if not torch.equal(mlp(inputs[j], p1, p2), expected[j]):
-                    wrong.append(j)
-
-        threads = [threading.Thread(target=work, args=(first,)) for first in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert wrong == []
+        assert wrong_in_threads(lambda x, p1=p1, p2=p2: mlp(x, p1, p2), inputs, threads=3, calls=20) == []
 
 
 def test_shapes_strides_compile_and_opcheck():

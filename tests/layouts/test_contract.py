@@ -4,7 +4,6 @@ import copy
 import io
 import itertools
 import re
-import threading
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from rmtkern import ops
 from rmtkern.layouts import LAYOUTS, cpu
 from rmtkern.nn import PackedLinear
 from rmtkern.testing import assert_as_accurate_as_dense, random_sparse
+from tests.parallel import wrong_in_threads
 
 # What the weights of a factored layout must be: of rank 1. Its law is weaker: unpack() is exact to the factors, and
 # equals the weight that was packed up to rounding.
@@ -155,21 +155,7 @@ def test_denormals_inf_and_nan_in_activations(dtype, layout, params, nofm, isa, 
 def test_python_threads_may_share_a_weight(dtype, layout, params, nofm):
     packed = LAYOUTS[layout].pack(weight((200, 160), nofm, 0.5).to(dtype), **params)
     inputs = [torch.randn(tokens, 160).to(dtype) for tokens in (1, 40, 97, 300)]
-    expected = [ops.linear(x, packed, activation="gelu") for x in inputs]
-    wrong = []
-
-    def work(first):
-        for i in range(12):
-            j = (first + i) % len(inputs)
-            if not torch.equal(ops.linear(inputs[j], packed, activation="gelu"), expected[j]):
-                wrong.append(j)
-
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert wrong_in_threads(lambda x: ops.linear(x, packed, activation="gelu"), inputs, threads=4, calls=12) == []
 
 
 @pytest.mark.parametrize(("layout", "params", "nofm", "backend", "isa"), list(variants()))

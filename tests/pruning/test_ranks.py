@@ -2,19 +2,18 @@
 
 import json
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from rmtkern.api import analyze, prune_
 from rmtkern.shrinking import shrink_
+from tests.parallel import on_two_ranks, part
 
 ATOL = 1e-9
 REPAIRED = (
@@ -113,16 +112,8 @@ def work(rank, port, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=2)
-    tensors = [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
+    tensors = on_two_ranks(work, folder)
     return tensors, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-def part(found, name):
-    return {key.partition("/")[2]: value for key, value in found.items() if key.partition("/")[0] == name}
 
 
 @pytest.mark.parametrize("name", [*SAME, *RANDOM, "shrink"])

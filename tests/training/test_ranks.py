@@ -2,13 +2,11 @@
 
 import copy
 import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +17,7 @@ from rmtkern.models import prunable_weights
 from rmtkern.ranks import Ranks
 from rmtkern.training.loop import finetune_
 from rmtkern.training.ranks import full, wrap
+from tests.parallel import on_two_ranks, part
 
 # float64, so that sums over ranks and sums over one batch agree far better than a step is long
 OPTIONS = {"epochs": 2, "lr": 1e-2, "holdout": 0.25, "ema": 0.5, "regulariser": "group-lasso", "strength": 1e-3,
@@ -126,15 +125,7 @@ def work(rank, port, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=2)
-    return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
-
-
-def part(found, name):
-    return {key.partition("/")[2]: value for key, value in found.items() if key.partition("/")[0] == name}
+    return on_two_ranks(work, folder)
 
 
 @pytest.mark.parametrize("name", ["auto", "ddp", "fsdp"])
