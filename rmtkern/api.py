@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rmtkern import evaluation
 from rmtkern.errors import NoGradientsError
 from rmtkern.models import PrunableWeight, check_values, prunable_weights
+from rmtkern.places import place_
 from rmtkern.pruning.budget import HILL
 from rmtkern.pruning.calibrate import Moments, calibrate
 from rmtkern.pruning.cycles import layer_weights, make_masks, masks_of_choices, matrices
@@ -31,7 +32,7 @@ from rmtkern.pruning.spikes import divide_spikes_
 from rmtkern.pruning.target import Target, search
 from rmtkern.pruning.times import PatternTimes
 from rmtkern.ranks import Ranks
-from rmtkern.spectral_linear import put_, spectral_linears
+from rmtkern.spectral_linear import spectral_linears
 from rmtkern.spectrum.fit import SpectralFits, fit_spectra
 from rmtkern.training.reallocate import reallocate
 
@@ -282,7 +283,7 @@ def prune_(
             return _search_(model, config, calibration, target, evaluate, timings, show_progress)
         return _prune_(model, config, calibration, timings, show_progress, tensors)
     except BaseException:
-        put_(model, divided)
+        place_(model, divided)
         raise
 
 

@@ -23,7 +23,7 @@ from rmtkern.layouts.base import PackedWeight
 from rmtkern.layouts.pairs import rows_of
 from rmtkern.nn import AbsorbedActivation, PackedGatedLinear, PackedLinear, PackedModule
 from rmtkern.ops import ACTIVATIONS, linear
-from rmtkern.packing import is_packed, place_
+from rmtkern.packing import is_packed
 from rmtkern.packing.attention import AttentionForward
 from rmtkern.packing.dtype import DTYPES, CastRecord, cast_record, resume_cast_
 from rmtkern.packing.gated import GatedPair, fuse, fused, part
@@ -33,6 +33,7 @@ from rmtkern.packing.multihead import PackedMultihead, linears_of, reason_to_kee
 from rmtkern.packing.norm import NormForward
 from rmtkern.packing.normed import LeavingForward
 from rmtkern.packing.sites import KernelForward, enable
+from rmtkern.places import place_
 from rmtkern.shards import as_bytes, locate, read_metadata, read_tensors, shard_of, target_of, write
 from rmtkern.shrink_plan import ShrinkPlan
 from rmtkern.storage import check_tensors, replacing

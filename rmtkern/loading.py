@@ -11,16 +11,18 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from rmtkern.evaluation import preprocessing_of
 from rmtkern.foreign import plain_state
+from rmtkern.places import place_
 from rmtkern.pruning.plan import PrunePlan
 from rmtkern.shards import INDEX, SUFFIX, read_metadata, read_tensors
 from rmtkern.shrink_plan import ShrinkPlan
-from rmtkern.spectral_linear import divide_as_, put_
+from rmtkern.spectral_linear import divide_as_
 from rmtkern.storage import write_tensors
 
 __all__ = [
@@ -116,7 +118,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"{source}: {error}") from error
 
 
-def holds_packed(record: object) -> bool:
+def holds_packed(record: object) -> TypeGuard[dict[str, Any]]:
     """Whether what rmtkern wrote into a checkpoint's metadata, as JSON says it, is of a packed model."""
     return isinstance(record, dict) and "linears" in record
 
@@ -222,7 +224,7 @@ def load_state_(model: nn.Module, checkpoint: str | Path, name: str) -> None:
     try:
         _check_fit(f"{checkpoint}: does not fit {name}", state, model.state_dict())
     except ValueError:
-        put_(model, whole)
+        place_(model, whole)
         if take_back is not None:
             take_back()
         raise
@@ -289,7 +291,7 @@ def load_plan(path: str | Path) -> PrunePlan:
     remedy = "give the file that rmtkern.save(model, path, plan) or rmtkern prune wrote"
     try:
         record = None if text is None else json.loads(text)
-        if isinstance(record, dict) and holds_packed(record):  # then the plan is one of its fields
+        if holds_packed(record):  # then the plan is one of its fields
             record = record.get("plan")
         if record is None:
             raise ValueError("it holds no plan")

@@ -9,7 +9,9 @@ from typing import Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["SpectralLinear", "divide_as_", "merge_factors_", "put_", "spectral_linears"]
+from rmtkern.places import place_
+
+__all__ = ["SpectralLinear", "divide_as_", "merge_factors_", "spectral_linears"]
 
 _FACTOR = ".factor_a"
 
@@ -92,13 +94,6 @@ def spectral_linears(model: nn.Module) -> dict[str, SpectralLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SpectralLinear)}
 
 
-def put_(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules where their names say."""
-    for name, module in modules.items():
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, module)
-
-
 def merge_factors_(model: nn.Module) -> int:
     """Turn every low-rank plus sparse linear that `prune_(pattern="spectral")` left into a plain one, in place.
 
@@ -120,7 +115,7 @@ def merge_factors_(model: nn.Module) -> int:
     if isinstance(model, SpectralLinear):
         raise ValueError("model: a lone SpectralLinear cannot be swapped in place; use linear = module.merged()")
     found = spectral_linears(model)
-    put_(model, {name: module.merged() for name, module in found.items()})
+    place_(model, {name: module.merged() for name, module in found.items()})
     return len(found)
 
 
@@ -132,7 +127,7 @@ def divide_as_(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, nn.Mo
         state: name -> tensor.
 
     Returns:
-        Module name -> what stood there, for `put_`; other factors and shapes are left to whoever loads.
+        Module name -> what stood there, for `place_`; other factors and shapes are left to whoever loads.
     """
     before: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
@@ -144,5 +139,5 @@ def divide_as_(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, nn.Mo
             weight = module.weight.detach()
             blank = SpectralLinear(module, weight.new_zeros(b.shape), weight.new_zeros(a.shape), weight.clone())
             before[name] = module
-            put_(model, {name: blank})
+            place_(model, {name: blank})
     return before

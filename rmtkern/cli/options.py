@@ -75,7 +75,6 @@ def spectral_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="method rmt: shrink what stays after each cycle by so many times the published amount, >= 0; default 0",
     )
-
     parser.add_argument(
         "--legacy",
         action="store_true",

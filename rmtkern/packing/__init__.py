@@ -6,7 +6,6 @@ It decides by measuring and must not know why weights are zero. pack.py is the w
 from rmtkern.packing.decisions import Decisions
 from rmtkern.packing.pack import pack_
 from rmtkern.packing.report import PackReport
-from rmtkern.packing.swaps import place_
 from rmtkern.packing.unpack import is_packed, unpack_
 
-__all__ = ["Decisions", "PackReport", "is_packed", "pack_", "place_", "unpack_"]
+__all__ = ["Decisions", "PackReport", "is_packed", "pack_", "unpack_"]

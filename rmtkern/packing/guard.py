@@ -112,13 +112,17 @@ def guard(
         """The examples on which packed is slower than dense; `kernels`: or than dense with the same kernels."""
         return [t.example for t in times if _lag(t, kernels=kernels) > GUARD_NOISE]
 
-    notes: list[str] = []
-    ways: dict[int, str] = {}
-    times = measure(twice=True)  # before a choice is undone for noise
-    if swaps.dense != swaps.original and _dense_loses(times):
+    def after_plain(times: list[EndToEnd]) -> list[EndToEnd]:
+        """The times once dense forms that lose in the whole model have given way."""
+        if swaps.dense == swaps.original or not _dense_loses(times):
+            return times
         _put_plain(swaps, layers)
         notes.append("end to end the linears as they came were faster than in the dense forms that are faster alone")
-        times = measure()
+        return measure()
+
+    notes: list[str] = []
+    ways: dict[int, str] = {}
+    times = after_plain(measure(twice=True))  # twice before a choice is undone for noise
     while slow := behind(times, kernels=True):
         if fused := [name for name in ("MLP", "normed linear") if name in swaps.sites]:
             swaps.drop_site(fused[0])  # what came last and gains least goes first
@@ -135,10 +139,7 @@ def guard(
         else:
             break
         times = measure(twice=True)  # before a choice is undone for noise
-    if swaps.dense != swaps.original and _dense_loses(times):
-        _put_plain(swaps, layers)
-        notes.append("end to end the linears as they came were faster than in the dense forms that are faster alone")
-        times = measure()
+    times = after_plain(times)
     if behind(times) and _dense_loses(times, 0.0):
         for layer in layers:
             layer.choice = dict.fromkeys(layer.tokens, PLAIN)

@@ -27,11 +27,12 @@ from rmtkern.packing.pairs import measure_pairs
 from rmtkern.packing.report import EndToEnd, GatedReport, PackReport, SiteReport
 from rmtkern.packing.sites import KernelForward, measure_sites
 from rmtkern.packing.summary import layer_reports, site_reports
-from rmtkern.packing.swaps import Swaps, place_, verify
+from rmtkern.packing.swaps import Swaps, verify
 from rmtkern.packing.timing import Timer
 from rmtkern.packing.trials import leave_lenders, leave_referenced, leave_whole, split_multiheads
 from rmtkern.packing.unpack import is_packed
 from rmtkern.packing.watch import watch
+from rmtkern.places import place_
 from rmtkern.progress import progress
 from rmtkern.spectral_linear import SpectralLinear, spectral_linears
 

@@ -16,23 +16,12 @@ from rmtkern.packing.multihead import Split
 from rmtkern.packing.outputs import deviation_of, run_model, tolerance_of
 from rmtkern.packing.report import SiteReport
 from rmtkern.packing.sites import KernelForward, disable, enable
+from rmtkern.places import place_
 
-__all__ = ["Slots", "Swaps", "place_", "verify"]
+__all__ = ["Slots", "Swaps", "verify"]
 
 Slots = dict[str, nn.Module]
 """Module name -> what stands there."""
-
-
-def place_(model: nn.Module, slots: Slots) -> None:
-    """Put modules where their names say.
-
-    Args:
-        model: changed in place.
-        slots: module name -> what stands there from now on.
-    """
-    for name, module in slots.items():
-        parent, _, key = name.rpartition(".")
-        model.get_submodule(parent)._modules[key] = module
 
 
 class Swaps:

@@ -12,8 +12,9 @@ from rmtkern.packing.layers import Layer
 from rmtkern.packing.lent import LendingLinear
 from rmtkern.packing.multihead import Split, linears_of
 from rmtkern.packing.outputs import deviation_of, outputs_on, tolerance_of
-from rmtkern.packing.swaps import Slots, place_
+from rmtkern.packing.swaps import Slots
 from rmtkern.packing.watch import watch
+from rmtkern.places import place_
 
 __all__ = ["leave_lenders", "leave_referenced", "leave_whole", "split_multiheads"]
 

@@ -7,7 +7,8 @@ from rmtkern.packing.dtype import is_cast, uncast_
 from rmtkern.packing.gated import unfuse
 from rmtkern.packing.multihead import PackedMultihead
 from rmtkern.packing.sites import KernelForward, disable
-from rmtkern.packing.swaps import Slots, place_
+from rmtkern.packing.swaps import Slots
+from rmtkern.places import place_
 
 __all__ = ["is_packed", "unpack_"]
 

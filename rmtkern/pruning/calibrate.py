@@ -26,8 +26,8 @@ from rmtkern.pruning.stages import Call, Stage
 from rmtkern.ranks import Ranks
 
 __all__ = [
-    "LABELS", "Moments", "calibrate", "checked", "evaluating", "forward_passes", "output_gradients", "second_moment",
-    "second_moments", "tensors_of", "weights_in_order",
+    "LABELS", "Moments", "all_tensors", "calibrate", "check_batches", "checked", "evaluating", "forward_passes",
+    "output_gradients", "second_moment", "second_moments", "tensors_of", "weights_in_order",
 ]  # fmt: skip
 
 LABELS = ("labels", "label")
@@ -110,11 +110,10 @@ def forward_passes(
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    seen = 0
+    run, seen = checked(model), 0
     for batch in _batches(images, size, ranks or Ranks()):
         call, count = _inputs(batch, device, dtype)
         if count:
-            run = checked(model)
             yield partial(run, **call) if isinstance(call, dict) else partial(run, call), count
         seen += count
     if seen == 0:
@@ -135,7 +134,7 @@ def checked(model: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return model(*args, **kwargs)
-        except (PackedModelError, NotImplementedError, torch.OutOfMemoryError):
+        except (PackedModelError, NotImplementedError, torch.OutOfMemoryError):  # RuntimeErrors, but not of the batch
             raise
         except _REFUSALS as error:
             parts = [*(("", value) for value in args), *kwargs.items()]
@@ -262,12 +261,23 @@ def output_gradients(model: nn.Module, weights: Sequence[PrunableWeight], images
     return Moments(energies, seen, watch.inputs(weights, ranks))
 
 
-def tensors_of(found: Any) -> list[Tensor]:
-    """The floating-point tensors in what a module returns: itself, or in mappings, tuples and lists."""
+def all_tensors(found: Any) -> list[Tensor]:
+    """The tensors in what a module takes or returns: itself, or in mappings, tuples and lists."""
     if isinstance(found, Tensor):
-        return [found] if found.is_floating_point() else []
+        return [found]
     parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, tuple | list) else ()
-    return [tensor for part in parts for tensor in tensors_of(part)]
+    return [tensor for part in parts for tensor in all_tensors(part)]
+
+
+def tensors_of(found: Any) -> list[Tensor]:
+    """Those of a floating dtype among all_tensors."""
+    return [tensor for tensor in all_tensors(found) if tensor.is_floating_point()]
+
+
+def check_batches(images: Any) -> None:
+    """Refuse what holds no batches of images; TypeError."""
+    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
+        raise TypeError(f"calibration: expected a tensor or an iterable of batches, got {type(images).__name__}")
 
 
 def _batches(images: Tensor | Iterable[Any], size: int | None, ranks: Ranks) -> Iterator[Any]:
@@ -281,8 +291,7 @@ def _batches(images: Tensor | Iterable[Any], size: int | None, ranks: Ranks) -> 
         images = images[ranks.rank :: ranks.world]
         entries = max(1, images[:1].numel())
         return iter(images.split(size or max(1, min(_BATCH, _BATCH_ENTRIES // entries))))
-    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
-        raise TypeError(f"calibration: expected a tensor or an iterable of batches, got {type(images).__name__}")
+    check_batches(images)
     return iter(images)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rmtkern.pruning.calibrate import evaluating, forward_passes, tensors_of
+from rmtkern.pruning.calibrate import all_tensors, check_batches, evaluating, forward_passes, tensors_of
 from rmtkern.ranks import Ranks
 
 __all__ = ["hold_out", "model_outputs", "relative_change"]
@@ -29,8 +29,7 @@ def hold_out(images: Tensor | Iterable[Any]) -> tuple[Any, Any]:
     """
     if isinstance(images, Tensor) or _is_pair(images):
         return _rows(images)
-    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
-        raise TypeError(f"calibration: expected a tensor or an iterable of batches, got {type(images).__name__}")
+    check_batches(images)
     batches: Sequence[Any] = list(images)
     if len(batches) == 1:
         left, taken = _rows(batches[0])
@@ -49,7 +48,7 @@ def _is_pair(images: Any) -> bool:
 
 def _rows(batch: Any) -> tuple[Any, Any]:
     """The same for one batch: a tensor, a sequence or a mapping, of these too; what has no rows goes to both."""
-    count = max((len(one) for one in _tensors(batch) if one.ndim), default=0)
+    count = max((len(one) for one in all_tensors(batch) if one.ndim), default=0)
     at = count - max(1, round(_SHARE * count))
     if at < 1:
         raise ValueError(f"calibration: expected at least 2 images, one of them to hold out, got {count}")
@@ -62,13 +61,6 @@ def _rows(batch: Any) -> tuple[Any, Any]:
         return part[rows] if isinstance(part, Tensor) and part.ndim and len(part) == count else part
 
     return take(batch, slice(at)), take(batch, slice(at, None))
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch]
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def model_outputs(model: nn.Module, images: Tensor | Iterable[Any], *, ranks: Ranks | None = None) -> list[Tensor]:

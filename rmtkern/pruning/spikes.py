@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rmtkern.models import PrunableWeight
+from rmtkern.places import place_
 from rmtkern.pruning.held_out import model_outputs, relative_change
 from rmtkern.pruning.permute import few
 from rmtkern.ranks import Ranks
-from rmtkern.spectral_linear import SpectralLinear, put_
+from rmtkern.spectral_linear import SpectralLinear
 from rmtkern.spectrum.fit import fit_spectra, spike_vectors
 
 __all__ = ["divide_spikes_"]
@@ -72,7 +73,7 @@ def divide_spikes_(
             divided = SpectralLinear.of(module, u[:, :rank] * root, root[:, None] * vh[:rank])
             for parameter in (divided.factor_a, divided.factor_b, divided.weight):
                 ranks.share_(parameter)
-            put_(model, {owners[name]: divided})
+            place_(model, {owners[name]: divided})
         change = relative_change(wanted, model_outputs(model, sample))
         exact = all(matrix.element_size() >= 4 for matrix in plain.values())
         if not change <= (1e-6 if exact else 1e-2):
@@ -81,6 +82,6 @@ def divide_spikes_(
                 "their squares; does other code read a .weight itself? Add that weight to ignore="
             )
     except BaseException:
-        put_(model, before)
+        place_(model, before)
         raise
     return before

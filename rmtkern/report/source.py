@@ -112,7 +112,7 @@ def travelling_plan(file: Path) -> PrunePlan | None:
         ValueError: no such file, or damaged metadata.
     """
     record = _metadata(file)
-    without = isinstance(record, dict) and holds_packed(record) and record.get("plan") is None
+    without = holds_packed(record) and record.get("plan") is None
     return None if record is None or without else load_plan(file)
 
 
