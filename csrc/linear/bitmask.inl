@@ -32,6 +32,7 @@ struct BitmaskPairs {
     const int64_t* starts;
     int64_t N, col_blocks;
 
+    int64_t row_blocks() const { return (N + block_rows - 1) / block_rows; }
     int64_t height(int64_t rb) const { return N - rb * block_rows < block_rows ? N - rb * block_rows : block_rows; }
 
     // The pairs of a segment are made while the one before is summed, so that nobody waits for them.
@@ -87,7 +88,7 @@ struct Expansion {
 };
 
 void expansion_thread(const void* arg, int i, int n) {
-    const int64_t N = static_cast<const Expansion*>(arg)->source.N, row_blocks = (N + block_rows - 1) / block_rows;
+    const int64_t row_blocks = static_cast<const Expansion*>(arg)->source.row_blocks();
     Expansion::expand_all(arg, row_blocks * i / n, row_blocks * (i + 1) / n);
 }
 
@@ -101,7 +102,7 @@ inline bool expands_pairs(const LinearArgs& a) { return a.dtype == DType::bfloat
 
 // Memory for `use` that takes the pairs of a call.
 Expansion pairs_memory(const BitmaskPairs& source, int64_t stored, Scratch use) {
-    const int64_t row_blocks = (source.N + block_rows - 1) / block_rows, segments = source.N * source.col_blocks;
+    const int64_t row_blocks = source.row_blocks(), segments = source.N * source.col_blocks;
     const int64_t integers = segments + row_blocks * source.col_blocks;
     float* memory = scratch(size_t(2 * integers + stored + 16 * row_blocks), use);
     auto* masks = reinterpret_cast<uint64_t*>(memory);
@@ -121,15 +122,14 @@ LinearArgs with_pairs(const LinearArgs& a, const Expansion& job) {
 LinearArgs expand_pairs(const LinearArgs& a, Scratch use) {
     const BitmaskPairs source = bitmask_pairs(a);
     const Expansion job = pairs_memory(source, a.parts[0].shape[0], use);
-    const int64_t row_blocks = (a.N + block_rows - 1) / block_rows;
+    const int64_t row_blocks = source.row_blocks();
     parallel(a.threads < row_blocks ? a.threads : int(row_blocks), expansion_thread, &job);
     return with_pairs(a, job);
 }
 
 // Whether threads take rows, each the pairs that it made: where panels packed by every thread cost less than pairs read from
 // another core, and the row blocks divide well. Measured with two threads: at 788 tokens there is nothing in it, at 1,576 a loss.
-inline bool pairs_by_rows(const LinearArgs& a) {
-    const int64_t row_blocks = (a.N + block_rows - 1) / block_rows;
+inline bool pairs_by_rows(const LinearArgs& a, int64_t row_blocks) {
     return a.threads > 1 && a.T <= 40 * W && (row_blocks % a.threads == 0 || row_blocks >= 8 * a.threads);
 }
 
@@ -139,7 +139,7 @@ const char* bitmask_linear(const LinearArgs& a) {
     if (!a.checked && !source.consistent(a.parts[0].shape[0], a.K)) return strips_damage;
     if (!expands_pairs(a)) {
         run_panels(a, source);
-    } else if (pairs_by_rows(a)) {
+    } else if (pairs_by_rows(a, source.row_blocks())) {
         const Expansion job = pairs_memory(source, a.parts[0].shape[0], Scratch::pairs);
         const LinearArgs expanded = with_pairs(a, job);
         const RowWork row_work{Expansion::expand_all, &job};
